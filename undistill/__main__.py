@@ -1,0 +1,3 @@
+from undistill.cli import app
+
+app(prog_name="undistill")

@@ -1,0 +1,24 @@
+"""`Attack`: how a student is taught from a victim's answers."""
+
+from abc import abstractmethod
+from typing import ClassVar
+
+from torch import nn
+
+from undistill.data import Split
+from undistill.fit import Fit
+from undistill.oracle import Access, Oracle
+from undistill.spec import Spec
+
+
+class Attack(Spec):
+    """Fields are hyper-parameters; the problem comes as arguments; an attack never grades itself."""
+
+    needs: ClassVar[Access]
+    """The access that the oracle must grant."""
+    floor: ClassVar[bool] = False
+    """A yardstick that no accuracy-preserving defence can stop, rather than a way to break one."""
+
+    @abstractmethod
+    def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
+        """Train `student` against `oracle` on the attacker's own `data`; return it."""

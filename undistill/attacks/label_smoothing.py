@@ -1,0 +1,26 @@
+"""The stronger floor of an attacker with labels."""
+
+from collections.abc import Mapping
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from undistill.attacks.attack import Attack
+from undistill.data import Split
+from undistill.fit import Batch, Fit
+from undistill.losses import cross_entropy
+from undistill.oracle import Access, Oracle
+
+
+class LabelSmoothing(Attack):
+    """Cross-entropy on the attacker's own labels, `smoothing` of it spread over all classes (Szegedy 2016)."""
+
+    needs = Access.NONE
+    floor = True
+    smoothing: float = Field(0.1, gt=0, lt=1)
+
+    def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
+        def objective(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+            return {"ce": cross_entropy(network(batch.images), batch.labels, self.smoothing)}
+
+        return fit(student, data, objective)

@@ -1,0 +1,277 @@
+"""The command line. Heavy imports wait until a command runs, so that --help answers at once."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from undistill.errors import SpecError, UndistillError
+
+if TYPE_CHECKING:
+    from undistill.report.schema import Report
+
+
+class Commands(TyperGroup):
+    """What the user can mend ends in one sentence and exit code 2, never in a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UndistillError as error:
+            fail(str(error))
+        except OSError as error:
+            where = f" {error.filename}" if error.filename else ""
+            fail(
+                f"Cannot read or write{where}: {error.strerror or error}. What was finished is kept; "
+                "mend that and run the same command again."
+            )
+        except KeyboardInterrupt:
+            fail("Interrupted. The same command goes on from here.", 130)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    help="Protect a classifier against distillation, audit it, and show the evidence.",
+)
+
+
+def fail(message: str, code: int = 2) -> None:
+    print(f"Error: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+Out = Annotated[Path | None, typer.Option(help="Where the result goes; the same command resumes there.")]
+Config = Annotated[Path | None, typer.Option(help="A YAML file of settings.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as recipe.epochs=30 or seed=1; repeatable."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Code = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="Your own network again, file.py:factory; stored runs do not execute code by themselves."
+    ),
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("runs/demo"),
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions of everything: split, teachers, students.")] = 3,
+    device: Device = "auto",
+) -> None:
+    """Train, protect and audit on handwritten digits; ends with a report."""
+    from undistill.demo import demo as run
+    from undistill.progress import Progress
+
+    with Progress.to_stderr() as progress:
+        report = run(out, seeds, progress, device)
+    show(report, out)
+
+
+@app.command()
+def train(
+    data: Annotated[str, typer.Option(help="digits, a folder of images by class, an .npz file, or a spec.")],
+    model: Annotated[str, typer.Option(help="A listed network, or your own: path/to/file.py:factory.")],
+    out: Out = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Start from these (safetensors or state dict); --set recipe.epochs=0 takes them as they are."
+        ),
+    ] = None,
+    config: Config = None,
+    settings: Set = None,
+    device: Device = "auto",
+) -> None:
+    """Train a classifier normally: the honest teacher."""
+    from undistill.progress import Progress
+    from undistill.workflow import TrainSettings
+    from undistill.workflow import train as run
+
+    chosen = TrainSettings(**read_settings(config, settings))
+    out = out or Path("runs") / f"{Path(data.split('(')[0]).stem}-{Path(model.split('(')[0]).stem}"
+    with Progress.to_stderr() as progress:
+        result = run(data, model, out, weights=weights, settings=chosen, device=device, progress=progress)
+    print(f"{result.folder}: validation accuracy {result.record['metrics']['validation_accuracy']:.1%}")
+
+
+@app.command()
+def protect(
+    run: Annotated[Path, typer.Argument(help="The run folder of the honest teacher.")],
+    defence: Annotated[str, typer.Option(help='A listed defence, such as "Nasty(omega=0.04, T=4)".')],
+    out: Out = None,
+    model: Code = None,
+    config: Config = None,
+    settings: Set = None,
+    device: Device = "auto",
+) -> None:
+    """Make a protected twin of a trained classifier."""
+    from undistill.progress import Progress
+    from undistill.store import Run
+    from undistill.workflow import Settings, recorded_settings
+    from undistill.workflow import protect as work
+
+    honest = Run.open(run)
+    chosen = Settings(**merge(recorded_settings(honest).model_dump(), read_settings(config, settings)))
+    out = out or run.with_name(f"{run.resolve().name}-{defence.split('(')[0].split(':')[-1].lower()}")
+    with Progress.to_stderr() as progress:
+        victim = work(honest, defence, out, model=model, settings=chosen, device=device, progress=progress)
+    metrics = victim.record["metrics"]
+    print(
+        f"{victim.folder}: validation accuracy {metrics['validation_accuracy']:.1%} "
+        f"(honest {honest.record['metrics']['validation_accuracy']:.1%}), "
+        f"divergence T^2 KL {metrics['divergence']:.2f} nats"
+    )
+
+
+@app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(help="The run folder of the protected model.")],
+    honest: Annotated[
+        Path | None, typer.Option(help="Its unprotected twin; by default the run it was protected from.")
+    ] = None,
+    suite: Annotated[str, typer.Option(help="A listed suite of attacks.")] = "quick",
+    attack: Annotated[
+        list[str] | None, typer.Option(help="One more attack, listed or file.py:Name(...); repeatable.")
+    ] = None,
+    student: Annotated[
+        list[str] | None, typer.Option(help="The thief's network instead of the suite's; repeatable.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Students of each kind.")] = 3,
+    out: Out = None,
+    model: Code = None,
+    config: Config = None,
+    settings: Set = None,
+    device: Device = "auto",
+) -> None:
+    """Attack a protected model and its honest twin; ends with a report."""
+    from undistill.auditor import audit as work
+    from undistill.progress import Progress
+    from undistill.store import Run
+    from undistill.workflow import AuditSettings, recorded_settings
+
+    victim = Run.open(run)
+    recipe = recorded_settings(Run.open(honest) if honest else victim).recipe
+    chosen = AuditSettings(**merge({"recipe": recipe.model_dump()}, read_settings(config, settings)))
+    out = out or run.with_name(f"{run.resolve().name}-audit")
+    with Progress.to_stderr() as progress:
+        report = work(
+            victim,
+            out,
+            honest=honest,
+            suite=suite,
+            attacks=attack or (),
+            students=student or (),
+            seeds=seeds,
+            recipe=chosen.recipe,
+            model=model,
+            device=device,
+            progress=progress,
+        )
+    show(report, out)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Where an audit or demo wrote its report.")],
+    open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Make the pages of an audit again from its figures, and show the table."""
+    import webbrowser
+
+    from undistill.report.page import read_report, render
+
+    render(folder)
+    show(read_report(folder), folder)
+    if open_:
+        webbrowser.open((folder / "report.html").resolve().as_uri())
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[
+        str | None, typer.Argument(help="data, models, defences, attacks or suites; all by default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What there is to choose from, with fields and defaults."""
+    from undistill.catalogue import catalogue
+
+    entries = catalogue(kind)
+    if as_json:
+        print(json.dumps(entries, indent=2))
+        return
+    from rich.console import Console
+    from rich.padding import Padding
+
+    console = Console(highlight=False)
+    for name, rows in entries.items():
+        console.print(f"[bold]{name}[/]")
+        for row in rows:
+            console.print(Padding(row["spec"], (0, 0, 0, 2)), markup=False)
+            console.print(Padding(row["about"], (0, 0, 0, 6)), style="dim", markup=False)
+
+
+def read_settings(config: Path | None, pairs: list[str] | None) -> dict[str, Any]:
+    """The settings of a YAML file, overridden by `a.b=value` pairs."""
+    import yaml
+
+    settings: dict[str, Any] = {}
+    try:
+        if config:
+            settings = yaml.safe_load(config.read_text()) or {}
+        if not isinstance(settings, dict):
+            raise SpecError(f"{config} must hold settings by name, such as 'seed: 1'.")
+        for pair in pairs or ():
+            key, equals, value = pair.partition("=")
+            if not equals:
+                raise SpecError(f"--set {pair} has no value; write --set key=value.")
+            nested: Any = yaml.safe_load(value)
+            for part in reversed(key.strip().split(".")):
+                nested = {part: nested}
+            settings = merge(settings, nested)
+    except yaml.YAMLError as error:
+        raise SpecError(f"Settings are not readable YAML: {' '.join(str(error).split())}") from None
+    return settings
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, level by level."""
+    both = dict(base)
+    for key, value in over.items():
+        below = both.get(key)
+        both[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return both
+
+
+def show(report: "Report", folder: Path) -> None:
+    """The verdict and its table, at most 80 columns wide, and where the rest lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from undistill.report.page import percent, points, table
+
+    console = Console(highlight=False)
+    rows = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("student taught by", "accuracy", "agrees", "queries"):
+        rows.add_column(name, justify="left" if name == "student taught by" else "right")
+    for side, teacher in (("protected", report.victim), ("unprotected", report.honest)):
+        rows.add_row(f"({side} model itself)", percent(teacher.accuracy), "", "")
+    for row in table(report):
+        rows.add_row(row["attack"], row["accuracy"], row["fidelity"], row["queries"])
+    console.print(rows)
+    verdict = report.verdict
+    console.print(
+        f"\n{verdict.sentence}\n\nIn points: damage {points(verdict.damage)}, cost {points(verdict.cost)}, "
+        f"leak beyond the label {points(verdict.leak_hard)}, control {points(verdict.control)}."
+    )
+    for flag in report.flags:
+        console.print(f"Read with care: {flag.message}", style="yellow")
+    console.print(f"\nReport: {folder / 'report.html'}", soft_wrap=True)

@@ -1,0 +1,67 @@
+"""The user's own Python: `path/to/file.py:name` or `package.module:name`.
+
+Code runs only if the user named it in this very process (`trust`, which the command line calls for
+what was typed). A run folder may *mention* code, but opening one never executes it.
+"""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from undistill.errors import ModelError, unknown
+
+_trusted: set[str] = set()
+
+
+def is_code(text: str) -> bool:
+    """Whether a spec's text refers to the user's code (`net.py:make(width=3)`)."""
+    return ":" in text.split("(")[0]
+
+
+def trust(text: str) -> None:
+    """Allow the code that `text`, typed by the user, refers to."""
+    if is_code(text):
+        _trusted.add(text.split("(")[0].strip())
+
+
+def load_code(reference: str) -> Any:
+    """The object called `name` in `file.py:name` or `module:name`; `ModelError` if that fails."""
+    if reference not in _trusted:
+        raise ModelError(
+            f"'{reference}' is code, and code named by a stored run is not executed on its own. "
+            f"If you trust it, name it yourself: --model {reference} (in Python: model=...)."
+        )
+    where, name = reference.rsplit(":", 1)
+    module = _import(where)
+    if not hasattr(module, name):
+        raise ModelError(unknown(f"object in {where}", name, vars(module)))
+    return getattr(module, name)
+
+
+def _import(where: str) -> ModuleType:
+    try:
+        return _import_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except FileNotFoundError:
+        raise ModelError(f"There is no file {where}.") from None
+    except Exception as error:
+        raise ModelError(f"Importing {where} failed: {type(error).__name__}: {error}") from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    name = "undistill_user_" + path.resolve().as_posix().replace("/", "_").removesuffix(".py")
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

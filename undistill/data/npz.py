@@ -1,0 +1,63 @@
+"""Images and labels in one NumPy archive."""
+
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from undistill.data.source import Source
+from undistill.data.split import Samples
+from undistill.errors import DataError
+
+
+class Npz(Source):
+    """An `.npz` with `images` and `labels`, or `x_train`, `y_train`, `x_test`, `y_test`.
+
+    Images are uint8, (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3; labels are whole
+    numbers from 0, (N,). An optional `classes` array names them.
+    """
+
+    path: str
+
+    def read(self) -> tuple[Samples, Samples | None, list[str]]:
+        try:
+            with np.load(self.path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+        except FileNotFoundError:
+            raise DataError(f"There is no file {self.path}.") from None
+        except (OSError, ValueError, BadZipFile, EOFError, AttributeError) as error:
+            raise DataError(f"{self.path} is not a readable .npz archive of plain arrays: {error}") from None
+        if {"images", "labels"} <= arrays.keys():
+            pool, test = self._samples(arrays, "images", "labels"), None
+        elif {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
+            pool = self._samples(arrays, "x_train", "y_train")
+            test = self._samples(arrays, "x_test", "y_test")
+        else:
+            raise DataError(
+                f"{self.path} holds {sorted(arrays) or 'nothing'}; it needs images and labels, "
+                "or x_train, y_train, x_test and y_test."
+            )
+        classes = [str(name) for name in arrays.get("classes", range(int(pool.labels.max()) + 1))]
+        return pool, test, classes
+
+    def _samples(self, arrays: dict[str, np.ndarray], x: str, y: str) -> Samples:
+        images, labels = arrays[x], arrays[y]
+        where = Path(self.path).name
+        if images.dtype != np.uint8:
+            raise DataError(f"{where}: {x} is {images.dtype}; images must be uint8, 0 to 255.")
+        if images.ndim == 3:
+            images = images[:, None]
+        elif images.ndim == 4 and images.shape[3] in (1, 3):
+            images = images.transpose(0, 3, 1, 2)
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
+            raise DataError(
+                f"{where}: {x} has shape {arrays[x].shape}; images must be (N, H, W), (N, H, W, C) "
+                "or (N, C, H, W), with 1 or 3 channels."
+            )
+        if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+            raise DataError(
+                f"{where}: {y} is {labels.dtype} of shape {labels.shape}; labels must be whole numbers "
+                f"of shape ({len(images)},), one for each image."
+            )
+        return Samples(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64)))

@@ -1,0 +1,52 @@
+"""`Source`: where images come from."""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field
+
+from undistill.data.split import Data, Samples, divide
+from undistill.errors import DataError
+from undistill.spec import Spec
+
+
+class Source(Spec):
+    """A data set: `digits`, `Folder(path='photos')`, or simply a path on the command line."""
+
+    validation: float = Field(0.1, gt=0, lt=1)
+    """Share of the training images kept for choices: model selection, omega, tuning."""
+    test: float | None = Field(None, gt=0, lt=1)
+    """Share of all images kept for the final measurement, where the source brings no test images (0.2)."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Which images fall into which part."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """As `Spec.parse`; a bare path becomes the source that reads it."""
+        known = text.casefold() in {name.casefold() for name in cls.registry}
+        path = Path(text).expanduser()
+        if known or "(" in text or not (path.exists() or "/" in text or path.suffix):
+            return super().parse(text)
+        if not path.exists():
+            raise DataError(f"There is no file or folder {text}.")
+        reader = cls.registry["Folder" if path.is_dir() else "Npz"]
+        source: Self = reader(path=str(path.resolve()))
+        return source
+
+    @abstractmethod
+    def read(self) -> tuple[Samples, Samples | None, list[str]]:
+        """All training images, the source's own test images if it has them, the class names."""
+
+    def load(self) -> Data:
+        """The data, divided by `seed`. `DataError` says what cannot be used and why."""
+        pool, test, classes = self.read()
+        if test is not None and self.test is not None:
+            raise DataError(f"{self} has its own test images; leave out test={self.test}.")
+        if test is not None and pool.images.shape[1:] != test.images.shape[1:]:
+            raise DataError(
+                f"Training images are {tuple(pool.images.shape[1:])}, test images "
+                f"{tuple(test.images.shape[1:])} (channels, height, width); they must agree."
+            )
+        share = 0.2 if self.test is None else self.test
+        return divide(pool, test, classes, test_share=share, validation_share=self.validation, seed=self.seed)

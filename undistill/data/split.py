@@ -1,0 +1,111 @@
+"""Samples, and how they are divided. What trains never holds test data: its type has no such field."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from undistill.errors import DataError
+
+
+@dataclass(frozen=True)
+class Samples:
+    """images: (N, C, H, W) uint8; labels: (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor) -> "Samples":
+        return Samples(self.images[index], self.labels[index])
+
+    def to(self, device: torch.device) -> "Samples":
+        return Samples(self.images.to(device), self.labels.to(device))
+
+    def carve(self, share: float, seed: int) -> tuple["Samples", "Samples"]:
+        """(rest, carved): a stratified random `share` of the samples, chosen by `seed`."""
+        index = np.arange(len(self))
+        try:
+            rest, carved = train_test_split(index, test_size=share, random_state=seed, stratify=self.labels.numpy())
+        except ValueError as error:
+            raise DataError(
+                f"Cannot carve a stratified {share:.0%} out of {len(self)} images: {error} "
+                "Add images of the rarest class, or ask for a larger share."
+            ) from None
+        return self[torch.from_numpy(np.sort(rest))], self[torch.from_numpy(np.sort(carved))]
+
+
+@dataclass(frozen=True)
+class Split:
+    """What may be trained on, and the validation images on which choices are made."""
+
+    classes: tuple[str, ...]
+    train: Samples
+    validation: Samples
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        channels, height, width = self.train.images.shape[1:]
+        return channels, height, width
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+
+@dataclass(frozen=True)
+class Data(Split):
+    """The owner's data. `test` is for the final measurement alone."""
+
+    test: Samples
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of every image and label, in order."""
+        sha = hashlib.sha256(repr((self.classes, self.shape)).encode())
+        for part in (self.train, self.validation, self.test):
+            sha.update(part.images.numpy().tobytes())
+            sha.update(part.labels.numpy().tobytes())
+        return sha.hexdigest()
+
+    def attackers(self, share: float, seed: int) -> Split:
+        """What an attacker with the owner's training images has, his own validation split included."""
+        return Split(self.classes, *self.train.carve(share, seed))
+
+
+def divide(
+    pool: Samples,
+    test: Samples | None,
+    classes: Sequence[str],
+    *,
+    test_share: float,
+    validation_share: float,
+    seed: int,
+) -> Data:
+    """Carve validation (and test, where the source has none) out of `pool`, by seed and stratified."""
+    for samples in filter(None, (pool, test)):
+        _check(samples, classes)
+    if test is None:
+        pool, test = pool.carve(test_share, seed)
+    train, validation = pool.carve(validation_share, seed)
+    return Data(tuple(classes), train, validation, test)
+
+
+def _check(samples: Samples, classes: Sequence[str]) -> None:
+    if len(classes) < 2:
+        raise DataError(f"A classifier needs at least two classes; found {len(classes)}: {list(classes)}.")
+    low, high = int(samples.labels.min()), int(samples.labels.max())
+    if low < 0 or high >= len(classes):
+        raise DataError(
+            f"Labels run from {low} to {high}; with {len(classes)} classes they must lie in 0 to {len(classes) - 1}."
+        )
+    empty = set(range(len(classes))) - set(samples.labels.tolist())
+    if empty:
+        raise DataError(f"No image of class {classes[min(empty)]} (label {min(empty)}); every class needs some.")

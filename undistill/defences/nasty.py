@@ -1,0 +1,50 @@
+"""The nasty teacher: self-undermining knowledge distillation (Ma et al., ICLR 2021)."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from undistill.data import Split
+from undistill.defences.defence import Defence
+from undistill.fit import Batch, Fit
+from undistill.losses import cross_entropy, undermining
+from undistill.models import frozen
+from undistill.store import Run
+
+
+class Nasty(Defence):
+    """`CE(nasty, y) - omega T^2 KL(nasty/T || adversary/T)`, the adversary a frozen normal network."""
+
+    omega: float = Field(0.04, ge=0)
+    T: float = Field(4.0, gt=0)
+    warm_start: float | None = Field(None, gt=0, le=1)
+    """None trains from scratch, as published; a share starts from the honest weights and takes
+    that share of the recipe's epochs."""
+    adversary: str | None = None
+    """A run folder to differ from, instead of the honest teacher itself."""
+
+    def protect(self, teacher: nn.Module, fresh: nn.Module, data: Split, fit: Fit) -> nn.Module:
+        adversary = frozen(self._adversary(data) if self.adversary else teacher).to(fit.device)
+        epochs = fit.recipe.epochs
+        if self.warm_start:
+            fresh.load_state_dict(teacher.state_dict())
+            epochs = math.ceil(self.warm_start * epochs)
+
+        def objective(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+            logits = network(batch.images)
+            with torch.no_grad():
+                normal = adversary(batch.images)
+            return {
+                "ce": cross_entropy(logits, batch.labels),
+                "undermining": self.omega * undermining(logits, normal, self.T),
+            }
+
+        return fit(fresh, data, objective, epochs=epochs)
+
+    def _adversary(self, data: Split) -> nn.Module:
+        run = Run.open(str(self.adversary))
+        run.require(data.shape, data.classes)
+        return run.network()

@@ -1,0 +1,45 @@
+"""What can go wrong in a way the user can mend. The command line prints these and exits with 2."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UndistillError(Exception):
+    """The message says what is wrong, why, and what to do."""
+
+
+class SpecError(UndistillError):
+    """A spec, field or setting that does not exist or is out of range."""
+
+
+class DataError(UndistillError):
+    """Images or labels that cannot be used."""
+
+
+class ModelError(UndistillError):
+    """A network or its weights that cannot be used."""
+
+
+class StoreError(UndistillError):
+    """A run folder that holds something else, is unfinished, or is damaged."""
+
+
+class AccessDenied(UndistillError):
+    """An attack asked its oracle for more than it declared."""
+
+
+class BudgetExceeded(UndistillError):
+    """An attack asked its oracle more questions than it may."""
+
+
+class NonFiniteLoss(UndistillError):
+    """Training left the finite numbers; nothing of it was kept."""
+
+
+def unknown(what: str, name: str, choices: Iterable[str]) -> str:
+    """'no attack named 'SoftLabel'; did you mean 'SoftLabels'? (choices: ...)'."""
+    choices = sorted(choices)
+    folded = {choice.casefold(): choice for choice in choices}
+    near = get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
+    hint = f"; did you mean '{folded[near[0]]}'?" if near else "."
+    return f"No {what} named '{name}'{hint} Valid: {', '.join(choices)}."

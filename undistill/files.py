@@ -1,0 +1,73 @@
+"""Files that are whole or absent: written beside their name, flushed to the disk, then renamed."""
+
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """One JSON object on each line."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_tensors(path: Path, state: dict[str, Any]) -> None:
+    """Nested plain containers and tensors, as `read_tensors` reads them."""
+    buffer = io.BytesIO()  # torch's own writer hides why the disk refused
+    torch.save(state, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def read_tensors(path: Path, device: torch.device) -> dict[str, Any] | None:
+    """What `write_tensors` wrote, without executing anything; None if absent or damaged."""
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file; all mean the same here
+        log.warning("%s is damaged (%s); that part starts again.", path, type(error).__name__)
+        return None
+    return state
+
+
+def write_weights(path: Path, state: Mapping[str, Tensor]) -> str:
+    """A safetensors file of the state dict; returns its SHA-256."""
+    data = save({name: value.detach().cpu().clone().contiguous() for name, value in state.items()})
+    write_atomically(path, lambda file: file.write(data))
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

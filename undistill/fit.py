@@ -1,0 +1,279 @@
+"""The one training loop. What is trained for what is the objective's business, not the loop's."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    OneCycleLR,
+    SequentialLR,
+)
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from undistill.data import Split
+from undistill.errors import NonFiniteLoss
+from undistill.files import read_tensors, write_lines, write_tensors
+from undistill.measure import accuracy, evaluate, nll
+from undistill.models import seeded
+from undistill.progress import Progress
+from undistill.spec import Spec
+from undistill.views import Views
+
+CHECKPOINT_SECONDS = 2.0
+
+
+class Recipe(Spec):
+    """How the loop runs; the defaults suit small images."""
+
+    epochs: int = Field(60, ge=0)
+    batch_size: int = Field(64, ge=2)
+    optimiser: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.05, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of SGD (Nesterov's), first beta of AdamW."""
+    weight_decay: float = Field(5e-4, ge=0)
+    schedule: Literal["step", "cosine", "one_cycle"] = "one_cycle"
+    warmup: float = Field(0.2, ge=0, lt=1)
+    """Share of the epochs in which the learning rate rises to `lr`."""
+    drops: tuple[float, ...] = (0.5, 0.75)
+    """For schedule 'step': shares of the epochs at which the learning rate falls by `gamma`."""
+    gamma: float = Field(0.1, gt=0, lt=1)
+    clip: float = Field(5.0, ge=0)
+    """Largest norm of the whole gradient; 0 leaves it alone."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of the averaged weights that become the result; 0 takes the last weights."""
+    selection: Literal["last", "best"] = "last"
+    """The epoch whose weights are kept; 'best' goes by validation accuracy."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    views: Views = Views()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        if self.schedule == "one_cycle" and self.warmup == 0:
+            raise ValueError("schedule 'one_cycle' rises before it falls: warmup must be above 0")
+        if any(not 0 < drop < 1 for drop in self.drops):
+            raise ValueError("drops are shares of the epochs, between 0 and 1")
+        return self
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of views: images (B, C, H, W) in [0, 1], labels (B,), and which view of which sample each is."""
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+    epoch: int
+
+
+Objective = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
+"""Named terms; the loss is their sum."""
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Fit:
+    """`fit(network, data, objective)`: train in place, return the selected weights in eval mode.
+
+    With a `folder`, a run that was stopped goes on from its last checkpoint and ends with the same
+    bits: every epoch reseeds its order, its views and torch's generators from (seed, epoch) alone.
+    The n-th call of one run uses the n-th checkpoint file.
+    """
+
+    recipe: Recipe
+    seed: int
+    device: torch.device
+    folder: Path | None = None
+    progress: Progress = field(default_factory=Progress.silent)
+    name: str = "training"
+    """What progress calls it."""
+    carried: Sequence[Stateful] = ()
+    """Saved and restored with every checkpoint, such as an oracle's count."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Every epoch's metrics: the terms, their sum, validation accuracy and NLL, seconds."""
+    calls: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in all epochs so far, those before an interruption included."""
+        return sum(epoch["seconds"] for epoch in self.history)
+
+    def __call__(
+        self, network: nn.Module, data: Split, objective: Objective, *, epochs: int | None = None
+    ) -> nn.Module:
+        """Raises `NonFiniteLoss`, naming epoch and term, as soon as a term or a weight is not finite."""
+        loop = _Loop(self, network, data, objective, self.recipe.epochs if epochs is None else epochs)
+        checkpoint = self.folder / f"checkpoint-{self.calls}.pt" if self.folder else None
+        self.calls += 1
+        loop.restore(checkpoint)
+        saved = time.monotonic()
+        with self.progress.task(self.name, loop.epochs, done=loop.epoch) as task:
+            while loop.epoch < loop.epochs:
+                metrics = loop.one_epoch()
+                last = loop.epoch == loop.epochs
+                if checkpoint and (last or time.monotonic() - saved >= CHECKPOINT_SECONDS):
+                    loop.save(checkpoint)
+                    saved = time.monotonic()
+                task.advance(f"loss {metrics['loss']:.3f} · validation {metrics['validation_accuracy']:.1%}")
+        self.history += loop.history
+        if self.folder:
+            write_lines(self.folder / "metrics.jsonl", self.history)
+        return loop.result()
+
+
+class _Loop:
+    """The state of one call of `Fit`, whole at the end of every epoch."""
+
+    def __init__(self, fit: Fit, network: nn.Module, data: Split, objective: Objective, epochs: int) -> None:
+        self.fit, self.recipe, self.epochs, self.objective = fit, fit.recipe, epochs, objective
+        self.network = network.to(fit.device)
+        self.train, self.validation = data.train.to(fit.device), data.validation.to(fit.device)
+        self.batches = math.ceil(len(self.train) / self.recipe.batch_size)
+        self.optimiser = build_optimiser(self.network, self.recipe)
+        self.schedule = build_schedule(self.optimiser, self.recipe, max(epochs, 1) * self.batches)
+        self.average = build_average(self.network, self.recipe.ema)
+        self.best: dict[str, Tensor] | None = None
+        self.epoch = 0
+        self.history: list[dict[str, float]] = []
+
+    @property
+    def current(self) -> nn.Module:
+        return self.average.module if self.average else self.network
+
+    def one_epoch(self) -> dict[str, float]:
+        began = time.perf_counter()
+        totals: dict[str, float] = {}
+        self.network.train()
+        with seeded(epoch_seed(self.fit.seed, self.epoch)):
+            order = torch.randperm(len(self.train)).to(self.fit.device)
+            for index in order.tensor_split(self.batches):
+                for term, value in self._step(index).items():
+                    totals[term] = totals.get(term, 0.0) + value * len(index)
+        metrics = {term: total / len(self.train) for term, total in totals.items()}
+        self._check_finite(dict(self.network.named_parameters()), "the weights after it")
+        logits = evaluate(self.current, self.validation.images)
+        self.epoch += 1
+        metrics |= {
+            "epoch": self.epoch,
+            "lr": float(self.schedule.get_last_lr()[0]),
+            "validation_accuracy": accuracy(logits, self.validation.labels),
+            "validation_nll": nll(logits, self.validation.labels),
+            "seconds": time.perf_counter() - began,
+        }
+        if self.recipe.selection == "best" and metrics["validation_accuracy"] > max(
+            (past["validation_accuracy"] for past in self.history), default=-1.0
+        ):
+            self.best = deepcopy(self.current.state_dict())
+        self.history.append(metrics)
+        return metrics
+
+    def _step(self, index: Tensor) -> dict[str, float]:
+        samples = self.train[index]
+        images = self.recipe.views(samples.images, self.fit.seed, self.epoch, index)
+        batch = Batch(images, samples.labels, index, self.epoch)
+        with torch.autocast(self.fit.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            terms = dict(self.objective(self.network, batch))
+        self._check_finite(terms, "the term")
+        loss = torch.stack(list(terms.values())).sum()
+        self.optimiser.zero_grad()
+        loss.backward()
+        if self.recipe.clip:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
+        self.optimiser.step()
+        self.schedule.step()
+        if self.average:
+            self.average.update_parameters(self.network)
+        return {name: value.item() for name, value in (terms | {"loss": loss}).items()}
+
+    def _check_finite(self, values: Mapping[str, Tensor], what: str) -> None:
+        for name, value in values.items():
+            if not value.isfinite().all():
+                raise NonFiniteLoss(
+                    f"Training stopped in epoch {self.epoch + 1} of {self.epochs}: {what} '{name}' is NaN or infinite. "
+                    f"Lower recipe.lr (now {self.recipe.lr:g}), clip the gradient (recipe.clip, now "
+                    f"{self.recipe.clip:g}, 0 is off), or lower the weight of that term. No weights were kept."
+                )
+
+    def result(self) -> nn.Module:
+        if self.best is not None:
+            self.network.load_state_dict(self.best)
+        elif self.average:
+            self.network.load_state_dict(self.average.module.state_dict())
+        return self.network.eval()
+
+    def save(self, path: Path) -> None:
+        parts = {
+            "network": self.network.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "best": self.best,
+            "epoch": self.epoch,
+            "history": self.history,
+            "carried": [thing.state_dict() for thing in self.fit.carried],
+        }
+        write_tensors(path, parts)
+
+    def restore(self, path: Path | None) -> None:
+        state = read_tensors(path, self.fit.device) if path else None
+        if state is None:
+            return
+        self.network.load_state_dict(state["network"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        self.best, self.epoch, self.history = state["best"], state["epoch"], state["history"]
+        for thing, saved in zip(self.fit.carried, state["carried"], strict=True):
+            thing.load_state_dict(saved)
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """A generator seed for (seed, epoch), distinct for every pair below 2**32."""
+    return seed << 32 | epoch
+
+
+def build_optimiser(network: nn.Module, recipe: Recipe) -> Optimizer:
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if recipe.optimiser == "adamw":
+        return AdamW(parameters, recipe.lr, (recipe.momentum, 0.999), weight_decay=recipe.weight_decay)
+    nesterov = recipe.momentum > 0
+    return SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=nesterov)
+
+
+def build_schedule(optimiser: Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
+    """The learning rate of every step."""
+    rise = round(recipe.warmup * steps)
+    if recipe.schedule == "one_cycle":
+        share = max(rise, 1) / steps
+        return OneCycleLR(optimiser, recipe.lr, total_steps=steps + 1, pct_start=share, cycle_momentum=False)
+    main: LRScheduler
+    if recipe.schedule == "cosine":
+        main = CosineAnnealingLR(optimiser, max(steps - rise, 1))
+    else:
+        main = MultiStepLR(optimiser, [max(round(drop * steps) - rise, 0) for drop in recipe.drops], recipe.gamma)
+    if not rise:
+        return main
+    return SequentialLR(optimiser, [LinearLR(optimiser, 1 / rise, total_iters=rise), main], [rise])
+
+
+def build_average(network: nn.Module, decay: float) -> AveragedModel | None:
+    if not decay:
+        return None
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

@@ -1,0 +1,106 @@
+"""Every way in which an audit's figures can mislead, each with a name; a reader sees those that apply."""
+
+from collections.abc import Callable, Iterator
+from statistics import fmean
+
+from undistill.report.schema import Flag, Report
+
+Check = Callable[[Report], str | None]
+CHECKS: dict[str, Check] = {}
+
+
+def check(function: Check) -> Check:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def raised(report: Report) -> list[Flag]:
+    """The flags that apply to `report`."""
+    return list(_raised(report))
+
+
+def _raised(report: Report) -> Iterator[Flag]:
+    for name, function in CHECKS.items():
+        if message := function(report):
+            yield Flag(name=name, message=message)
+
+
+@check
+def few_seeds(report: Report) -> str | None:
+    n = report.verdict.damage.n
+    return (
+        f"Only {n} seed{'s' * (n > 1)}: the spread between runs is not known well. Use at least 3." if n < 3 else None
+    )
+
+
+@check
+def one_teacher(report: Report) -> str | None:
+    if len(report.pairs) > 1:
+        return None
+    return (
+        "One trained victim: the intervals show the spread over students, not over protected models, "
+        "which is often larger."
+    )
+
+
+@check
+def control_failed(report: Report) -> str | None:
+    control = report.verdict.control.mean
+    if control >= -0.01:
+        return None
+    return (
+        f"Distilling from the unprotected twin is {-control:.1%} worse than learning without any teacher, "
+        "so weak students of the victim prove little. Tune the attack (T, alpha, epochs) first."
+    )
+
+
+@check
+def costly(report: Report) -> str | None:
+    cost = report.verdict.cost.mean
+    return f"The protection costs {cost * 100:.1f} points of accuracy; its users will notice." if cost > 0.02 else None
+
+
+@check
+def barely_diverged(report: Report) -> str | None:
+    if report.divergence >= 1:
+        return None
+    return f"The victim answers almost as its twin does (T^2 KL {report.divergence:.2f} nats); a larger omega does."
+
+
+@check
+def underfitted_teacher(report: Report) -> str | None:
+    fitted = fmean(pair.honest_train_accuracy for pair in report.pairs)
+    if fitted >= 0.99:
+        return None
+    return (
+        f"The honest teacher fits only {fitted:.1%} of its training images; undermining is nearly free "
+        "only for one that fits them all."
+    )
+
+
+@check
+def students_still_learning(report: Report) -> str | None:
+    late = max(
+        fmean(c.late_gain for c in report.cells if c.attack == name) for name in {c.attack for c in report.cells}
+    )
+    return (
+        f"Some students still gained {late:.1%} in the last fifth of their training; train them for longer."
+        if late > 0.02
+        else None
+    )
+
+
+@check
+def student_at_chance(report: Report) -> str | None:
+    chance = sorted({c.attack for c in report.cells if c.accuracy < 1.5 / report.classes})
+    if not chance:
+        return None
+    return f"Students of {', '.join(chance)} answer no better than chance: tune that attack; its training diverged."
+
+
+@check
+def small_test_set(report: Report) -> str | None:
+    n = min(pair.test_images for pair in report.pairs)
+    if n >= 500:
+        return None
+    return f"With {n} test images an accuracy may be off by {0.5 / n**0.5:.1%}; differences below that say little."

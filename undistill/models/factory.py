@@ -1,0 +1,32 @@
+"""The user's own network."""
+
+import inspect
+
+from torch import nn
+
+from undistill.code import load_code
+from undistill.models.model import Model, Shape
+from undistill.spec import split_call
+
+
+class Factory(Model):
+    """`path/to/file.py:factory` or `package.module:factory`, with `(name=value, ...)` for its own arguments.
+
+    Called with those of `num_classes`, `in_channels` and `image_size` (height, width) that it takes.
+    """
+
+    call: str
+
+    def __str__(self) -> str:
+        return self.call
+
+    __repr__ = __str__
+
+    def network(self, shape: Shape, num_classes: int) -> nn.Module:
+        origin, name, arguments = split_call(self.call)
+        make = load_code(f"{origin}:{name}")
+        channels, *size = shape
+        known = {"num_classes": num_classes, "in_channels": channels, "image_size": tuple(size)}
+        taken = inspect.signature(make).parameters
+        network: nn.Module = make(**{key: value for key, value in known.items() if key in taken}, **arguments)
+        return network

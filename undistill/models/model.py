@@ -1,0 +1,136 @@
+"""`Model`: the one factory of networks, and what every network must be."""
+
+import contextlib
+from abc import abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from undistill.code import is_code
+from undistill.errors import ModelError
+from undistill.spec import Spec
+
+Shape = tuple[int, int, int]  # channels, height, width
+
+
+class Model(Spec):
+    """An architecture: `ConvNet(width=32)`, or the user's own as `file.py:factory`."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """As `Spec.parse`; `file.py:factory(...)` becomes a `Factory`."""
+        return cls._find("Factory")(call=text) if is_code(text) else super().parse(text)  # type: ignore[call-arg]
+
+    @abstractmethod
+    def network(self, shape: Shape, num_classes: int) -> nn.Module:
+        """A new network for images of `shape`."""
+
+    def build(self, shape: Shape, num_classes: int, seed: int) -> nn.Module:
+        """A network initialised by `seed`, tried on two blank images; `ModelError` if it is no classifier."""
+        with seeded(seed):
+            network = self.network(shape, num_classes)
+            check(network, shape, num_classes, str(self))
+        return network
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's global generators start at `seed` inside, and go on outside as if nothing had been."""
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def check(network: nn.Module, shape: Shape, num_classes: int, name: str) -> None:
+    """Raise `ModelError` unless `network` maps (2, C, H, W) images to finite (2, K) logits."""
+    if not isinstance(network, nn.Module):
+        raise ModelError(f"{name} returned {type(network).__name__}; a factory must return a torch.nn.Module.")
+    training = network.training
+    try:
+        with torch.no_grad():
+            logits = network.eval()(torch.zeros(2, *shape))
+    except Exception as error:
+        raise ModelError(
+            f"{name} failed on images of shape {shape} (channels, height, width): {type(error).__name__}: {error}"
+        ) from error
+    network.train(training)
+    if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(
+            f"{name} answers two images with {found}; for {num_classes} classes it must return logits "
+            f"of shape (2, {num_classes})."
+        )
+    if not logits.isfinite().all():
+        raise ModelError(f"{name} answers a blank image with NaN or infinity; its weights are not usable.")
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Load a safetensors file, or a state dict saved by torch. Pickled modules are refused unread."""
+    state = read_state(path)
+    own = network.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, the network's is {tuple(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape
+    ]
+    problems = [
+        *([f"missing {missing[0]} and {len(missing) - 1} more"] if missing else []),
+        *([f"unexpected {extra[0]} and {len(extra) - 1} more"] if extra else []),
+        *sorted(shapes)[:1],
+    ]
+    if problems:
+        raise ModelError(f"{path} holds the weights of another architecture: {'; '.join(problems)}.")
+    bad = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise ModelError(f"{path}: {bad[0]} holds NaN or infinity; these weights are not usable.")
+    network.load_state_dict(state)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors or torch file, by name; nothing in it is executed."""
+    if not path.is_file():
+        raise ModelError(f"There is no weights file {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise ModelError(f"{path} is not a whole safetensors file: {error}.") from None
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+        raise ModelError(
+            f"{path} is not a plain state dict. A pickled module can execute code and is not loaded; "
+            "save tensors alone: torch.save(model.state_dict(), path), or safetensors."
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ModelError(
+            f"{path} holds {type(state).__name__}, not a state dict of tensors; save model.state_dict() alone."
+        )
+    return dict(state)
+
+
+def frozen(network: nn.Module) -> nn.Module:
+    """The network in eval mode, its parameters without gradient."""
+    return network.eval().requires_grad_(False)
+
+
+def features(network: nn.Module, images: Tensor) -> Tensor | None:
+    """Inputs (B, D) of the network's last linear layer, or None where it has none."""
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        return None
+    seen: list[Tensor] = []
+    handle = layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        with torch.no_grad():
+            network(images)
+    finally:
+        handle.remove()
+    return seen[-1].flatten(1) if seen else None

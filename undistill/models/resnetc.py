@@ -1,0 +1,61 @@
+"""Pre-activation residual networks for small images (He et al., ECCV 2016)."""
+
+import torch.nn.functional as F
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from undistill.models.model import Model, Shape
+
+
+class ResNetC(Model):
+    """`depth` = 6n + 2 layers in three stages of `width`, 2 and 4 times `width` channels."""
+
+    depth: int = Field(8, ge=8)
+    width: int = Field(16, ge=1)
+
+    @field_validator("depth")
+    @classmethod
+    def _of_the_family(cls, depth: int) -> int:
+        if depth % 6 != 2:
+            raise ValueError("the depth must be 6n + 2: 8, 14, 20, 26, 32, ...")
+        return depth
+
+    def network(self, shape: Shape, num_classes: int) -> nn.Module:
+        inputs = self.width
+        layers: list[nn.Module] = [nn.Conv2d(shape[0], inputs, 3, padding=1, bias=False)]
+        for stage in range(3):
+            for block in range(self.depth // 6):
+                outputs = self.width * 2**stage
+                layers.append(Block(inputs, outputs, stride=2 if stage > 0 and block == 0 else 1))
+                inputs = outputs
+        head = [
+            nn.BatchNorm2d(inputs),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(inputs, num_classes),
+        ]
+        network = nn.Sequential(*layers, *head)
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        return network
+
+
+class Block(nn.Module):
+    """BN, ReLU, conv, BN, ReLU, conv, added to the input (projected where the shape changes)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        same = stride == 1 and inputs == outputs
+        self.project = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.norm1(x))
+        shortcut: Tensor = x if self.project is None else self.project(active)
+        residual: Tensor = self.conv2(F.relu(self.norm2(self.conv1(active))))
+        return shortcut + residual

@@ -1,0 +1,86 @@
+"""What the report's pictures are drawn from: answers of both teachers to the same test images."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.manifold import TSNE
+from torch import Tensor, nn
+
+from undistill.data import Data, Samples
+from undistill.errors import StoreError
+from undistill.files import write_atomically
+from undistill.measure import evaluate
+from undistill.models import features
+from undistill.views import to_float
+
+T = 4.0
+IMAGES = 5
+POINTS = 400
+
+Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """images (n, C, H, W) uint8 with labels and tempered answers (n, K); t-SNE maps (m, 2) by name with labels (m,)."""
+
+    classes: list[str]
+    images: Array
+    labels: Array
+    honest: Array
+    victim: Array
+    point_labels: Array
+    maps: dict[str, Array]
+
+
+def write_evidence(path: Path, data: Data, honest: nn.Module, victim: nn.Module) -> None:
+    """Answer a few test images of different classes, and map many of them by t-SNE."""
+    shown = data.test[_first_of_each(data.test.labels)[:IMAGES]]
+    arrays = {
+        "classes": np.array(data.classes),
+        "images": shown.images.numpy(),
+        "labels": shown.labels.numpy(),
+        "honest": _tempered(honest, shown),
+        "victim": _tempered(victim, shown),
+    }
+    generator = torch.Generator().manual_seed(0)
+    points = data.test[torch.randperm(len(data.test), generator=generator)[:POINTS]]
+    arrays["point_labels"] = points.labels.numpy()
+    for side, network in (("honest", honest), ("victim", victim)):
+        arrays[f"map {side} answers"] = _map(F.softmax(evaluate(network, points.images) / T, 1))
+        inner = features(network, to_float(points.images))
+        if inner is not None:
+            arrays[f"map {side} features"] = _map(inner)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+
+def read_evidence(path: Path) -> Evidence:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        maps = {name.removeprefix("map "): arrays[name] for name in arrays if name.startswith("map ")}
+        fields = {name: arrays[name] for name in ("images", "labels", "honest", "victim", "point_labels")}
+        return Evidence(classes=[str(name) for name in arrays["classes"]], maps=maps, **fields)
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise StoreError(f"{path} is missing or damaged ({error}); run the audit again.") from None
+
+
+def _first_of_each(labels: Tensor) -> Tensor:
+    """Index of the first sample of every class."""
+    return torch.tensor([int((labels == label).nonzero()[0]) for label in labels.unique()])
+
+
+def _tempered(network: nn.Module, samples: Samples) -> Array:
+    return F.softmax(evaluate(network, samples.images) / T, dim=1).numpy()
+
+
+def _map(points: Tensor) -> Array:
+    perplexity = min(30.0, (len(points) - 1) / 3)
+    mapped: Array = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(points.numpy())
+    return mapped

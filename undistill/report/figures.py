@@ -1,0 +1,140 @@
+"""The report's pictures as inline SVG, readable in black and white."""
+
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from undistill.report.evidence import Evidence, T
+from undistill.report.schema import Report
+from undistill.verdict import Column, columns, interval
+
+HONEST, VICTIM, FLOOR = "#4477aa", "#cc3311", "#555555"
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "undistill",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an <svg> element, the same bytes for the same picture."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def students(report: Report, student: str) -> str:
+    """Accuracy of every student of one architecture, with its spread over seeds, beside both floors."""
+    rows = {column: accuracies for column, accuracies in columns(report.cells).items() if column[2] == student}
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.5, 0.42 * len(rows) + 1.1))
+        axes = figure.subplots()
+        names = []
+        for height, (column, accuracies) in enumerate(reversed(list(rows.items()))):
+            _row(axes, height, column, [100 * value for value in accuracies.values()])
+            names.append(label(column))
+        for side, name, dashes in (("victim", "HardLabels", "--"), ("none", "Scratch", ":")):
+            for column, accuracies in rows.items():
+                if column[0] == side and column[1].startswith(name + "("):
+                    axes.axvline(
+                        100 * statistics.fmean(accuracies.values()), color=FLOOR, linestyle=dashes, linewidth=1
+                    )
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xlabel(f"test accuracy of the student {student}, %   (· · · no teacher, - - - top answers only)")
+    return svg(figure)
+
+
+def _row(axes: Axes, height: int, column: Column, values: Sequence[float]) -> None:
+    spread = interval(values)
+    colour, marker = {"victim": (VICTIM, "s"), "honest": (HONEST, "o"), "none": (FLOOR, "D")}[column[0]]
+    axes.plot(values, [height] * len(values), "|", color=colour, markersize=9, alpha=0.5)
+    axes.plot([spread.mean], [height], marker, color=colour, markersize=7)
+    if spread.low is not None and spread.high is not None:
+        axes.plot([spread.low, spread.high], [height, height], color=colour, linewidth=1.5)
+    axes.annotate(
+        f"{spread.mean:.1f}", (spread.mean, height), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8
+    )
+
+
+def label(column: Column) -> str:
+    """'SoftLabels(T=4, alpha=0.9) from the victim'."""
+    side, attack, _ = column
+    return (
+        attack.removesuffix("()")
+        + {"victim": " from the protected", "honest": " from the unprotected", "none": ""}[side]
+    )
+
+
+def answers(evidence: Evidence) -> str:
+    """Tempered answers of both teachers to the same images: the paper's bar charts."""
+    count, classes = len(evidence.images), len(evidence.classes)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(1.75 * count + 0.5, 4.6), layout="constrained")
+        grid = figure.subplots(3, count, squeeze=False, height_ratios=(1.1, 1, 1))
+        for number in range(count):
+            picture, honest, victim = grid[:, number]
+            pixels = evidence.images[number].transpose(1, 2, 0)
+            picture.imshow(pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
+            picture.set_title(evidence.classes[int(evidence.labels[number])], fontsize=10)
+            picture.axis("off")
+            for axes, values, colour, hatch in (
+                (honest, evidence.honest[number], HONEST, ""),
+                (victim, evidence.victim[number], VICTIM, "///"),
+            ):
+                axes.bar(range(classes), values, color=colour, hatch=hatch, edgecolor="white", linewidth=0.3)
+                axes.set_ylim(0, 1)
+                axes.set_xticks(range(0, classes, max(1, math.ceil(classes / 10))))
+                axes.tick_params(labelsize=7)
+                if number:
+                    axes.set_yticklabels([])
+        grid[1, 0].set_ylabel("unprotected")
+        grid[2, 0].set_ylabel("protected")
+        figure.supxlabel(f"class; bars are answers softened at T = {T:g}", fontsize=9)
+    return svg(figure)
+
+
+def maps(evidence: Evidence) -> str:
+    """t-SNE of features and answers of both teachers, one mark for each class."""
+    names = [
+        name
+        for name in ("honest features", "victim features", "honest answers", "victim answers")
+        if name in evidence.maps
+    ]
+    markers = "osD^v<>PX*"
+    colours = matplotlib.colormaps["tab20"]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8.4, 4.2 * math.ceil(len(names) / 2)), layout="constrained")
+        for axes, name in zip(figure.subplots(math.ceil(len(names) / 2), 2).flat, names, strict=False):
+            for label in np.unique(evidence.point_labels):
+                chosen = evidence.maps[name][evidence.point_labels == label]
+                axes.scatter(
+                    *chosen.T,
+                    s=14,
+                    marker=markers[label % 10],
+                    color=colours(label % 20),
+                    linewidths=0,
+                    label=evidence.classes[label],
+                )
+            axes.set_title(name.replace("honest", "unprotected:").replace("victim", "protected:"), fontsize=10)
+            axes.set_xticks([])
+            axes.set_yticks([])
+        if len(evidence.classes) <= 20:
+            figure.legend(
+                *axes.get_legend_handles_labels(), loc="outside lower center", ncols=10, fontsize=8, frameon=False
+            )
+    return svg(figure)

@@ -1,0 +1,90 @@
+"""report.json, and the two pages made from it: report.html for people, report.md for repositories."""
+
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from pydantic import ValidationError
+
+from undistill.errors import StoreError
+from undistill.files import write_text
+from undistill.report import figures
+from undistill.report.evidence import read_evidence
+from undistill.report.schema import Interval, Report
+from undistill.verdict import columns, interval
+
+_templates = Environment(
+    loader=PackageLoader("undistill.report"),
+    autoescape=lambda name: bool(name and name.endswith(".html")),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write report.json into `folder`, where `evidence.npz` lies already, then both pages."""
+    write_text(folder / "report.json", report.model_dump_json(indent=2) + "\n")
+    render(folder)
+
+
+def read_report(folder: Path) -> Report:
+    """Raises `StoreError` where there is no whole report."""
+    path = folder / "report.json"
+    if not path.is_file():
+        raise StoreError(f"There is no {path}; 'undistill audit' or 'undistill demo' writes one.")
+    try:
+        return Report.model_validate_json(path.read_text())
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path} is no report of this version of undistill: {str(error).splitlines()[0]}") from None
+
+
+def render(folder: Path) -> Path:
+    """Make report.html and report.md anew from report.json and evidence.npz."""
+    report, evidence = read_report(folder), read_evidence(folder / "evidence.npz")
+    pictures = {
+        "students": [
+            Markup(figures.students(report, name)) for name in sorted({cell.student for cell in report.cells})
+        ],
+        "answers": Markup(figures.answers(evidence)),
+        "maps": Markup(figures.maps(evidence)),
+    }
+    context = {"report": report, "rows": table(report), "percent": percent, "points": points}
+    html = _templates.get_template("report.html").render(context, pictures=pictures)
+    write_text(folder / "report.md", _templates.get_template("report.md").render(context))
+    write_text(folder / "report.html", html)
+    return folder / "report.html"
+
+
+def table(report: Report) -> list[dict[str, str]]:
+    """One row for each (side, attack, student), means over seeds."""
+    rows = []
+    for column, accuracies in columns(report.cells).items():
+        cells = [cell for cell in report.cells if (cell.side, cell.attack, cell.student) == column]
+        rows.append(
+            {
+                "attack": figures.label(column),
+                "student": column[2],
+                "accuracy": percent(interval(list(accuracies.values()))),
+                "fidelity": percent(interval([cell.fidelity for cell in cells])),
+                "queries": f"{max(cell.queries for cell in cells):,}",
+                "n": str(len(cells)),
+            }
+        )
+    return rows
+
+
+def percent(value: Interval | float) -> str:
+    """0.9123 -> '91.2 %', with half the width of the interval where there is one."""
+    if isinstance(value, float):
+        return f"{100 * value:.1f} %"
+    return f"{100 * value.mean:.1f}{_half(value)} %"
+
+
+def points(value: Interval) -> str:
+    """A difference in points, signed: '+2.3 ± 0.4'."""
+    return f"{100 * value.mean:+.1f}{_half(value)}"
+
+
+def _half(value: Interval) -> str:
+    return "" if value.high is None else f" ± {100 * (value.high - value.mean):.1f}"

@@ -1,0 +1,126 @@
+"""`Spec`: a frozen, validated record whose text is its CLI form, test id, report row and cache key.
+
+>>> Attack.parse("SoftLabels(T=4, alpha=0.9)")
+"""
+
+import ast
+import inspect
+import re
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from undistill.code import load_code, trust
+from undistill.errors import SpecError, unknown
+
+_CALL = re.compile(r"\s*(?:(?P<origin>[^()]+):)?(?P<name>\w+)\s*(?P<arguments>\(.*\))?\s*", re.S)
+
+
+class Spec(BaseModel):
+    """Extra fields are refused, ranges are checked, NaN and infinity are not numbers here.
+
+    A direct subclass is a family (`Attack`, `Defence`, ...); concrete subclasses of a family
+    register themselves under their class name. `parse(str(x)) == x` holds for every spec.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    registry: ClassVar[dict[str, type[Any]]]
+    origin: ClassVar[str] = ""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        if Spec in cls.__bases__:
+            cls.registry = {}
+        if not inspect.isabstract(cls):
+            cls.registry[cls.__name__] = cls
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise SpecError(_explain(type(self), error)) from None
+
+    def __str__(self) -> str:
+        fields = ", ".join(f"{name}={_text(value)}" for name, value in self)
+        return f"{self.origin + ':' if self.origin else ''}{type(self).__name__}({fields})"
+
+    __repr__ = __str__
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The spec that `text` describes: `Name`, `Name(field=value)` or `file.py:Name(...)`.
+
+        Raises `SpecError` for an unknown name or field (with the nearest valid one), for a value
+        out of range, and for code that the user did not name (see `undistill.code.trust`).
+        """
+        origin, name, arguments = split_call(text)
+        spec = cls._load(origin, name) if origin else cls._find(name)
+        return spec(**arguments)
+
+    @classmethod
+    def named(cls, spec: str | Self) -> Self:
+        """What the user typed, or made: its code may run."""
+        if isinstance(spec, cls):
+            return spec
+        trust(str(spec))
+        return cls.parse(str(spec))
+
+    @classmethod
+    def _find(cls, name: str) -> type[Self]:
+        for known, spec in cls.registry.items():
+            if known.casefold() == name.casefold():
+                return spec
+        raise SpecError(unknown(cls.__name__.lower(), name, cls.registry))
+
+    @classmethod
+    def _load(cls, origin: str, name: str) -> type[Self]:
+        spec = load_code(f"{origin}:{name}")
+        if not (inspect.isclass(spec) and issubclass(spec, cls)):
+            raise SpecError(f"{origin}:{name} is not a subclass of {cls.__name__}.")
+        spec.origin = origin
+        return spec
+
+
+def split_call(text: str) -> tuple[str, str, dict[str, Any]]:
+    """Origin, name and keyword arguments of `origin:Name(key=literal, ...)`."""
+    match = _CALL.fullmatch(text)
+    if match is None:
+        raise SpecError(f"Cannot read '{text}': write Name or Name(field=value, ...).")
+    try:
+        call = ast.parse("f" + (match["arguments"] or "()"), mode="eval").body
+        assert isinstance(call, ast.Call)
+        arguments = _keywords(call)
+    except (SyntaxError, ValueError, AssertionError):
+        raise SpecError(
+            f"Cannot read '{text}': fields are written field=value, with numbers, True, False, "
+            "None or quoted text as values."
+        ) from None
+    return (match["origin"] or "").strip(), match["name"], arguments
+
+
+def _keywords(call: ast.Call) -> dict[str, Any]:
+    if call.args or any(key.arg is None for key in call.keywords):
+        raise ValueError("fields have names")
+    return {str(key.arg): _literal(key.value) for key in call.keywords}
+
+
+def _literal(node: ast.expr) -> Any:
+    """A literal, or the fields of a nested spec, whose class its parent knows."""
+    return _keywords(node) if isinstance(node, ast.Call) else ast.literal_eval(node)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float) and value == int(value) and abs(value) < 1e15:
+        return str(int(value))
+    return str(value) if isinstance(value, Spec) else repr(value)
+
+
+def _explain(spec: type[Spec], error: ValidationError) -> str:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return unknown(f"field of {spec.__name__}", field, spec.model_fields)
+    if first["type"] == "missing":
+        return f"{spec.__name__} needs a value for '{field}'."
+    return f"{spec.__name__}: {field} = {first['input']!r} is refused: {first['msg']}."

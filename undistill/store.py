@@ -1,0 +1,188 @@
+"""Run folders: claimed with a request, finished with a record, read back without executing anything.
+
+request.json          what was asked for, written first; the same request resumes or is instant
+checkpoint-N.pt       the N-th training of the run so far; gone once it is finished
+metrics.jsonl         every epoch
+weights.safetensors   the result
+run.json              specs, parents, seed, metrics, versions, the weights' hash; written last
+"""
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+import undistill
+from undistill.data import Data, Source
+from undistill.errors import StoreError
+from undistill.files import sha256, write_json, write_weights
+from undistill.models import Model, load_weights
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A folder that this process may write into, until it exits."""
+
+    folder: Path
+    lock: FileLock
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "run.json").exists()
+
+    def finish(self, network: nn.Module, record: Record) -> "Run":
+        """Write weights, then the record, then clear the checkpoints away."""
+        digest = write_weights(self.folder / "weights.safetensors", network.state_dict())
+        write_json(self.folder / "run.json", record | {"weights_sha256": digest, "environment": environment()})
+        for checkpoint in self.folder.glob("checkpoint-*.pt"):
+            checkpoint.unlink()
+        return Run.open(self.folder)
+
+
+def claim(folder: Path, request: Record) -> Claim:
+    """Make `folder` the place of `request`, or take up the same request where it stopped.
+
+    Raises `StoreError` for a folder that holds anything else, or in which another process works.
+    """
+    request = json.loads(json.dumps(request))
+    path = folder / "request.json"
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{folder} is a file; choose another --out.")
+    if (
+        not path.exists()
+        and folder.exists()
+        and set(folder.iterdir()) - {folder / ".lock", folder / "request.json.part"}
+    ):
+        raise StoreError(f"{folder} holds files that are no run of undistill; choose another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise StoreError(f"Another process is working in {folder}; wait for it, or choose another --out.") from None
+    if path.exists():
+        held = _read_json(path)
+        if held != request:
+            raise StoreError(
+                f"{folder} holds another run ({_difference(held, request)}). "
+                "Choose another --out, or remove that folder."
+            )
+    else:
+        write_json(path, request)
+    return Claim(folder, lock)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training: who it is, on what, and its weights."""
+
+    folder: Path
+    record: Record
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Run":
+        """Raises `StoreError` where there is no finished run."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise StoreError(f"There is no run folder {folder}.")
+        if not (folder / "run.json").exists():
+            state = (
+                "unfinished: run the command that made it again"
+                if (folder / "request.json").exists()
+                else "no run of undistill"
+            )
+            raise StoreError(f"{folder} is {state}.")
+        record = _read_json(folder / "run.json")
+        lacking = {"data", "data_sha256", "model", "classes", "shape", "weights_sha256"} - record.keys()
+        if lacking:
+            raise StoreError(f"{folder} is no run of undistill: its run.json lacks {', '.join(sorted(lacking))}.")
+        return cls(folder, record)
+
+    def data(self) -> Data:
+        """The run's data, read again and checked to be the same."""
+        data = Source.parse(self.record["data"]).load()
+        if data.digest != self.record["data_sha256"]:
+            raise StoreError(
+                f"{self.record['data']} no longer holds the images on which {self.folder} was made; "
+                "restore them, or train again into a new folder."
+            )
+        return data
+
+    def network(self, model: Model | None = None) -> nn.Module:
+        """The trained network, in eval mode. `model` overrides the recorded one (needed for the user's own code)."""
+        path = self.folder / "weights.safetensors"
+        if not path.exists() or sha256(path) != self.record["weights_sha256"]:
+            raise StoreError(f"{path} is missing or not the file that this run wrote; make the run again.")
+        return self.fresh(0, model, weights=path)
+
+    def fresh(self, seed: int, model: Model | None = None, weights: Path | None = None) -> nn.Module:
+        """The same architecture, newly initialised by `seed`."""
+        network = self.model(model).build(self.shape, len(self.record["classes"]), seed)
+        if weights:
+            load_weights(network, weights)
+        return network.eval()
+
+    def model(self, override: Model | None = None) -> Model:
+        return override or Model.parse(self.record["model"])
+
+    def require(self, shape: tuple[int, ...], classes: Sequence[str]) -> None:
+        """Raise `StoreError` unless the run's network is one for these images and classes."""
+        own = (self.shape, tuple(self.record["classes"]))
+        if own != (tuple(shape), tuple(classes)):
+            raise StoreError(
+                f"{self.folder} is for images {own[0]} and {len(own[1])} classes; "
+                f"{tuple(shape)} and {len(classes)} are needed."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.record["shape"]
+        return channels, height, width
+
+    @property
+    def digest(self) -> str:
+        return str(self.record["weights_sha256"])
+
+
+def environment() -> dict[str, str | int]:
+    """Versions and hardware, for the record."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "undistill": undistill.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "system": platform.system(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _read_json(path: Path) -> Record:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} is damaged ({error}); restore or remove its folder.") from None
+    if not isinstance(value, dict):
+        raise StoreError(f"{path} is damaged (no JSON object); restore or remove its folder.")
+    return value
+
+
+def _difference(held: Record, asked: Record, prefix: str = "") -> str:
+    """The first field in which two requests differ."""
+    for name in sorted(held.keys() | asked.keys()):
+        old, new = held.get(name), asked.get(name)
+        if isinstance(old, dict) and isinstance(new, dict) and old != new:
+            return _difference(old, new, f"{prefix}{name}.")
+        if old != new:
+            return f"{prefix}{name} is {old} there, {new} was asked"
+    raise AssertionError("called on equal requests")

@@ -1,0 +1,159 @@
+"""`train` and `protect`: from data and a network to a run folder."""
+
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from undistill import measure
+from undistill.data import Data, Source
+from undistill.defences import Defence
+from undistill.files import sha256
+from undistill.fit import Batch, Fit, Recipe
+from undistill.losses import cross_entropy, distillation
+from undistill.measure import evaluate
+from undistill.models import Model, load_weights
+from undistill.progress import Progress
+from undistill.seeds import derive
+from undistill.spec import Spec
+from undistill.store import Record, Run, claim
+
+DIVERGENCE_T = 4.0
+
+
+class Settings(Spec):
+    """What `--config` and `--set` may say: `seed=1`, `recipe.epochs=30`."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    recipe: Recipe = Recipe()
+
+
+class TrainSettings(Settings):
+    """As `Settings`, and the honest teacher's objective."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class AuditSettings(Spec):
+    """What `audit --config` and `--set` may say: how students are trained."""
+
+    recipe: Recipe
+
+
+def train(
+    data: str | Source,
+    model: str | Model,
+    out: str | Path,
+    *,
+    weights: str | Path | None = None,
+    settings: TrainSettings | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Run:
+    """Train a classifier normally; its run folder is the honest teacher.
+
+    `weights` is where training starts; with `recipe.epochs=0` they are adopted as they are.
+    """
+    settings = settings or TrainSettings()
+    source, model = Source.named(data), Model.named(model)
+    loaded = source.load()
+    request = {
+        "command": "train",
+        "data": str(source),
+        "data_sha256": loaded.digest,
+        "model": str(model),
+        "weights_sha256": sha256(Path(weights)) if weights and Path(weights).is_file() else None,
+        "settings": settings.model_dump(mode="json"),
+    }
+    seed = derive(settings.seed, "honest")
+    network = model.build(loaded.shape, loaded.num_classes, seed)
+    if weights:
+        load_weights(network, Path(weights))
+        network.eval()
+
+    def objective(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"ce": cross_entropy(network(batch.images), batch.labels, settings.label_smoothing)}
+
+    place = claim(Path(out), request)
+    if place.finished:
+        return Run.open(out)
+    fit = Fit(settings.recipe, seed, pick_device(device), place.folder, progress or Progress.silent(), "honest teacher")
+    network = fit(network, loaded, objective)
+    return place.finish(network, _record(request, loaded, fit, network))
+
+
+def protect(
+    run: str | Path | Run,
+    defence: str | Defence,
+    out: str | Path,
+    *,
+    model: str | Model | None = None,
+    settings: Settings | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Run:
+    """Protect the honest teacher of `run`; the victim gets a run folder of its own.
+
+    Without `settings` the recipe and seed are the honest teacher's. `model` names the user's own
+    network again, which a stored run may not execute by itself.
+    """
+    honest = run if isinstance(run, Run) else Run.open(run)
+    settings = settings or recorded_settings(honest)
+    defence = Defence.named(defence)
+    model = honest.model(None if model is None else Model.named(model))
+    data = honest.data()
+    request = {
+        "command": "protect",
+        "parent": {"folder": str(honest.folder.resolve()), "weights_sha256": honest.digest},
+        "data": honest.record["data"],
+        "data_sha256": honest.record["data_sha256"],
+        "model": str(model),
+        "defence": str(defence),
+        "settings": settings.model_dump(mode="json"),
+    }
+    seed = derive(settings.seed, "victim")
+    teacher, fresh = honest.network(model), honest.fresh(seed, model)
+    place = claim(Path(out), request)
+    if place.finished:
+        return Run.open(out)
+    chosen = pick_device(device)
+    fit = Fit(settings.recipe, seed, chosen, place.folder, progress or Progress.silent(), type(defence).__name__)
+    victim = defence.protect(teacher.to(chosen), fresh, data, fit)
+    record = _record(request, data, fit, victim)
+    record["metrics"]["divergence"] = divergence(victim, teacher, data)
+    return place.finish(victim, record)
+
+
+def divergence(victim: nn.Module, honest: nn.Module, data: Data, T: float = DIVERGENCE_T) -> float:
+    """T^2 KL(victim/T || honest/T) on the validation split: how far the defence went, in nats."""
+    images = data.validation.images
+    return distillation(evaluate(victim.cpu(), images), evaluate(honest.cpu(), images), T).item()
+
+
+def recorded_settings(run: Run) -> Settings:
+    """Seed and recipe with which a run was made."""
+    made = run.record["settings"]
+    return Settings(seed=made["seed"], recipe=made["recipe"])
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _record(request: Record, data: Data, fit: Fit, network: nn.Module) -> Record:
+    logits = evaluate(network.cpu(), data.validation.images)
+    labels = data.validation.labels
+    return request | {
+        "classes": list(data.classes),
+        "shape": list(data.shape),
+        "epochs": len(fit.history),
+        "seconds": round(fit.seconds, 3),
+        "metrics": {
+            "validation_accuracy": measure.accuracy(logits, labels),
+            "validation_nll": measure.nll(logits, labels),
+            "validation_ece": measure.ece(logits, labels),
+        },
+    }
