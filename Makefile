@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test slow check bench clean
+.PHONY: demo test slow check bench schema clean
 
 demo: $(READY)
 	$(BIN)/undistill demo
@@ -33,3 +33,6 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
+
+schema: $(READY)
+	$(BIN)/python -c "import json; from undistill.report.schema import Report; print(json.dumps(Report.model_json_schema(), indent=2))" > docs/report.schema.json

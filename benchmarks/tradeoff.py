@@ -35,6 +35,7 @@ def main() -> None:
     options.add_argument("--model", default="ConvNet(width=16)")
     options.add_argument("--student", default="ConvNet(width=2)")
     options.add_argument("--epochs", type=int, default=Recipe().epochs)
+    options.add_argument("--student-epochs", type=int, default=60)
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
     options.add_argument("--out", type=Path, default=None, help="where runs are kept (default: a temporary folder)")
     chosen = options.parse_args()
@@ -65,18 +66,18 @@ def one_seed(
         honest, defence, base / f"nasty-{T:g}-{omega:g}-{warm}", settings=Settings(seed=seed, recipe=recipe)
     )
     scratch, kd_honest = (
-        student(honest, Scratch(), seed, recipe, chosen),
-        student(honest, SoftLabels(T=T), seed, recipe, chosen),
+        student(honest, Scratch(), seed, chosen),
+        student(honest, SoftLabels(T=T), seed, chosen),
     )
-    kd_nasty = student(nasty, SoftLabels(T=T), seed, recipe, chosen)
+    kd_nasty = student(nasty, SoftLabels(T=T), seed, chosen)
     teachers = [100 * run.record["metrics"]["validation_accuracy"] for run in (honest, nasty)]
     return [*teachers, nasty.record["metrics"]["divergence"], scratch, kd_honest, kd_nasty, kd_honest - kd_nasty]
 
 
-def student(run: Run, attack: Scratch | SoftLabels, seed: int, recipe: Recipe, chosen: argparse.Namespace) -> float:
+def student(run: Run, attack: Scratch | SoftLabels, seed: int, chosen: argparse.Namespace) -> float:
     data, seed = run.data(), derive(seed, "student")
     network = Model.parse(chosen.student).build(data.shape, data.num_classes, seed)
-    fit = Fit(recipe, seed, torch.device("cpu"))
+    fit = Fit(Recipe(epochs=chosen.student_epochs), seed, torch.device("cpu"))
     network = attack.run(Oracle(run.network(), attack.needs), network, data, fit)
     return 100 * accuracy(evaluate(network, data.validation.images), data.validation.labels)
 

@@ -37,7 +37,7 @@ from undistill.workflow import divergence, pick_device, recorded_settings
 VALIDATION_SHARE = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """A victim beside its honest twin, and the seeds with which students attack this pair."""
 
@@ -172,40 +172,21 @@ def audit(
     """
     subject = Subject.of(victim, honest, range(seeds), model)
     subject.victim.require(subject.honest.shape, subject.honest.record["classes"])
+    recipe = recipe or recorded_settings(subject.honest).recipe
+    jobs = list(plan([subject], suite, attacks, students, recipe))
     claim(Path(out), {"command": "audit", "victim": subject.victim.digest, "honest": subject.honest.digest})
-    return audit_pairs(
-        [subject],
-        Path(out),
-        suite=suite,
-        attacks=attacks,
-        students=students,
-        recipe=recipe,
-        device=device,
-        progress=progress,
-    )
+    return perform(jobs, Path(out), suite, device, progress or Progress.silent())
 
 
-def audit_pairs(
-    subjects: Sequence[Subject],
-    out: Path,
-    *,
-    suite: str,
-    attacks: Sequence[str | Attack] = (),
-    students: Sequence[str | Model] = (),
-    recipe: Recipe | None = None,
-    device: str = "auto",
-    progress: Progress | None = None,
-) -> Report:
-    """One report over several pairs, each attacked with its own seeds."""
-    progress = progress or Progress.silent()
-    recipe = recipe or recorded_settings(subjects[0].honest).recipe
-    jobs = list(plan(subjects, suite, attacks, students, recipe))
-    cells: list[Cell] = []
+def perform(jobs: Sequence[Job], out: Path, suite: str, device: str, progress: Progress) -> Report:
+    """Do what is not done yet, then write one report over all cells."""
     with progress.task("audit", len(jobs)) as task:
+        cells = []
         for job in jobs:
             cells.append(job.run(out / "cells", pick_device(device), progress))
             task.advance()
-    report = summarise(subjects, cells, suite, recipe)
+    subjects = list(dict.fromkeys(job.subject for job in jobs))
+    report = summarise(subjects, cells, suite, jobs[0].recipe)
     write_evidence(out / "evidence.npz", subjects[0].data, subjects[0].honest_network, subjects[0].victim_network)
     write_report(report, out)
     return report

@@ -37,12 +37,12 @@ CHECKPOINT_SECONDS = 2.0
 class Recipe(Spec):
     """How the loop runs; the defaults suit small images."""
 
-    epochs: int = Field(60, ge=0)
+    epochs: int = Field(40, ge=0)
     batch_size: int = Field(64, ge=2)
     optimiser: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(0.05, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of SGD (Nesterov's), first beta of AdamW."""
+    """Momentum of SGD, first beta of AdamW."""
     weight_decay: float = Field(5e-4, ge=0)
     schedule: Literal["step", "cosine", "one_cycle"] = "one_cycle"
     warmup: float = Field(0.2, ge=0, lt=1)
@@ -253,8 +253,7 @@ def build_optimiser(network: nn.Module, recipe: Recipe) -> Optimizer:
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if recipe.optimiser == "adamw":
         return AdamW(parameters, recipe.lr, (recipe.momentum, 0.999), weight_decay=recipe.weight_decay)
-    nesterov = recipe.momentum > 0
-    return SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=nesterov)
+    return SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
 
 
 def build_schedule(optimiser: Optimizer, recipe: Recipe, steps: int) -> LRScheduler:

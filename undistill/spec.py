@@ -100,7 +100,7 @@ def split_call(text: str) -> tuple[str, str, dict[str, Any]]:
 
 
 def _keywords(call: ast.Call) -> dict[str, Any]:
-    if call.args or any(key.arg is None for key in call.keywords):
+    if not isinstance(call.func, ast.Name) or call.args or any(key.arg is None for key in call.keywords):
         raise ValueError("fields have names")
     return {str(key.arg): _literal(key.value) for key in call.keywords}
 

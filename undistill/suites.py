@@ -18,7 +18,7 @@ SUITES = {
     "quick": Suite(
         "plain distillation and the floors beside which it is read",
         attacks=("Scratch()", "LabelSmoothing(smoothing=0.1)", "SoftLabels(T=4, alpha=0.9)", "HardLabels()"),
-        students=("ConvNet(width=4)",),
+        students=("ConvNet(width=8)",),
     ),
 }
 

@@ -79,7 +79,7 @@ def train(
     if place.finished:
         return Run.open(out)
     fit = Fit(settings.recipe, seed, pick_device(device), place.folder, progress or Progress.silent(), "honest teacher")
-    network = fit(network, loaded, objective)
+    network = fit(network, loaded.split, objective)
     return place.finish(network, _record(request, loaded, fit, network))
 
 
@@ -119,7 +119,7 @@ def protect(
         return Run.open(out)
     chosen = pick_device(device)
     fit = Fit(settings.recipe, seed, chosen, place.folder, progress or Progress.silent(), type(defence).__name__)
-    victim = defence.protect(teacher.to(chosen), fresh, data, fit)
+    victim = defence.protect(teacher.to(chosen), fresh, data.split, fit)
     record = _record(request, data, fit, victim)
     record["metrics"]["divergence"] = divergence(victim, teacher, data)
     return place.finish(victim, record)

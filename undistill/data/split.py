@@ -75,6 +75,11 @@ class Data(Split):
             sha.update(part.labels.numpy().tobytes())
         return sha.hexdigest()
 
+    @property
+    def split(self) -> Split:
+        """All but the test images: what training and defences are given."""
+        return Split(self.classes, self.train, self.validation)
+
     def attackers(self, share: float, seed: int) -> Split:
         """What an attacker with the owner's training images has, his own validation split included."""
         return Split(self.classes, *self.train.carve(share, seed))

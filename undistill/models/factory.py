@@ -5,6 +5,7 @@ import inspect
 from torch import nn
 
 from undistill.code import load_code
+from undistill.errors import ModelError
 from undistill.models.model import Model, Shape
 from undistill.spec import split_call
 
@@ -25,8 +26,10 @@ class Factory(Model):
     def network(self, shape: Shape, num_classes: int) -> nn.Module:
         origin, name, arguments = split_call(self.call)
         make = load_code(f"{origin}:{name}")
-        channels, *size = shape
-        known = {"num_classes": num_classes, "in_channels": channels, "image_size": tuple(size)}
-        taken = inspect.signature(make).parameters
-        network: nn.Module = make(**{key: value for key, value in known.items() if key in taken}, **arguments)
+        known = {"num_classes": num_classes, "in_channels": shape[0], "image_size": shape[1:]}
+        try:
+            taken = inspect.signature(make).parameters
+            network: nn.Module = make(**{key: value for key, value in known.items() if key in taken} | arguments)
+        except Exception as error:
+            raise ModelError(f"{self.call} raised {type(error).__name__}: {error}") from error
         return network

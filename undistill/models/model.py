@@ -1,15 +1,15 @@
 """`Model`: the one factory of networks, and what every network must be."""
 
 import contextlib
+import io
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from undistill.code import is_code
@@ -98,15 +98,16 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors in a safetensors or torch file, by name; nothing in it is executed."""
     if not path.is_file():
         raise ModelError(f"There is no weights file {path}.")
+    content = path.read_bytes()
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            return load(content)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ModelError(f"{path} is not a whole safetensors file: {error}.") from None
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+    except Exception:  # torch.load raises many kinds for what is damaged, or no plain state dict
         raise ModelError(
-            f"{path} is not a plain state dict. A pickled module can execute code and is not loaded; "
+            f"{path} is damaged, or no plain state dict. A pickled module can execute code and is not loaded; "
             "save tensors alone: torch.save(model.state_dict(), path), or safetensors."
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

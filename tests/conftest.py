@@ -1,0 +1,60 @@
+"""A toy world: three classes of 12 x 12 images and networks that train in well under a second."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from undistill.data import Data, Npz
+from undistill.fit import Fit, Recipe
+from undistill.store import Run
+from undistill.workflow import Settings, TrainSettings, protect, train
+
+torch.set_num_threads(1)
+
+TEACHER = "ConvNet(width=4)"
+STUDENT = "ConvNet(width=2)"
+RECIPE = Recipe(epochs=6, batch_size=16, lr=0.1)
+FAST = "recipe.epochs=6", "recipe.batch_size=16", "recipe.lr=0.1"
+NASTY = "Nasty(omega=0.05, T=4)"
+
+
+def toy_arrays(per_class: int = 40, classes: int = 3, seed: int = 0) -> dict[str, np.ndarray]:
+    """Noisy stripes, in one direction per class."""
+    random = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(classes), per_class)
+    angle, phase = labels * np.pi / classes, random.uniform(0, 2 * np.pi, len(labels))
+    y, x = np.mgrid[:12, :12]
+    along = np.cos(angle)[:, None, None] * x + np.sin(angle)[:, None, None] * y
+    images = 128 + 80 * np.sin(2 * along + phase[:, None, None]) + random.normal(0, 30, (len(labels), 12, 12))
+    return {"images": images.clip(0, 255).astype(np.uint8), "labels": labels}
+
+
+@pytest.fixture(scope="session")
+def toy_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("toy") / "toy.npz"
+    np.savez(path, **toy_arrays())
+    return path
+
+
+@pytest.fixture(scope="session")
+def toy(toy_file: Path) -> Data:
+    return Npz(path=str(toy_file)).load()
+
+
+@pytest.fixture(scope="session")
+def honest(toy_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("runs") / "honest"
+    return train(str(toy_file), TEACHER, out, settings=TrainSettings(recipe=RECIPE), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def victim(honest: Run) -> Run:
+    out = honest.folder.with_name("victim")
+    return protect(honest, NASTY, out, settings=Settings(recipe=RECIPE), device="cpu")
+
+
+@pytest.fixture
+def fit() -> Fit:
+    return Fit(RECIPE, 0, torch.device("cpu"))

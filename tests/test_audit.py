@@ -1,0 +1,255 @@
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from tests.conftest import RECIPE, STUDENT, TEACHER
+from undistill import auditor
+from undistill.auditor import audit
+from undistill.errors import SpecError, StoreError
+from undistill.flags import CHECKS, raised
+from undistill.oracle import Oracle
+from undistill.report.schema import Report
+from undistill.store import Run
+from undistill.workflow import TrainSettings, train
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_audit(victim: Run, out: Path, **options: object) -> Report:
+    return audit(victim, out, students=[STUDENT], device="cpu", **({"seeds": 2} | options))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def folder(victim: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("audits") / "audit"
+    run_audit(victim, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> Report:
+    return Report.model_validate_json((folder / "report.json").read_text())
+
+
+def test_every_cell_is_there(report: Report, toy) -> None:
+    found = {(cell.side, cell.attack.split("(")[0], cell.seed) for cell in report.cells}
+    assert found == {
+        (side, attack, seed)
+        for seed in (0, 1)
+        for side, attack in [
+            ("none", "Scratch"),
+            ("none", "LabelSmoothing"),
+            ("victim", "SoftLabels"),
+            ("honest", "SoftLabels"),
+            ("victim", "HardLabels"),
+            ("honest", "HardLabels"),
+        ]
+    }
+    views = RECIPE.epochs * len(toy.attackers(0.1, 0).train)
+    assert {cell.queries for cell in report.cells if cell.side == "none"} == {0}
+    assert {cell.queries for cell in report.cells if cell.side != "none"} == {views}
+    assert report.divergence > 1
+    assert report.pairs[0].test_images == len(toy.test)
+
+
+def test_report_json_keeps_its_schema(folder: Path) -> None:
+    schema = json.loads((ROOT / "docs" / "report.schema.json").read_text())
+    assert schema == Report.model_json_schema(), "run: make schema"
+    jsonschema.validate(json.loads((folder / "report.json").read_text()), schema)
+
+
+def test_a_repeated_audit_trains_nothing(victim: Run, folder: Path, report: Report, monkeypatch) -> None:
+    monkeypatch.setattr(auditor.Job, "_train", lambda *_: pytest.fail("a finished cell was trained again"))
+    again = run_audit(victim, folder)
+    assert again.cells == report.cells
+    assert again.verdict == report.verdict
+
+
+def test_more_seeds_reuse_the_old_cells(victim: Run, folder: Path, report: Report, monkeypatch) -> None:
+    trained = []
+    train_cell = auditor.Job._train
+    monkeypatch.setattr(auditor.Job, "_train", lambda job, *rest: trained.append(job.seed) or train_cell(job, *rest))
+    more = run_audit(victim, folder, seeds=3)
+    assert set(trained) == {2}
+    assert more.cells[: len(report.cells)] == report.cells
+
+
+def test_a_stopped_audit_ends_with_the_same_cells(victim: Run, report: Report, tmp_path: Path, monkeypatch) -> None:
+    asked = 0
+    ask = Oracle.__call__
+
+    def stops(oracle: Oracle, batch):
+        nonlocal asked
+        asked += 1
+        if asked == 40:
+            raise KeyboardInterrupt
+        return ask(oracle, batch)
+
+    monkeypatch.setattr("undistill.fit.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(Oracle, "__call__", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run_audit(victim, tmp_path / "a")
+    assert list((tmp_path / "a" / "cells").glob("*/checkpoint-0.pt"))
+    monkeypatch.setattr(Oracle, "__call__", ask)
+    resumed = run_audit(victim, tmp_path / "a")
+    drop = {"seconds"}
+    assert [c.model_dump(exclude=drop) for c in resumed.cells] == [c.model_dump(exclude=drop) for c in report.cells]
+    assert not list((tmp_path / "a" / "cells").glob("*/"))
+
+
+def test_an_audit_against_the_wrong_twin_is_refused(victim: Run, tmp_path: Path) -> None:
+    other = train(
+        "digits", TEACHER, tmp_path / "digits", settings=TrainSettings(recipe=RECIPE.model_copy(update={"epochs": 0}))
+    )
+    with pytest.raises(StoreError, match="on different data"):
+        audit(victim, tmp_path / "a", honest=other)
+    with pytest.raises(StoreError, match="name it with --honest"):
+        audit(other, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_unknown_parts_are_named(victim: Run, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="did you mean 'quick'"):
+        run_audit(victim, tmp_path / "a", suite="quik")
+    with pytest.raises(SpecError, match="did you mean 'SoftLabels'"):
+        run_audit(victim, tmp_path / "a", attacks=["SoftLabel"])
+    assert not (tmp_path / "a").exists()
+
+
+NEWCOMER = '''
+from collections.abc import Mapping
+from pydantic import Field
+from torch import Tensor, nn
+from undistill import Access, Attack, Batch, Fit, Oracle, Split
+
+
+class LogitMatching(Attack):
+    """Mean squared error between log-probabilities."""
+
+    needs = Access.QUERY
+    scale: float = Field(0.1, gt=0)
+
+    def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
+        assert not hasattr(data, "test")
+
+        def objective(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+            error = network(batch.images).log_softmax(1) - oracle(batch)
+            return {"match": self.scale * error.square().mean()}
+
+        return fit(student, data, objective)
+'''
+
+
+def test_a_newcomers_attack_is_one_file(victim: Run, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    from undistill.attacks import Attack
+
+    monkeypatch.setattr(Attack, "registry", dict(Attack.registry))
+    file = tmp_path / "logit_matching.py"
+    file.write_text(NEWCOMER)
+    text = f"{file}:LogitMatching(scale=0.2)"
+    report = run_audit(victim, folder, seeds=1, attacks=[text])
+    rows = [cell for cell in report.cells if cell.attack == text]
+    assert {cell.side for cell in rows} == {"victim", "honest"}
+    assert rows[0].queries > 0
+    assert Attack.parse(text) == Attack.parse(str(Attack.parse(text)))
+
+
+NEW_DEFENCE = '''
+from undistill import Defence
+
+
+class Nothing(Defence):
+    """Leave the teacher as it is."""
+
+    def protect(self, teacher, fresh, data, fit):
+        assert not hasattr(data, "test")
+        return teacher
+'''
+
+
+def test_a_newcomers_defence_is_one_file(honest: Run, tmp_path: Path, monkeypatch) -> None:
+    from undistill.defences import Defence
+    from undistill.workflow import protect
+
+    monkeypatch.setattr(Defence, "registry", dict(Defence.registry))
+    (tmp_path / "nothing.py").write_text(NEW_DEFENCE)
+    run = protect(honest, f"{tmp_path / 'nothing.py'}:Nothing", tmp_path / "same", device="cpu")
+    assert run.digest == honest.digest
+    report = run_audit(run, tmp_path / "audit", seeds=1)
+    assert report.verdict.damage.mean == 0
+    assert "barely_diverged" in {flag.name for flag in report.flags}
+
+
+def test_a_file_dropped_into_the_folder_is_found(tmp_path: Path, monkeypatch) -> None:
+    """`undistill/attacks/` imports whatever lies in it; nothing is listed anywhere."""
+    import sys
+
+    from undistill import attacks
+    from undistill.attacks import Attack
+    from undistill.catalogue import catalogue
+    from undistill.discover import import_all
+
+    monkeypatch.setattr(Attack, "registry", dict(Attack.registry))
+    monkeypatch.setattr(attacks, "__path__", [*attacks.__path__, str(tmp_path)])
+    (tmp_path / "newcomer.py").write_text(NEWCOMER)
+    import_all(attacks.__path__, "undistill.attacks")
+    monkeypatch.delitem(sys.modules, "undistill.attacks.newcomer")
+    assert str(Attack.parse("LogitMatching")) == "LogitMatching(scale=0.1)"
+    assert "LogitMatching" in {row["name"] for row in catalogue("attacks")["attacks"]}
+
+
+# What to change in a sound report so that each flag must fire.
+LIES = {
+    "few_seeds": lambda r: r.model_copy(update={"verdict": verdict_with(r, damage=1)}),
+    "one_teacher": lambda r: r.model_copy(update={"pairs": r.pairs[:1]}),
+    "control_failed": lambda r: r.model_copy(update={"verdict": verdict_with(r, control=-0.05)}),
+    "costly": lambda r: r.model_copy(update={"verdict": verdict_with(r, cost=0.1)}),
+    "barely_diverged": lambda r: r.model_copy(update={"divergence": 0.2}),
+    "underfitted_teacher": lambda r: pairs_with(r, honest_train_accuracy=0.9),
+    "students_still_learning": lambda r: cells_with(r, late_gain=0.1),
+    "student_at_chance": lambda r: cells_with(r, accuracy=1 / 3),
+    "small_test_set": lambda r: pairs_with(r, test_images=100),
+}
+
+
+def verdict_with(report: Report, **change: float):
+    name, value = next(iter(change.items()))
+    interval = getattr(report.verdict, name)
+    new = {"n": value} if name == "damage" else {"mean": value}
+    return report.verdict.model_copy(update={name: interval.model_copy(update=new)})
+
+
+def pairs_with(report: Report, **change: float) -> Report:
+    return report.model_copy(update={"pairs": [pair.model_copy(update=change) for pair in report.pairs]})
+
+
+def cells_with(report: Report, **change: float) -> Report:
+    return report.model_copy(update={"cells": [cell.model_copy(update=change) for cell in report.cells]})
+
+
+@pytest.fixture
+def sound(report: Report) -> Report:
+    """A report on which no flag is raised."""
+    good = report.model_copy(update={"divergence": 9.0, "pairs": report.pairs * 3})
+    good = pairs_with(cells_with(good, late_gain=0.0, accuracy=0.9), test_images=1000, honest_train_accuracy=1.0)
+    verdict = verdict_with(good, damage=3)
+    good = good.model_copy(update={"verdict": verdict})
+    good = good.model_copy(update={"verdict": verdict_with(good, control=0.01)})
+    good = good.model_copy(update={"verdict": verdict_with(good, cost=0.0)})
+    assert not raised(good)
+    return good
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_every_flag_fires_alone_on_its_lie(name: str, sound: Report) -> None:
+    assert [flag.name for flag in raised(LIES[name](sound))] == [name]
+
+
+def test_late_gain_by_hand() -> None:
+    rising = [{"validation_accuracy": epoch / 100} for epoch in range(100)]
+    flat = [{"validation_accuracy": 0.9} for _ in range(100)]
+    assert auditor.late_gain(rising) == pytest.approx(0.2)
+    assert auditor.late_gain(flat) == pytest.approx(0)
+    assert auditor.late_gain(rising[:2]) == 0

@@ -1,0 +1,146 @@
+"""What every attack and every defence promises; a new file is tested here at birth."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import RECIPE, STUDENT
+from undistill.attacks import Attack
+from undistill.data import Data
+from undistill.defences import Defence
+from undistill.errors import BudgetExceeded
+from undistill.fit import Fit
+from undistill.measure import accuracy, evaluate
+from undistill.models import Model
+from undistill.oracle import Access, Oracle
+from undistill.spec import Spec
+from undistill.store import Run
+
+CPU = torch.device("cpu")
+ATTACKS = [spec() for spec in Attack.registry.values()]
+DEFENCES = [spec() for spec in Defence.registry.values()]
+# One other valid value for every field; a new field needs a line here.
+OTHER = {"T": 1.5, "alpha": 0.3, "smoothing": 0.4, "omega": 0.3, "warm_start": 0.5}
+
+attacks = pytest.mark.parametrize("attack", ATTACKS, ids=str)
+defences = pytest.mark.parametrize("defence", DEFENCES, ids=str)
+
+
+def fields(specs: list[Spec]) -> Iterator[object]:
+    for spec in specs:
+        for name in type(spec).model_fields:
+            yield pytest.param(spec, name, id=f"{type(spec).__name__}.{name}")
+
+
+def student(data: Data, attack: Attack, victim: nn.Module, oracle: Oracle | None = None) -> nn.Module:
+    oracle = oracle or Oracle(victim, attack.needs)
+    network = Model.parse(STUDENT).build(data.shape, data.num_classes, 0)
+    return attack.run(oracle, network, data.attackers(0.1, 0), Fit(RECIPE, 0, CPU))
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    one, two = a.state_dict(), b.state_dict()
+    return all(torch.equal(one[name], two[name]) for name in one)
+
+
+def protected(data: Data, defence: Defence, honest: Run) -> nn.Module:
+    return defence.protect(honest.network(), honest.fresh(1), data.split, Fit(RECIPE, 0, CPU))
+
+
+@pytest.mark.parametrize("spec", [*ATTACKS, *DEFENCES], ids=str)
+def test_text_names_the_spec(spec: Spec) -> None:
+    family = Attack if isinstance(spec, Attack) else Defence
+    assert family.parse(str(spec)) == spec
+    assert family.parse(type(spec).__name__) == spec
+    assert type(spec).__doc__
+
+
+@attacks
+def test_same_seed_same_bits(attack: Attack, toy: Data, honest: Run) -> None:
+    victim = honest.network()
+    assert same(student(toy, attack, victim), student(toy, attack, victim))
+
+
+@attacks
+def test_students_beat_chance(attack: Attack, toy: Data, honest: Run) -> None:
+    network = student(toy, attack, honest.network())
+    assert accuracy(evaluate(network, toy.test.images), toy.test.labels) > 0.5
+
+
+@attacks
+def test_no_more_access_than_declared(attack: Attack, toy: Data, honest: Run) -> None:
+    asked: list[Access] = []
+
+    class Watching(Oracle):
+        def _require(self, access: Access, deed: str) -> None:
+            asked.append(access)
+            super()._require(access, deed)
+
+    student(toy, attack, honest.network(), Watching(honest.network(), Access.WEIGHTS))
+    assert max(asked, default=Access.NONE) == attack.needs
+
+
+@attacks
+def test_queries_are_counted_and_the_budget_stops_them(attack: Attack, toy: Data, honest: Run) -> None:
+    oracle = Oracle(honest.network(), attack.needs)
+    student(toy, attack, honest.network(), oracle)
+    assert (oracle.queries > 0) == (attack.needs >= Access.QUERY)
+    if oracle.queries:
+        student(toy, attack, honest.network(), Oracle(honest.network(), attack.needs, budget=oracle.queries))
+        with pytest.raises(BudgetExceeded):
+            student(toy, attack, honest.network(), Oracle(honest.network(), attack.needs, budget=oracle.queries - 1))
+
+
+@attacks
+def test_the_victim_is_left_as_it_was(attack: Attack, toy: Data, honest: Run) -> None:
+    victim = honest.network()
+    student(toy, attack, victim)
+    assert same(victim, honest.network())
+
+
+@pytest.mark.parametrize(("attack", "field"), list(fields(ATTACKS)))
+def test_every_field_of_an_attack_changes_the_run(attack: Attack, field: str, toy: Data, honest: Run) -> None:
+    victim = honest.network()
+    changed = attack.model_copy(update={field: OTHER[field]})
+    assert not same(student(toy, attack, victim), student(toy, changed, victim))
+
+
+@defences
+def test_defences_repeat_and_leave_the_teacher_alone(defence: Defence, toy: Data, honest: Run) -> None:
+    teacher = honest.network()
+    victims = [defence.protect(teacher, honest.fresh(1), toy.split, Fit(RECIPE, 0, CPU)) for _ in range(2)]
+    assert same(*victims)
+    assert same(teacher, honest.network())
+    assert not same(teacher, victims[0])
+
+
+@defences
+def test_defended_teachers_stay_accurate(defence: Defence, toy: Data, honest: Run) -> None:
+    answers = evaluate(protected(toy, defence, honest), toy.test.images)
+    assert answers.shape == (len(toy.test), 3)
+    assert accuracy(answers, toy.test.labels) > 0.8
+
+
+@pytest.mark.parametrize(("defence", "field"), list(fields(DEFENCES)))
+def test_every_field_of_a_defence_changes_the_run(
+    defence: Defence, field: str, toy: Data, honest: Run, victim: Run
+) -> None:
+    other = str(victim.folder) if field == "adversary" else OTHER[field]
+    changed = type(defence)(**(defence.model_dump() | {field: other}))
+    assert not same(protected(toy, defence, honest), protected(toy, changed, honest))
+
+
+@pytest.mark.parametrize("folder", ["attacks", "defences"])
+def test_one_file_each(folder: str) -> None:
+    family = Attack if folder == "attacks" else Defence
+    files = [spec.__module__ for spec in family.registry.values() if not spec.origin]
+    assert len(files) == len(set(files))
+
+
+@defences
+def test_no_gradient_reaches_the_teacher(defence: Defence, toy: Data, honest: Run) -> None:
+    teacher = honest.network().requires_grad_(True)
+    defence.protect(teacher, honest.fresh(1), toy.split, Fit(RECIPE, 0, CPU))
+    assert all(parameter.grad is None for parameter in teacher.parameters())

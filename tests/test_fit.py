@@ -1,0 +1,255 @@
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import RECIPE, TEACHER
+from undistill import fit as fit_module
+from undistill.data import Data, Samples, Split
+from undistill.errors import NonFiniteLoss, SpecError
+from undistill.fit import Batch, Fit, Recipe, build_optimiser, build_schedule
+from undistill.losses import cross_entropy
+from undistill.models import Model
+from undistill.views import Views
+
+CPU = torch.device("cpu")
+
+
+def plain(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    return {"ce": cross_entropy(network(batch.images), batch.labels)}
+
+
+def trained(data: Split, recipe: Recipe, seed: int = 0, folder: Path | None = None, **parts: Any) -> dict[str, Tensor]:
+    network = Model.parse(TEACHER).build(data.shape, data.num_classes, 0)
+    objective = parts.pop("objective", plain)
+    return Fit(recipe, seed, CPU, folder, **parts)(network, data, objective).state_dict()
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_learns(toy: Data, fit: Fit) -> None:
+    fit(Model.parse(TEACHER).build(toy.shape, 3, 0), toy, plain)
+    assert fit.history[-1]["validation_accuracy"] > 0.9
+    assert fit.history[-1]["loss"] < 0.5 * fit.history[0]["loss"]
+    assert fit.history[-1]["loss"] == pytest.approx(fit.history[-1]["ce"])
+
+
+def test_same_seed_same_bits(toy: Data) -> None:
+    assert same(trained(toy, RECIPE), trained(toy, RECIPE))
+    assert not same(trained(toy, RECIPE), trained(toy, RECIPE, seed=1))
+
+
+def test_callers_generator_is_left_alone(toy: Data, fit: Fit) -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    fit(Model.parse(TEACHER).build(toy.shape, 3, 0), toy, plain)
+    assert torch.equal(torch.rand(3), expected)
+
+
+CHANGES: dict[str, Any] = {
+    "epochs": 5,
+    "batch_size": 20,
+    "optimiser": "adamw",
+    "lr": 0.02,
+    "momentum": 0.5,
+    "weight_decay": 0.01,
+    "schedule": "cosine",
+    "warmup": 0.5,
+    "clip": 0.1,
+    "ema": 0.9,
+    "precision": "bf16",
+    "views": Views(crop=0),
+}
+
+
+@pytest.mark.parametrize("field", Recipe.model_fields)
+def test_every_field_of_the_recipe_changes_the_run(toy: Data, field: str) -> None:
+    base = RECIPE
+    if field in ("drops", "gamma"):
+        base = RECIPE.model_copy(update={"schedule": "step"})
+        change: Any = {"drops": (0.4,), "gamma": 0.5}[field]
+    elif field == "selection":
+        # Validation accuracy peaks early here and falls: the last epoch is not the best one.
+        base = RECIPE.model_copy(update={"lr": 2.0, "clip": 0.0, "epochs": 8})
+        change = "best"
+    else:
+        change = CHANGES[field]
+    changed = Recipe(**(base.model_dump() | {field: change}))
+    assert not same(trained(toy, base), trained(toy, changed))
+
+
+@pytest.mark.parametrize("schedule", ["step", "cosine", "one_cycle"])
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_a_stopped_run_ends_with_the_same_bits(
+    toy: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str, optimiser: str
+) -> None:
+    recipe = Recipe(epochs=6, batch_size=16, schedule=schedule, optimiser=optimiser, ema=0.9, selection="best")
+    monkeypatch.setattr(fit_module, "CHECKPOINT_SECONDS", 0.0)
+    steps = 0
+
+    def stops(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        nonlocal steps
+        steps += 1
+        if steps == 20:  # in the middle of epoch 4
+            raise KeyboardInterrupt
+        return plain(network, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(toy, recipe, folder=tmp_path, objective=stops)
+    epochs: list[int] = []
+
+    def watches(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        epochs.append(batch.epoch)
+        return plain(network, batch)
+
+    resumed = trained(toy, recipe, folder=tmp_path, objective=watches)
+    assert min(epochs) == 3
+    assert same(resumed, trained(toy, recipe))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_is_carried_is_restored(toy: Data, tmp_path: Path) -> None:
+    class Counter:
+        count = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"count": self.count}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.count = state["count"]
+
+    first, second = Counter(), Counter()
+
+    def counts(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        first.count += len(batch.images)
+        return plain(network, batch)
+
+    trained(toy, RECIPE, folder=tmp_path, objective=counts, carried=(first,))
+    trained(toy, RECIPE, folder=tmp_path, objective=counts, carried=(second,))
+    assert second.count == first.count == RECIPE.epochs * len(toy.train)
+
+
+def test_damaged_checkpoint_starts_again(toy: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "checkpoint-0.pt").write_bytes(b"PK\x03\x04 half a file")
+    assert same(trained(toy, RECIPE, folder=tmp_path), trained(toy, RECIPE))
+    assert "damaged" in caplog.text
+
+
+def test_non_finite_term_stops_and_is_named(toy: Data, fit: Fit) -> None:
+    def explodes(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        terms = dict(plain(network, batch))
+        return terms | {"undermining": terms["ce"] * (math.inf if batch.epoch == 2 else 1.0)}
+
+    with pytest.raises(NonFiniteLoss, match=r"epoch 3 of 6: the term 'undermining'.* recipe\.lr .*recipe\.clip"):
+        fit(Model.parse(TEACHER).build(toy.shape, 3, 0), toy, explodes)
+
+
+def test_non_finite_weights_stop_even_if_the_loss_was_fine(toy: Data) -> None:
+    class InfiniteGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, value: Tensor) -> Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(context: Any, gradient: Tensor) -> Tensor:
+            return gradient * math.inf
+
+    def breaks(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        loss = plain(network, batch)["ce"]
+        last = batch.index.shape[0] and batch.epoch == 0 and breaks.calls == 0  # type: ignore[attr-defined]
+        breaks.calls += 1  # type: ignore[attr-defined]
+        return {"ce": InfiniteGradient.apply(loss) if last else loss}
+
+    breaks.calls = 0  # type: ignore[attr-defined]
+    recipe = Recipe(**(RECIPE.model_dump() | {"epochs": 1, "batch_size": 500, "clip": 0}))
+    with pytest.raises(NonFiniteLoss, match="the weights after it"):
+        trained(toy, recipe, objective=breaks)
+
+
+def test_best_selection_keeps_the_best_validation_epoch(toy: Data) -> None:
+    recipe = Recipe(**(RECIPE.model_dump() | {"lr": 2.0, "clip": 0, "epochs": 8, "selection": "best"}))
+    network = Model.parse(TEACHER).build(toy.shape, 3, 0)
+    fit = Fit(recipe, 0, CPU)
+    fit(network, toy, plain)
+    from undistill.measure import accuracy, evaluate
+
+    kept = accuracy(evaluate(network, toy.validation.images), toy.validation.labels)
+    assert kept == max(epoch["validation_accuracy"] for epoch in fit.history)
+    assert kept > fit.history[-1]["validation_accuracy"]
+
+
+def rates(recipe: Recipe, steps: int) -> list[float]:
+    optimiser = build_optimiser(nn.Linear(1, 1), recipe)
+    schedule = build_schedule(optimiser, recipe, steps)
+    seen = []
+    for _ in range(steps):
+        seen.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        schedule.step()
+    return seen
+
+
+def test_step_schedule_is_the_papers() -> None:
+    """CIFAR-10: 0.1, times 0.1 at epochs 80 and 120 of 160."""
+    found = rates(Recipe(lr=0.1, schedule="step", warmup=0, drops=(0.5, 0.75)), 160)
+    assert found == pytest.approx([0.1] * 80 + [0.01] * 40 + [0.001] * 40)
+
+
+def test_cosine_schedule_with_warmup() -> None:
+    found = rates(Recipe(lr=1.0, schedule="cosine", warmup=0.2), 50)
+    assert found[:10] == pytest.approx([(1 + 0.9 * step) / 10 for step in range(10)], abs=1e-6)
+    assert found[30] == pytest.approx(0.5, abs=0.02)
+    assert found[-1] < 0.01
+
+
+def test_one_cycle_schedule() -> None:
+    found = rates(Recipe(lr=1.0, schedule="one_cycle", warmup=0.3), 100)
+    assert max(found) == pytest.approx(1.0, abs=1e-3)
+    assert found.index(max(found)) == pytest.approx(30, abs=1)
+    assert found[0] < 0.1
+    assert found[-1] < 0.01
+
+
+def test_no_batch_has_a_single_image() -> None:
+    """Batch norm cannot learn from one sample: 33 images in batches of 16 are 11 + 11 + 11."""
+    samples = Samples(torch.zeros(33, 1, 8, 8, dtype=torch.uint8), torch.arange(33) % 3)
+    sizes: list[int] = []
+
+    def watches(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        sizes.append(len(batch.images))
+        return plain(network, batch)
+
+    trained(Split(("a", "b", "c"), samples, samples), Recipe(epochs=1, batch_size=16), objective=watches)
+    assert sizes == [11, 11, 11]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"schedule": "one_cycle", "warmup": 0}, "warmup must be above 0"),
+        ({"drops": (0.5, 1.5)}, "between 0 and 1"),
+        ({"lr": -1}, "lr = -1 is refused"),
+        ({"optimizer": "sgd"}, "did you mean 'optimiser'"),
+        ({"schedule": "onecycle"}, "'step', 'cosine' or 'one_cycle'"),
+        ({"views": {"flop": True}}, "did you mean 'flip'"),
+    ],
+)
+def test_bad_recipes_are_explained(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        Recipe(**fields)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_it_learns_on_a_gpu_in_bf16(toy: Data) -> None:
+    fit = Fit(RECIPE.model_copy(update={"precision": "bf16"}), 0, torch.device("cuda"))
+    fit(Model.parse(TEACHER).build(toy.shape, 3, 0), toy, plain)
+    assert fit.history[-1]["validation_accuracy"] > 0.9

@@ -1,0 +1,201 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from undistill.code import trust
+from undistill.errors import ModelError, SpecError
+from undistill.models import Model, PlainCNN, features, load_weights, seeded
+
+BUILT_IN = [name for name in Model.registry if name != "Factory"]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize(("shape", "classes"), [((1, 8, 8), 2), ((3, 32, 32), 100), ((1, 28, 20), 7)])
+def test_every_model_takes_every_shape(name: str, shape: tuple[int, int, int], classes: int) -> None:
+    network = Model.parse(name).build(shape, classes, seed=0)
+    assert network(torch.rand(3, *shape)).shape == (3, classes)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_same_seed_same_bits_and_the_caller_notices_nothing(name: str) -> None:
+    torch.manual_seed(5)
+    a, b, c = (Model.parse(name).build((1, 8, 8), 3, seed).state_dict() for seed in (0, 0, 1))
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert any(not torch.equal(a[key], c[key]) for key in a)
+
+
+def test_plain_cnn_is_the_papers() -> None:
+    network = PlainCNN().build((3, 32, 32), 10, 0)
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in linear] == [(2048, 128), (128, 10)]
+    assert sum(p.numel() for p in network.parameters()) == 357_514
+
+
+def test_resnetc_20_has_the_published_size() -> None:
+    """0.27 M parameters (He et al. 2016, table 6 of the CIFAR experiments)."""
+    network = Model.parse("ResNetC(depth=20)").build((3, 32, 32), 10, 0)
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 2) == 0.27
+    with pytest.raises(SpecError, match="6n \\+ 2"):
+        Model.parse("ResNetC(depth=18)")
+
+
+def test_too_small_images_are_explained() -> None:
+    with pytest.raises(ModelError, match="needs 8 x 8 pixels; got 4 x 4"):
+        PlainCNN().build((1, 4, 4), 2, 0)
+
+
+def test_features_are_the_last_layers_inputs() -> None:
+    network = Model.parse("ConvNet(width=4)").build((1, 8, 8), 3, 0).eval()
+    images = torch.rand(5, 1, 8, 8)
+    inner = features(network, images)
+    assert inner is not None
+    assert torch.allclose(network[-1](inner), network(images))
+    assert features(nn.Flatten(), images) is None
+
+
+FACTORIES = """
+import torch
+from torch import nn
+
+def plain(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+
+def all_of_it(num_classes, in_channels, image_size, hidden=5):
+    return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * image_size[0] * image_size[1], hidden),
+                         nn.Linear(hidden, num_classes))
+
+def fixed():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+
+def text(num_classes):
+    return "a network"
+
+def nan(num_classes):
+    network = plain(num_classes)
+    nn.init.constant_(network[1].bias, float("nan"))
+    return network
+
+def crash(num_classes):
+    raise RuntimeError("no weights here")
+"""
+
+
+@pytest.fixture
+def nets(tmp_path: Path) -> Path:
+    path = tmp_path / "nets.py"
+    path.write_text(FACTORIES)
+    for name in ("plain", "all_of_it", "fixed", "text", "nan", "crash", "planes"):
+        trust(f"{path}:{name}")
+    return path
+
+
+def test_users_factory_gets_what_it_asks_for(nets: Path) -> None:
+    model = Model.parse(f"{nets}:all_of_it(hidden=7)")
+    network = model.build((1, 8, 8), 3, 0)
+    assert network[1].out_features == 7
+    assert Model.parse(str(model)) == model
+    assert Model.parse(f"{nets}:plain").build((1, 8, 8), 4, 0)(torch.rand(2, 1, 8, 8)).shape == (2, 4)
+
+
+def test_factory_of_a_module_needs_no_file() -> None:
+    trust("torch.nn:Identity")
+    network = Model.parse("torch.nn:Identity").network((1, 8, 8), 3)
+    assert isinstance(network, nn.Identity)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("fixed", "answers two images with (2, 5); for 3 classes"),
+        ("text", "returned str; a factory must return a torch.nn.Module"),
+        ("nan", "answers a blank image with NaN"),
+        ("crash", "RuntimeError: no weights here"),
+        ("planes", "did you mean 'plain'"),
+        ("plain(width=3)", "unexpected keyword argument 'width'"),
+    ],
+)
+def test_bad_factories_are_explained(nets: Path, name: str, said: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(said)):
+        Model.parse(f"{nets}:{name}").build((1, 8, 8), 3, 0)
+
+
+def test_missing_and_broken_files_are_explained(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("def make(:\n")
+    for name, said in (("absent.py", "There is no file"), ("broken.py", "SyntaxError"), ("no.such.module", "failed")):
+        reference = f"{tmp_path / name}:make" if name.endswith(".py") else f"{name}:make"
+        trust(reference)
+        with pytest.raises(ModelError, match=said):
+            Model.parse(reference).build((1, 8, 8), 3, 0)
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    return Model.parse("ConvNet(width=2)").build((1, 8, 8), 3, 0)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_weights_load_from_both_formats(network: nn.Module, tmp_path: Path, suffix: str) -> None:
+    other = Model.parse("ConvNet(width=2)").build((1, 8, 8), 3, 1)
+    path = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(other.state_dict(), path)
+    load_weights(network, path)
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in other.state_dict().items())
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, ...]:
+        return exec, ("raise SystemExit('executed')",)
+
+
+def test_pickles_are_refused_unread(network: nn.Module, tmp_path: Path) -> None:
+    for number, content in enumerate((network, {"weights": Bomb()}, [1, 2])):
+        path = tmp_path / f"{number}.pt"
+        torch.save(content, path)
+        with pytest.raises(ModelError, match="state dict"):
+            load_weights(network, path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_truncated_weights_are_refused(network: nn.Module, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(network.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelError):
+        load_weights(network, path)
+    path.write_bytes(b"")
+    with pytest.raises(ModelError):
+        load_weights(network, path)
+
+
+def test_weights_of_another_architecture_are_named(network: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file(Model.parse("ConvNet(width=3)").build((1, 8, 8), 3, 0).state_dict(), path)
+    with pytest.raises(ModelError, match="another architecture: .* is \\("):
+        load_weights(network, path)
+    save_file(Model.parse("PlainCNN(width=2)").build((1, 8, 8), 3, 0).state_dict(), path)
+    with pytest.raises(ModelError, match="missing .* and .* more; unexpected"):
+        load_weights(network, path)
+
+
+def test_non_finite_weights_are_refused(network: nn.Module, tmp_path: Path) -> None:
+    state = network.state_dict()
+    state["5.bias"] = torch.full_like(state["5.bias"], float("nan"))
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(ModelError, match=r"5\.bias holds NaN"):
+        load_weights(network, tmp_path / "w.safetensors")
+
+
+def test_seeded_restores_the_callers_generator() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with seeded(9):
+        torch.rand(5)
+    assert torch.equal(torch.rand(2), expected)

@@ -1,0 +1,92 @@
+import pytest
+
+from undistill.errors import SpecError
+from undistill.report.schema import Cell, Interval
+from undistill.verdict import interval, judge, minus
+
+FLOORS = {"Scratch()": 0.80, "LabelSmoothing(smoothing=0.1)": 0.82, "HardLabels()": 0.85}
+COST = Interval(mean=0.01, low=0.0, high=0.02, n=3)
+
+
+def cell(attack: str, side: str, accuracy: float, seed: int = 0, student: str = "ConvNet(width=2)") -> Cell:
+    return Cell(
+        side=side,  # type: ignore[arg-type]
+        attack=attack,
+        student=student,
+        seed=seed,
+        accuracy=accuracy,
+        fidelity=accuracy,
+        queries=100,
+        seconds=1.0,
+        floor=attack in FLOORS,
+        late_gain=0.0,
+    )
+
+
+def cells(victim_kd: float = 0.70, honest_kd: float = 0.84, seeds: int = 3, **extra: float) -> list[Cell]:
+    """Every seed shifts all students of that seed by the same amount."""
+    found = []
+    for seed in range(seeds):
+        shift = 0.02 * seed
+        found += [cell(name, "none", FLOORS[name] + shift, seed) for name in list(FLOORS)[:2]]
+        found += [cell("HardLabels()", side, FLOORS["HardLabels()"] + shift, seed) for side in ("victim", "honest")]
+        found.append(cell("SoftLabels(T=4, alpha=0.9)", "victim", victim_kd + shift, seed))
+        found.append(cell("SoftLabels(T=4, alpha=0.9)", "honest", honest_kd + shift, seed))
+        found += [cell(f"{name}()", "victim", accuracy + shift, seed) for name, accuracy in extra.items()]
+    return found
+
+
+def test_interval_by_hand() -> None:
+    found = interval([1.0, 2.0, 3.0])
+    assert found.mean == 2
+    assert found.low is not None
+    assert found.low == pytest.approx(2 - 4.302653 * 1 / 3**0.5)  # t quantile for 2 degrees of freedom
+    single = interval([5.0])
+    assert (single.mean, single.low, single.high, single.n) == (5.0, None, None, 1)
+
+
+def test_differences_are_paired_by_seed() -> None:
+    found = minus({0: 0.9, 1: 0.5}, {1: 0.4, 0: 0.8})
+    assert found.mean == pytest.approx(0.1)
+    assert found.high == pytest.approx(0.1)
+
+
+def test_verdict_by_hand() -> None:
+    verdict = judge(cells(), COST, "toys")
+    assert verdict.leak_hard.mean == pytest.approx(0.70 - 0.85)
+    assert verdict.leak_label_smoothing.mean == pytest.approx(0.70 - 0.82)
+    assert verdict.poison.mean == pytest.approx(0.70 - 0.80)
+    assert verdict.control.mean == pytest.approx(0.84 - 0.80)
+    assert verdict.damage.mean == pytest.approx(0.84 - 0.70)
+    assert verdict.leak_hard.high == pytest.approx(verdict.leak_hard.low)  # the shift of a seed cancels
+    assert "14.0 points worse" in verdict.sentence
+    assert "costs 1.0 points" in verdict.sentence
+    assert "gains nothing over" in verdict.sentence
+
+
+def test_worst_attack_decides() -> None:
+    verdict = judge(cells(Clever=0.88), COST, "toys")
+    assert verdict.worst_attack == "Clever()"
+    assert verdict.leak_hard.mean == pytest.approx(0.03)
+    assert verdict.poison.mean == pytest.approx(-0.10)  # the paper's figure is about plain KD alone
+    assert "gains 3.0 points over" in verdict.sentence
+
+
+def test_worst_student_decides() -> None:
+    other = [c.model_copy(update={"student": "PlainCNN(width=32)", "accuracy": c.accuracy + 0.1}) for c in cells()]
+    weak = cells(victim_kd=0.84)
+    verdict = judge(weak + other, COST, "toys")
+    assert verdict.worst_student == "ConvNet(width=2)"
+    assert verdict.damage.mean == pytest.approx(0.0)
+    assert "does not measurably spoil" in verdict.sentence
+
+
+def test_missing_cells_are_named() -> None:
+    with pytest.raises(SpecError, match="no HardLabels cell on side 'victim'"):
+        judge([c for c in cells() if not c.attack.startswith("Hard")], COST, "toys")
+    with pytest.raises(SpecError, match="no attack beside the floors"):
+        judge([c for c in cells() if c.floor], COST, "toys")
+
+
+def test_single_seed_has_no_interval() -> None:
+    assert judge(cells(seeds=1), COST, "toys").damage.low is None
