@@ -177,10 +177,10 @@ def test_truncated_weights_are_refused(network: nn.Module, tmp_path: Path, suffi
 def test_weights_of_another_architecture_are_named(network: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_file(Model.parse("ConvNet(width=3)").build((1, 8, 8), 3, 0).state_dict(), path)
-    with pytest.raises(ModelError, match="another architecture: .* is \\("):
+    with pytest.raises(ModelError, match=r"another architecture: .* is \("):
         load_weights(network, path)
     save_file(Model.parse("PlainCNN(width=2)").build((1, 8, 8), 3, 0).state_dict(), path)
-    with pytest.raises(ModelError, match="missing .* and .* more; unexpected"):
+    with pytest.raises(ModelError, match=r"missing .* and .* more; unexpected"):
         load_weights(network, path)
 
 

@@ -41,8 +41,11 @@ def test_a_folder_with_another_run_is_refused(honest: Run, toy_file: Path) -> No
     other = TrainSettings(recipe=RECIPE, seed=4)
     with pytest.raises(StoreError, match=r"holds another run \(settings.seed is 0 there, 4 was asked\)"):
         train(str(toy_file), TEACHER, honest.folder, settings=other, device="cpu")
-    with pytest.raises(StoreError, match="command is train there, audit was asked"):
-        claim(honest.folder, {"command": "audit"})
+    with (
+        pytest.raises(StoreError, match="command is train there, audit was asked"),
+        claim(honest.folder, {"command": "audit"}),
+    ):
+        pass
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path, toy_file: Path) -> None:
@@ -55,11 +58,12 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path, toy_file: Path) ->
 
 
 def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
-    held = claim(tmp_path / "run", {"command": "train"})
-    with pytest.raises(StoreError, match="Another process is working"):
-        claim(tmp_path / "run", {"command": "train"})
-    held.lock.release()
-    claim(tmp_path / "run", {"command": "train"})
+    request = {"command": "train"}
+    refused = pytest.raises(StoreError, match="Another process is working")
+    with claim(tmp_path / "run", request), refused, claim(tmp_path / "run", request):
+        pass
+    with claim(tmp_path / "run", request) as place:
+        assert not place.finished
 
 
 def test_unfinished_missing_and_damaged_runs_are_named(honest: Run, tmp_path: Path) -> None:

@@ -63,8 +63,9 @@ class Subject:
                 raise StoreError(
                     f"{run.folder} was not made by 'protect', so its honest twin is unknown: name it with --honest RUN."
                 )
-            honest = Path(run.record["parent"]["folder"])
-            if not honest.is_dir():
+            parent = run.folder / str(run.record["parent"]["folder"])
+            honest = parent
+            if not parent.is_dir():
                 raise StoreError(
                     f"The honest twin of {run.folder} is no longer at {honest}; name it with --honest RUN."
                 )
@@ -174,16 +175,17 @@ def audit(
     subject.victim.require(subject.honest.shape, subject.honest.record["classes"])
     recipe = recipe or recorded_settings(subject.honest).recipe
     jobs = list(plan([subject], suite, attacks, students, recipe))
-    claim(Path(out), {"command": "audit", "victim": subject.victim.digest, "honest": subject.honest.digest})
-    return perform(jobs, Path(out), suite, device, progress or Progress.silent())
+    chosen = pick_device(device)
+    with claim(Path(out), {"command": "audit", "victim": subject.victim.digest, "honest": subject.honest.digest}):
+        return perform(jobs, Path(out), suite, chosen, progress or Progress.silent())
 
 
-def perform(jobs: Sequence[Job], out: Path, suite: str, device: str, progress: Progress) -> Report:
+def perform(jobs: Sequence[Job], out: Path, suite: str, device: torch.device, progress: Progress) -> Report:
     """Do what is not done yet, then write one report over all cells."""
     with progress.task("audit", len(jobs)) as task:
         cells = []
         for job in jobs:
-            cells.append(job.run(out / "cells", pick_device(device), progress))
+            cells.append(job.run(out / "cells", device, progress))
             task.advance()
     subjects = list(dict.fromkeys(job.subject for job in jobs))
     report = summarise(subjects, cells, suite, jobs[0].recipe)

@@ -8,7 +8,7 @@ from undistill.fit import Recipe
 from undistill.progress import Progress
 from undistill.report.schema import Report
 from undistill.store import claim
-from undistill.workflow import Settings, TrainSettings, protect, train
+from undistill.workflow import Settings, TrainSettings, pick_device, protect, train
 
 MODEL = "ConvNet(width=16)"
 STUDENT = "ConvNet(width=2)"
@@ -18,15 +18,18 @@ STUDENT_EPOCHS = 60
 
 def demo(out: Path, seeds: int, progress: Progress, device: str = "auto") -> Report:
     """Train, protect and audit on `seeds` different splits of the digits; one report over all of them."""
-    claim(out, {"command": "demo", "model": MODEL, "defence": DEFENCE, "recipe": Recipe().model_dump(mode="json")})
-    subjects = []
-    for seed in range(seeds):
-        folder = out / f"seed-{seed}"
-        settings = TrainSettings(seed=seed)
-        honest = train(Digits(seed=seed), MODEL, folder / "honest", settings=settings, device=device, progress=progress)
-        victim = protect(
-            honest, DEFENCE, folder / "nasty", settings=Settings(seed=seed), device=device, progress=progress
-        )
-        subjects.append(Subject(victim, honest, (seed,)))
-    jobs = list(plan(subjects, "quick", (), [STUDENT], Recipe(epochs=STUDENT_EPOCHS)))
-    return perform(jobs, out, "quick", device, progress)
+    request = {"command": "demo", "model": MODEL, "defence": DEFENCE, "recipe": Recipe().model_dump(mode="json")}
+    chosen = pick_device(device)
+    with claim(out, request):
+        subjects = [subject(out / f"seed-{seed}", seed, progress, device) for seed in range(seeds)]
+        jobs = list(plan(subjects, "quick", (), [STUDENT], Recipe(epochs=STUDENT_EPOCHS)))
+        return perform(jobs, out, "quick", chosen, progress)
+
+
+def subject(folder: Path, seed: int, progress: Progress, device: str) -> Subject:
+    """One honest teacher and its nasty twin, attacked with one seed."""
+    honest_settings, settings = TrainSettings(seed=seed), Settings(seed=seed)
+    data = Digits(seed=seed)
+    honest = train(data, MODEL, folder / "honest", settings=honest_settings, device=device, progress=progress)
+    victim = protect(honest, DEFENCE, folder / "nasty", settings=settings, device=device, progress=progress)
+    return Subject(victim, honest, (seed,))

@@ -9,7 +9,8 @@ run.json              specs, parents, seed, metrics, versions, the weights' hash
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,25 +31,24 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Claim:
-    """A folder that this process may write into, until it exits."""
+    """A folder that this process alone may write into."""
 
     folder: Path
-    lock: FileLock
 
     @property
     def finished(self) -> bool:
         return (self.folder / "run.json").exists()
 
-    def finish(self, network: nn.Module, record: Record) -> "Run":
+    def finish(self, network: nn.Module, record: Record) -> None:
         """Write weights, then the record, then clear the checkpoints away."""
         digest = write_weights(self.folder / "weights.safetensors", network.state_dict())
         write_json(self.folder / "run.json", record | {"weights_sha256": digest, "environment": environment()})
         for checkpoint in self.folder.glob("checkpoint-*.pt"):
             checkpoint.unlink()
-        return Run.open(self.folder)
 
 
-def claim(folder: Path, request: Record) -> Claim:
+@contextmanager
+def claim(folder: Path, request: Record) -> Iterator[Claim]:
     """Make `folder` the place of `request`, or take up the same request where it stopped.
 
     Raises `StoreError` for a folder that holds anything else, or in which another process works.
@@ -57,28 +57,23 @@ def claim(folder: Path, request: Record) -> Claim:
     path = folder / "request.json"
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file; choose another --out.")
-    if (
-        not path.exists()
-        and folder.exists()
-        and set(folder.iterdir()) - {folder / ".lock", folder / "request.json.part"}
-    ):
+    ours = {folder / ".lock", folder / "request.json.part"}
+    if folder.exists() and not path.exists() and set(folder.iterdir()) - ours:
         raise StoreError(f"{folder} holds files that are no run of undistill; choose another --out.")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         raise StoreError(f"Another process is working in {folder}; wait for it, or choose another --out.") from None
-    if path.exists():
-        held = _read_json(path)
-        if held != request:
+    with lock:
+        if not path.exists():
+            write_json(path, request)
+        elif (held := _read_json(path)) != request:
             raise StoreError(
                 f"{folder} holds another run ({_difference(held, request)}). "
                 "Choose another --out, or remove that folder."
             )
-    else:
-        write_json(path, request)
-    return Claim(folder, lock)
+        yield Claim(folder)
 
 
 @dataclass(frozen=True)

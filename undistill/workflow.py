@@ -1,5 +1,6 @@
 """`train` and `protect`: from data and a network to a run folder."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from undistill import measure
 from undistill.data import Data, Source
 from undistill.defences import Defence
+from undistill.errors import SpecError
 from undistill.files import sha256
 from undistill.fit import Batch, Fit, Recipe
 from undistill.losses import cross_entropy, distillation
@@ -75,12 +77,13 @@ def train(
     def objective(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"ce": cross_entropy(network(batch.images), batch.labels, settings.label_smoothing)}
 
-    place = claim(Path(out), request)
-    if place.finished:
-        return Run.open(out)
-    fit = Fit(settings.recipe, seed, pick_device(device), place.folder, progress or Progress.silent(), "honest teacher")
-    network = fit(network, loaded.split, objective)
-    return place.finish(network, _record(request, loaded, fit, network))
+    chosen = pick_device(device)
+    with claim(Path(out), request) as place:
+        if not place.finished:
+            fit = Fit(settings.recipe, seed, chosen, place.folder, progress or Progress.silent(), "honest teacher")
+            network = fit(network, loaded.split, objective)
+            place.finish(network, _record(request, loaded, fit, network))
+    return Run.open(out)
 
 
 def protect(
@@ -105,7 +108,7 @@ def protect(
     data = honest.data()
     request = {
         "command": "protect",
-        "parent": {"folder": str(honest.folder.resolve()), "weights_sha256": honest.digest},
+        "parent": {"folder": os.path.relpath(honest.folder, out), "weights_sha256": honest.digest},
         "data": honest.record["data"],
         "data_sha256": honest.record["data_sha256"],
         "model": str(model),
@@ -114,15 +117,15 @@ def protect(
     }
     seed = derive(settings.seed, "victim")
     teacher, fresh = honest.network(model), honest.fresh(seed, model)
-    place = claim(Path(out), request)
-    if place.finished:
-        return Run.open(out)
-    chosen = pick_device(device)
-    fit = Fit(settings.recipe, seed, chosen, place.folder, progress or Progress.silent(), type(defence).__name__)
-    victim = defence.protect(teacher.to(chosen), fresh, data.split, fit)
-    record = _record(request, data, fit, victim)
-    record["metrics"]["divergence"] = divergence(victim, teacher, data)
-    return place.finish(victim, record)
+    chosen, name = pick_device(device), type(defence).__name__
+    with claim(Path(out), request) as place:
+        if not place.finished:
+            fit = Fit(settings.recipe, seed, chosen, place.folder, progress or Progress.silent(), name)
+            victim = defence.protect(teacher.to(chosen), fresh, data.split, fit)
+            record = _record(request, data, fit, victim)
+            record["metrics"]["divergence"] = divergence(victim, teacher, data)
+            place.finish(victim, record)
+    return Run.open(out)
 
 
 def divergence(victim: nn.Module, honest: nn.Module, data: Data, T: float = DIVERGENCE_T) -> float:
@@ -138,9 +141,15 @@ def recorded_settings(run: Run) -> Settings:
 
 
 def pick_device(name: str) -> torch.device:
+    """`auto`, or a device that is there; `SpecError` otherwise."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except Exception as error:  # torch raises many kinds for a device that is not there
+        raise SpecError(f"Device '{name}' cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def _record(request: Record, data: Data, fit: Fit, network: nn.Module) -> Record:

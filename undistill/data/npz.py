@@ -1,7 +1,6 @@
 """Images and labels in one NumPy archive."""
 
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -9,6 +8,7 @@ import torch
 from undistill.data.source import Source
 from undistill.data.split import Samples
 from undistill.errors import DataError
+from undistill.files import read_arrays
 
 
 class Npz(Source):
@@ -22,11 +22,10 @@ class Npz(Source):
 
     def read(self) -> tuple[Samples, Samples | None, list[str]]:
         try:
-            with np.load(self.path, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
+            arrays = read_arrays(Path(self.path))
         except FileNotFoundError:
             raise DataError(f"There is no file {self.path}.") from None
-        except (OSError, ValueError, BadZipFile, EOFError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise DataError(f"{self.path} is not a readable .npz archive of plain arrays: {error}") from None
         if {"images", "labels"} <= arrays.keys():
             pool, test = self._samples(arrays, "images", "labels"), None

@@ -3,16 +3,18 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
 from undistill.data import Data, Samples
 from undistill.errors import StoreError
-from undistill.files import write_atomically
+from undistill.files import read_arrays, write_atomically
 from undistill.measure import evaluate
 from undistill.models import features
 from undistill.views import to_float
@@ -21,7 +23,7 @@ T = 4.0
 IMAGES = 5
 POINTS = 400
 
-Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,11 @@ def write_evidence(path: Path, data: Data, honest: nn.Module, victim: nn.Module)
 
 def read_evidence(path: Path) -> Evidence:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        arrays = read_arrays(path)
         maps = {name.removeprefix("map "): arrays[name] for name in arrays if name.startswith("map ")}
         fields = {name: arrays[name] for name in ("images", "labels", "honest", "victim", "point_labels")}
         return Evidence(classes=[str(name) for name in arrays["classes"]], maps=maps, **fields)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise StoreError(f"{path} is missing or damaged ({error}); run the audit again.") from None
 
 

@@ -1,0 +1,82 @@
+"""kill -9 in the middle: the same command completes the work, with the same bits as if nothing had been."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import STUDENT, TEACHER
+from undistill.fit import Recipe
+from undistill.store import Run
+from undistill.workflow import Settings, TrainSettings, protect, train
+
+RECIPE = Recipe(epochs=60, batch_size=8)
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+# A checkpoint after every epoch, so that a kill lands between two of them.
+PROGRAM = "from undistill import fit; fit.CHECKPOINT_SECONDS = 0.0; from undistill.cli import app; app()"
+
+
+def start(*words: object) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", PROGRAM, *map(str, words)]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def kill_when(process: subprocess.Popen[bytes], folder: Path, pattern: str) -> None:
+    """SIGKILL as soon as a checkpoint is there."""
+    deadline = time.monotonic() + 60
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def finish(*words: object) -> None:
+    assert start(*words).wait() == 0
+
+
+SET = [f"--set=recipe.{field}" for field in (f"epochs={RECIPE.epochs}", f"batch_size={RECIPE.batch_size}")]
+
+
+@pytest.fixture(scope="module")
+def pair(toy_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """Honest teacher and victim, never interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    honest = train(str(toy_file), TEACHER, out / "honest", settings=TrainSettings(recipe=RECIPE), device="cpu")
+    return honest, protect(honest, "Nasty", out / "nasty", settings=Settings(recipe=RECIPE), device="cpu")
+
+
+def test_train(pair: tuple[Run, Run], toy_file: Path, tmp_path: Path) -> None:
+    words = ["train", "--data", toy_file, "--model", TEACHER, "--out", tmp_path / "run", *SET]
+    kill_when(start(*words), tmp_path / "run", "checkpoint-0.pt")
+    assert not (tmp_path / "run" / "run.json").exists()
+    finish(*words)
+    assert Run.open(tmp_path / "run").digest == pair[0].digest
+
+
+def test_protect(pair: tuple[Run, Run], tmp_path: Path) -> None:
+    words = ["protect", pair[0].folder, "--defence", "Nasty", "--out", tmp_path / "run"]
+    kill_when(start(*words), tmp_path / "run", "checkpoint-0.pt")
+    finish(*words)
+    assert Run.open(tmp_path / "run").digest == pair[1].digest
+
+
+def test_audit(pair: tuple[Run, Run], tmp_path: Path) -> None:
+    def words(out: str) -> list[object]:
+        return ["audit", pair[1].folder, "--student", STUDENT, "--seeds", 1, "--out", tmp_path / out]
+
+    def cells(out: str) -> list[dict[str, object]]:
+        report = json.loads((tmp_path / out / "report.json").read_text())
+        return [{name: value for name, value in cell.items() if name != "seconds"} for cell in report["cells"]]
+
+    finish(*words("whole"))
+    kill_when(start(*words("killed")), tmp_path / "killed", "cells/*/checkpoint-0.pt")
+    kill_when(start(*words("killed")), tmp_path / "killed", "cells/*.json")
+    finish(*words("killed"))
+    assert cells("killed") == cells("whole")

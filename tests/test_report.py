@@ -1,0 +1,101 @@
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import STUDENT
+from undistill.auditor import audit
+from undistill.errors import StoreError
+from undistill.report.evidence import read_evidence
+from undistill.report.page import percent, points, read_report, render
+from undistill.report.schema import Interval
+from undistill.store import Run
+
+
+@pytest.fixture(scope="module")
+def folder(victim: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reports") / "audit"
+    audit(victim, out, students=[STUDENT], seeds=2, device="cpu")
+    return out
+
+
+class Addresses(HTMLParser):
+    """Everything that a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.found += [value for name, value in attributes if name in ("src", "href", "xlink:href", "data") and value]
+
+
+def test_the_page_needs_no_network(folder: Path) -> None:
+    html = (folder / "report.html").read_text()
+    page = Addresses()
+    page.feed(html)
+    assert all(address.startswith(("#", "data:image/png;base64,")) for address in page.found)
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert not re.search(r"@import|url\((?!#)", html)
+    assert page.tags.count("svg") == 3
+
+
+def test_the_verdict_comes_first(folder: Path) -> None:
+    html = (folder / "report.html").read_text()
+    report = read_report(folder)
+    text = re.sub(r"<style>.*?</style>|<[^>]*>", " ", html.split("<body>")[1], flags=re.S)
+    assert " ".join(text.split()).startswith(f"{report.title} {report.verdict.sentence}")
+    assert "Top answers still get through" in text
+    assert STUDENT in text
+    for flag in report.flags:
+        assert flag.name in html
+
+
+def test_pages_are_made_again_from_the_figures_alone(folder: Path) -> None:
+    before = (folder / "report.html").read_bytes(), (folder / "report.md").read_bytes()
+    for name in ("report.html", "report.md"):
+        (folder / name).unlink()
+    assert render(folder) == folder / "report.html"
+    assert before == ((folder / "report.html").read_bytes(), (folder / "report.md").read_bytes())
+
+
+def test_evidence_shows_both_teachers(folder: Path, toy) -> None:
+    evidence = read_evidence(folder / "evidence.npz")
+    assert evidence.images.shape == (3, 1, 12, 12)
+    assert sorted(evidence.labels) == [0, 1, 2]
+    assert np.allclose(evidence.honest.sum(1), 1, atol=1e-5)
+    assert np.abs(evidence.honest - evidence.victim).sum() > 0.1
+    assert set(evidence.maps) == {"honest features", "victim features", "honest answers", "victim answers"}
+    assert evidence.maps["honest answers"].shape == (len(evidence.point_labels), 2)
+
+
+def test_missing_and_damaged_reports_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="'undistill audit' or 'undistill demo' writes one"):
+        render(tmp_path)
+    (tmp_path / "report.json").write_text('{"format": 1}')
+    with pytest.raises(StoreError, match="is no report of this version"):
+        render(tmp_path)
+    (tmp_path / "report.json").write_bytes((folder / "report.json").read_bytes())
+    (tmp_path / "evidence.npz").write_bytes((folder / "evidence.npz").read_bytes()[:200])
+    with pytest.raises(StoreError, match=r"evidence\.npz is missing or damaged"):
+        render(tmp_path)
+
+
+def test_class_names_cannot_inject_html(folder: Path, tmp_path: Path) -> None:
+    report = read_report(folder)
+    evil = report.model_copy(update={"title": "<script>alert(1)</script>"})
+    (tmp_path / "report.json").write_text(evil.model_dump_json())
+    with np.load(folder / "evidence.npz") as archive:
+        arrays = dict(archive) | {"classes": np.array(["<script>", "&", "c"])}
+    np.savez(tmp_path / "evidence.npz", **arrays)
+    assert "<script>" not in render(tmp_path).read_text()
+
+
+def test_numbers_are_written_for_people() -> None:
+    assert percent(0.9123) == "91.2 %"
+    assert percent(Interval(mean=0.9, low=0.88, high=0.92, n=3)) == "90.0 ± 2.0 %"
+    assert points(Interval(mean=-0.021, low=None, high=None, n=1)) == "-2.1"
