@@ -31,6 +31,7 @@ def test_existing_weights_are_taken_as_they_are(honest: Run, toy_file: Path, tmp
     run = train(str(toy_file), TEACHER, tmp_path / "adopted", weights=file, settings=adopt, device="cpu")
     assert all(torch.equal(value, weights(honest)[name]) for name, value in weights(run).items())
     assert run.record["metrics"]["validation_accuracy"] == honest.record["metrics"]["validation_accuracy"]
+    assert recorded_settings(run).recipe.epochs == Recipe().epochs, "or protect and audit would train nothing"
 
 
 def test_weights_of_another_network_leave_nothing_behind(honest: Run, toy_file: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import undistill
 from undistill import measure
 from undistill.attacks import Attack
-from undistill.data import Data
+from undistill.data import Data, Source
 from undistill.errors import StoreError
 from undistill.files import write_json
 from undistill.fit import Fit, Recipe
@@ -231,7 +231,7 @@ def summarise(subjects: Sequence[Subject], cells: Sequence[Cell], suite: str, re
         cells=list(cells),
         divergence=statistics.fmean(pair.divergence for pair in pairs),
         costs=costs,
-        verdict=judge(cells, accuracy_cost(subjects, pairs), first["data"].split("(")[0]),
+        verdict=judge(cells, accuracy_cost(subjects, pairs), Source.parse(first["data"]).title),
         flags=[],
         environment=environment(),
     )

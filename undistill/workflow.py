@@ -135,9 +135,10 @@ def divergence(victim: nn.Module, honest: nn.Module, data: Data, T: float = DIVE
 
 
 def recorded_settings(run: Run) -> Settings:
-    """Seed and recipe with which a run was made."""
+    """Seed and recipe with which a run was made; weights that were adopted untrained have the default epochs."""
     made = run.record["settings"]
-    return Settings(seed=made["seed"], recipe=made["recipe"])
+    epochs = made["recipe"]["epochs"] or Recipe().epochs
+    return Settings(seed=made["seed"], recipe=made["recipe"] | {"epochs": epochs})
 
 
 def pick_device(name: str) -> torch.device:

@@ -23,6 +23,10 @@ class Folder(Source):
     size: int | None = Field(None, ge=4, le=4096)
     """Resize every image to size x size pixels (needed where sizes differ)."""
 
+    @property
+    def title(self) -> str:
+        return Path(self.path).name
+
     def read(self) -> tuple[Samples, Samples | None, list[str]]:
         root = Path(self.path)
         if not root.is_dir():

@@ -20,6 +20,10 @@ class Npz(Source):
 
     path: str
 
+    @property
+    def title(self) -> str:
+        return Path(self.path).stem
+
     def read(self) -> tuple[Samples, Samples | None, list[str]]:
         try:
             arrays = read_arrays(Path(self.path))

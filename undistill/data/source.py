@@ -34,6 +34,11 @@ class Source(Spec):
         source: Self = reader(path=str(path.resolve()))
         return source
 
+    @property
+    def title(self) -> str:
+        """What a person calls it."""
+        return type(self).__name__.lower()
+
     @abstractmethod
     def read(self) -> tuple[Samples, Samples | None, list[str]]:
         """All training images, the source's own test images if it has them, the class names."""

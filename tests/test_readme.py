@@ -1,0 +1,71 @@
+"""The README's commands and code run as they stand, on a small folder of images and a small network."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from typer.testing import CliRunner
+
+from tests.conftest import toy_arrays
+from tests.test_data import save_folder
+from undistill import Run
+from undistill.attacks import Attack
+from undistill.cli import app
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+NET = """
+from torch import nn
+
+def make(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(144, 24), nn.ReLU(), nn.Linear(24, num_classes))
+"""
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """photos, net.py, net.safetensors and match.py, where the README expects them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Attack, "registry", dict(Attack.registry))
+    monkeypatch.setattr("webbrowser.open", lambda address: address)
+    save_folder(tmp_path / "photos", toy_arrays())
+    (tmp_path / "net.py").write_text(NET)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(144, 24), nn.ReLU(), nn.Linear(24, 3))
+    save_file(network.state_dict(), tmp_path / "net.safetensors")
+    (code,) = [block for block in blocks("python") if block.startswith("# match.py")]
+    (tmp_path / "match.py").write_text(code)
+    return tmp_path
+
+
+def test_console_blocks_run(world: Path) -> None:
+    commands = [line for block in blocks("console") for line in block.splitlines()]
+    assert len(commands) >= 5
+    for command in commands:
+        program, *words = shlex.split(command)
+        assert program == "undistill"
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, (command, result.stderr)
+    assert "LogitMatching" in (world / "runs" / "audit" / "report.md").read_text()
+    adopted, nasty = Run.open("runs/honest"), Run.open("runs/nasty")
+    assert adopted.record["epochs"] == 0
+    assert nasty.record["epochs"] == 20
+
+
+def test_python_block_runs(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = [block for block in blocks("python") if block.startswith("import undistill")]
+    exec(compile(code, "README.md", "exec"), {})
+    assert "On photos, the protection" in capsys.readouterr().out
+    assert torch.is_grad_enabled()
+
+
+def test_links_lead_somewhere() -> None:
+    root = Path(__file__).parents[1]
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (root / target).exists(), target
