@@ -12,7 +12,7 @@ from undistill.workflow import Settings, TrainSettings, pick_device, protect, tr
 
 MODEL = "ConvNet(width=16)"
 STUDENT = "ConvNet(width=2)"
-DEFENCE = "Nasty(omega=0.025, T=4)"
+DEFENCE = "Nasty(omega=0.03, T=4)"
 STUDENT_EPOCHS = 60
 
 
