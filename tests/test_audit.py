@@ -67,6 +67,15 @@ def test_a_repeated_audit_trains_nothing(victim: Run, folder: Path, report: Repo
     assert again.verdict == report.verdict
 
 
+def test_a_damaged_cell_is_done_again(victim: Run, folder: Path, report: Report, caplog) -> None:
+    damaged = next((folder / "cells").glob("*.json"))
+    whole = json.loads(damaged.read_text())
+    damaged.write_text(damaged.read_text()[:60])
+    run_audit(victim, folder)
+    assert "is damaged" in caplog.text
+    assert {**json.loads(damaged.read_text()), "seconds": 0} == {**whole, "seconds": 0}
+
+
 def test_more_seeds_reuse_the_old_cells(victim: Run, folder: Path, report: Report, monkeypatch) -> None:
     trained = []
     train_cell = auditor.Job._train

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import shutil
 import statistics
 import time
@@ -33,6 +34,8 @@ from undistill.store import Run, claim, environment
 from undistill.suites import find_suite
 from undistill.verdict import interval, judge
 from undistill.workflow import divergence, pick_device, recorded_settings
+
+log = logging.getLogger(__name__)
 
 VALIDATION_SHARE = 0.1
 
@@ -118,8 +121,8 @@ class Job:
     def run(self, cells: Path, device: torch.device, progress: Progress) -> Cell:
         """The cell from its file, or trained and written there; a stopped training goes on."""
         file, folder = cells / f"{self.key}.json", cells / self.key
-        if file.exists():
-            return Cell.model_validate_json(file.read_text())
+        if cell := read_cell(file):
+            return cell
         folder.mkdir(parents=True, exist_ok=True)
         cell = self._train(folder, device, progress)
         write_json(file, cell.model_dump())
@@ -300,6 +303,15 @@ def ms_per_query(network: nn.Module, data: Data, repeats: int = 3) -> float:
         evaluate(network, images)
         times.append(time.perf_counter() - began)
     return statistics.median(times) / len(images) * 1000
+
+
+def read_cell(file: Path) -> Cell | None:
+    """The finished cell, or None if it is not there or damaged, in which case it is done again."""
+    try:
+        return Cell.model_validate_json(file.read_text()) if file.exists() else None
+    except ValueError:
+        log.warning("%s is damaged; that cell is done again.", file)
+        return None
 
 
 def late_gain(history: Sequence[dict[str, float]]) -> float:

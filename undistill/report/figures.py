@@ -116,7 +116,7 @@ def maps(evidence: Evidence) -> str:
         if name in evidence.maps
     ]
     markers = "osD^v<>PX*"
-    colours = matplotlib.colormaps["tab20"]
+    colours = matplotlib.colormaps["tab10" if len(evidence.classes) <= 10 else "tab20"]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8.4, 4.2 * math.ceil(len(names) / 2)), layout="constrained")
         for axes, name in zip(figure.subplots(math.ceil(len(names) / 2), 2).flat, names, strict=False):
@@ -133,6 +133,7 @@ def maps(evidence: Evidence) -> str:
             axes.set_title(name.replace("honest", "unprotected:").replace("victim", "protected:"), fontsize=10)
             axes.set_xticks([])
             axes.set_yticks([])
+            axes.spines[:].set_visible(False)
         if len(evidence.classes) <= 20:
             figure.legend(
                 *axes.get_legend_handles_labels(), loc="outside lower center", ncols=10, fontsize=8, frameon=False
