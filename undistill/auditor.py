@@ -61,17 +61,7 @@ class Subject:
     ) -> "Subject":
         """`honest` defaults to the run from which the victim was protected."""
         run = victim if isinstance(victim, Run) else Run.open(victim)
-        if honest is None:
-            if "parent" not in run.record:
-                raise StoreError(
-                    f"{run.folder} was not made by 'protect', so its honest twin is unknown: name it with --honest RUN."
-                )
-            parent = run.folder / str(run.record["parent"]["folder"])
-            honest = parent
-            if not parent.is_dir():
-                raise StoreError(
-                    f"The honest twin of {run.folder} is no longer at {honest}; name it with --honest RUN."
-                )
+        honest = honest or parent(run)
         twin = honest if isinstance(honest, Run) else Run.open(honest)
         return cls(run, twin, tuple(seeds), None if model is None else Model.named(model))
 
@@ -93,6 +83,18 @@ class Subject:
         images = self.data.test.images
         victim = evaluate(self.victim_network, images)
         return {"victim": victim, "honest": evaluate(self.honest_network, images), "none": victim}
+
+
+def parent(run: Run) -> Path:
+    """The folder of the honest teacher from which `run` was protected."""
+    if "parent" not in run.record:
+        raise StoreError(
+            f"{run.folder} was not made by 'protect', so its honest twin is unknown: name it with --honest RUN."
+        )
+    folder = run.folder / str(run.record["parent"]["folder"])
+    if not folder.is_dir():
+        raise StoreError(f"The honest twin of {run.folder} is no longer at {folder}; name it with --honest RUN.")
+    return folder
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,6 @@ def audit(
     are trained, by default as the honest teacher was. Cells that `out` already holds are not done again.
     """
     subject = Subject.of(victim, honest, range(seeds), model)
-    subject.victim.require(subject.honest.shape, subject.honest.record["classes"])
     recipe = recipe or recorded_settings(subject.honest).recipe
     jobs = list(plan([subject], suite, attacks, students, recipe))
     chosen = pick_device(device)
