@@ -77,10 +77,18 @@ def test_unfinished_missing_and_damaged_runs_are_named(honest: Run, tmp_path: Pa
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(StoreError, match="not the file that this run wrote"):
         Run.open(folder).network()
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"shape": "large"}))
+    with pytest.raises(StoreError, match=r"run\.json is damaged: shape"):
+        Run.open(folder)
     (folder / "run.json").write_text((folder / "run.json").read_text()[:50])
     with pytest.raises(StoreError, match=r"run\.json is damaged"):
         Run.open(folder)
     (folder / "run.json").unlink()
+    (tmp_path / "audit").mkdir()
+    (tmp_path / "audit" / "request.json").write_text('{"command": "audit"}')
+    with pytest.raises(StoreError, match=r"another command \(audit\), not of a model"):
+        Run.open(tmp_path / "audit")
     with pytest.raises(StoreError, match="unfinished: run the command"):
         Run.open(folder)
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy
 import torch
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, ValidationError
 from torch import nn
 
 import undistill
@@ -76,6 +77,21 @@ def claim(folder: Path, request: Record) -> Iterator[Claim]:
         yield Claim(folder)
 
 
+class Recorded(BaseModel):
+    """What every run.json must hold, whatever else it says."""
+
+    command: str
+    data: str
+    data_sha256: str
+    model: str
+    classes: list[str]
+    shape: tuple[int, int, int]
+    settings: dict[str, Any]
+    metrics: dict[str, float]
+    seconds: float
+    weights_sha256: str
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished training: who it is, on what, and its weights."""
@@ -90,16 +106,14 @@ class Run:
         if not folder.is_dir():
             raise StoreError(f"There is no run folder {folder}.")
         if not (folder / "run.json").exists():
-            state = (
-                "unfinished: run the command that made it again"
-                if (folder / "request.json").exists()
-                else "no run of undistill"
-            )
-            raise StoreError(f"{folder} is {state}.")
+            raise StoreError(f"{folder} is {_unfinished(folder)}.")
         record = _read_json(folder / "run.json")
-        lacking = {"data", "data_sha256", "model", "classes", "shape", "weights_sha256"} - record.keys()
-        if lacking:
-            raise StoreError(f"{folder} is no run of undistill: its run.json lacks {', '.join(sorted(lacking))}.")
+        try:
+            Recorded.model_validate(record)
+        except ValidationError as error:
+            raise StoreError(
+                f"{folder / 'run.json'} is damaged: {str(error).splitlines()[1]}; make the run again."
+            ) from None
         return cls(folder, record)
 
     def data(self) -> Data:
@@ -160,6 +174,16 @@ def environment() -> dict[str, str | int]:
         "device": device,
         "threads": torch.get_num_threads(),
     }
+
+
+def _unfinished(folder: Path) -> str:
+    """What a folder without run.json is."""
+    if not (folder / "request.json").exists():
+        return "no run of undistill"
+    command = _read_json(folder / "request.json").get("command")
+    if command in ("train", "protect"):
+        return "unfinished: run the command that made it again"
+    return f"the folder of another command ({command}), not of a model"
 
 
 def _read_json(path: Path) -> Record:

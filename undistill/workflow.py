@@ -136,9 +136,10 @@ def divergence(victim: nn.Module, honest: nn.Module, data: Data, T: float = DIVE
 
 def recorded_settings(run: Run) -> Settings:
     """Seed and recipe with which a run was made; weights that were adopted untrained have the default epochs."""
-    made = run.record["settings"]
-    epochs = made["recipe"]["epochs"] or Recipe().epochs
-    return Settings(seed=made["seed"], recipe=made["recipe"] | {"epochs": epochs})
+    made = Settings(**{name: run.record["settings"].get(name) for name in Settings.model_fields})
+    if made.recipe.epochs:
+        return made
+    return Settings(seed=made.seed, recipe=made.recipe.model_copy(update={"epochs": Recipe().epochs}))
 
 
 def pick_device(name: str) -> torch.device:
