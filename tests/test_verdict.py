@@ -61,7 +61,7 @@ def test_verdict_by_hand() -> None:
     assert verdict.leak_hard.high == pytest.approx(verdict.leak_hard.low)  # the shift of a seed cancels
     assert "14.0 points worse" in verdict.sentence
     assert "costs 1.0 points" in verdict.sentence
-    assert "gains nothing over" in verdict.sentence
+    assert "does not measurably gain over" in verdict.sentence
 
 
 def test_worst_attack_decides() -> None:

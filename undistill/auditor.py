@@ -92,7 +92,7 @@ def parent(run: Run) -> Path:
             f"{run.folder} was not made by 'protect', so its honest twin is unknown: name it with --honest RUN."
         )
     folder = run.folder / str(run.record["parent"]["folder"])
-    if not folder.is_dir():
+    if not folder.is_dir() or Run.open(folder).digest != run.record["parent"]["weights_sha256"]:
         raise StoreError(f"The honest twin of {run.folder} is no longer at {folder}; name it with --honest RUN.")
     return folder
 

@@ -120,7 +120,7 @@ def protect(
 
     honest = Run.open(run)
     chosen = Settings(**merge(recorded_settings(honest).model_dump(), read_settings(config, settings)))
-    out = out or run.with_name(f"{run.resolve().name}-{defence.split('(')[0].split(':')[-1].lower()}")
+    out = out or beside(run, defence.split("(")[0].split(":")[-1].lower())
     with Progress.to_stderr() as progress:
         victim = work(honest, defence, out, model=model, settings=chosen, device=device, progress=progress)
     metrics = victim.record["metrics"]
@@ -153,14 +153,15 @@ def audit(
 ) -> None:
     """Attack a protected model and its honest twin; ends with a report."""
     from undistill.auditor import audit as work
+    from undistill.auditor import parent
     from undistill.progress import Progress
     from undistill.store import Run
     from undistill.workflow import AuditSettings, recorded_settings
 
     victim = Run.open(run)
-    recipe = recorded_settings(Run.open(honest) if honest else victim).recipe
+    recipe = recorded_settings(Run.open(honest or parent(victim))).recipe
     chosen = AuditSettings(**merge({"recipe": recipe.model_dump()}, read_settings(config, settings)))
-    out = out or run.with_name(f"{run.resolve().name}-audit")
+    out = out or beside(run, "audit")
     with Progress.to_stderr() as progress:
         report = work(
             victim,
@@ -219,6 +220,12 @@ def list_(
             console.print(Padding(row["about"], (0, 0, 0, 6)), style="dim", markup=False)
 
 
+def beside(run: Path, what: str) -> Path:
+    """RUN-what, next to RUN."""
+    run = run if run.name not in ("", "..") else run.resolve()
+    return run.with_name(f"{run.name}-{what}")
+
+
 def read_settings(config: Path | None, pairs: list[str] | None) -> dict[str, Any]:
     """The settings of a YAML file, overridden by `a.b=value` pairs."""
     import yaml
@@ -237,7 +244,7 @@ def read_settings(config: Path | None, pairs: list[str] | None) -> dict[str, Any
             for part in reversed(key.strip().split(".")):
                 nested = {part: nested}
             settings = merge(settings, nested)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise SpecError(f"Settings are not readable YAML: {' '.join(str(error).split())}") from None
     return settings
 

@@ -91,7 +91,7 @@ def split_call(text: str) -> tuple[str, str, dict[str, Any]]:
         call = ast.parse("f" + (match["arguments"] or "()"), mode="eval").body
         assert isinstance(call, ast.Call)
         arguments = _keywords(call)
-    except (SyntaxError, ValueError, AssertionError):
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, AssertionError):
         raise SpecError(
             f"Cannot read '{text}': fields are written field=value, with numbers, True, False, "
             "None or quoted text as values."

@@ -101,7 +101,7 @@ def sentence(verdict: Verdict, data: str, hard_label_accuracy: float) -> str:
     price = f"costs {points(cost.mean)} of accuracy" if cost.mean > 0 else "costs no accuracy"
     leak = verdict.leak_hard
     best = (
-        "gains nothing over"
+        "does not measurably gain over"
         if leak.mean <= 0 or (leak.low is not None and leak.low <= 0)
         else f"gains {points(leak.mean)} over"
     )

@@ -41,6 +41,11 @@ class Npz(Source):
                 f"{self.path} holds {sorted(arrays) or 'nothing'}; it needs images and labels, "
                 "or x_train, y_train, x_test and y_test."
             )
+        if int(pool.labels.max()) >= len(pool):
+            raise DataError(
+                f"{Path(self.path).name}: label {int(pool.labels.max())} is out of range; labels count the classes "
+                f"from 0, and there are only {len(pool)} images."
+            )
         classes = [str(name) for name in arrays.get("classes", range(int(pool.labels.max()) + 1))]
         return pool, test, classes
 

@@ -123,7 +123,7 @@ def frozen(network: nn.Module) -> nn.Module:
 
 
 def features(network: nn.Module, images: Tensor) -> Tensor | None:
-    """Inputs (B, D) of the network's last linear layer, or None where it has none."""
+    """Inputs (B, D) of the network's last linear layer, or None where there are none, one row per image."""
     layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
     if not layers:
         return None
@@ -134,4 +134,4 @@ def features(network: nn.Module, images: Tensor) -> Tensor | None:
             network(images)
     finally:
         handle.remove()
-    return seen[-1].flatten(1) if seen else None
+    return seen[-1].flatten(1) if seen and len(seen[-1]) == len(images) else None

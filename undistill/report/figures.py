@@ -21,6 +21,7 @@ from undistill.verdict import Column, columns, interval
 HONEST, VICTIM, FLOOR = "#4477aa", "#cc3311", "#555555"
 _STYLE: Any = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "svg.hashsalt": "undistill",
     "font.family": "sans-serif",
     "font.size": 10,
