@@ -121,6 +121,15 @@ def test_an_audit_against_the_wrong_twin_is_refused(victim: Run, tmp_path: Path)
     assert not (tmp_path / "a").exists()
 
 
+def test_a_replaced_twin_is_noticed(victim: Run, tmp_path: Path, toy_file: Path) -> None:
+    moved = Path(shutil.copytree(victim.folder, tmp_path / "victim"))
+    other = TrainSettings(recipe=RECIPE.model_copy(update={"epochs": 0}))
+    train(str(toy_file), TEACHER, tmp_path / "honest", settings=other, device="cpu")
+    assert json.loads((moved / "run.json").read_text())["parent"]["folder"] == "../honest"
+    with pytest.raises(StoreError, match=r"honest twin of .* is no longer at"):
+        run_audit(Run.open(moved), tmp_path / "a")
+
+
 def test_unknown_parts_are_named(victim: Run, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="did you mean 'quick'"):
         run_audit(victim, tmp_path / "a", suite="quik")

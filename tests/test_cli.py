@@ -135,6 +135,14 @@ def test_bad_words_for_protect(defence: str, said: str, honest: Run, tmp_path: P
     assert not (tmp_path / "v" / "run.json").exists()
 
 
+def test_default_audit_trains_students_as_the_honest_teacher_was(honest: Run, tmp_path: Path) -> None:
+    out = tmp_path / "v"
+    assert call("protect", honest.folder, "--defence", NASTY, "--out", out, "--set", "recipe.epochs=1").exit_code == 0
+    assert call("audit", out, "--student", STUDENT, "--seeds", 1).exit_code == 0
+    report = Report.model_validate_json((tmp_path / "v-audit" / "report.json").read_text())
+    assert "epochs=6" in report.recipe
+
+
 def test_bad_folders(honest: Run, victim: Run, tmp_path: Path) -> None:
     refused(call("protect", tmp_path / "no", "--defence", NASTY), "There is no run folder")
     refused(call("audit", honest.folder), "name it with --honest")

@@ -110,7 +110,7 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Names everything on which the cell's result depends."""
+        """Names what the cell's result depends on: weights, data, specs, seed, version."""
         asked = {
             "victim": self.subject.victim.digest,
             "honest": self.subject.honest.digest,
