@@ -207,7 +207,8 @@ class _Loop:
                 raise NonFiniteLoss(
                     f"Training stopped in epoch {self.epoch + 1} of {self.epochs}: {what} '{name}' is NaN or infinite. "
                     f"Lower recipe.lr (now {self.recipe.lr:g}), clip the gradient (recipe.clip, now "
-                    f"{self.recipe.clip:g}, 0 is off), or lower the weight of that term. No weights were kept; use another --out."
+                    f"{self.recipe.clip:g}, 0 is off), or lower the weight of that term. "
+                    "No weights were kept; use another --out."
                 )
 
     def result(self) -> nn.Module:
