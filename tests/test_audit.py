@@ -174,6 +174,24 @@ def test_a_newcomers_attack_is_one_file(victim: Run, folder: Path, tmp_path: Pat
     assert {cell.side for cell in rows} == {"victim", "honest"}
     assert rows[0].queries > 0
     assert Attack.parse(text) == Attack.parse(str(Attack.parse(text)))
+    file.write_text(NEWCOMER + "# changed\n")
+    done = set((folder / "cells").glob("*.json"))
+    run_audit(victim, folder, seeds=1, attacks=[text])
+    assert len(set((folder / "cells").glob("*.json")) - done) == 2, "changed code is another attack"
+
+
+def test_an_audit_needs_a_seed(victim: Run, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="at least one seed"):
+        run_audit(victim, tmp_path / "a", seeds=0)
+
+
+def test_what_makes_a_twin_doubtful_is_recorded(honest: Run, victim: Run, toy_file: Path, tmp_path: Path) -> None:
+    adopt = TrainSettings(recipe=RECIPE.model_copy(update={"epochs": 0}))
+    weights = victim.folder / "weights.safetensors"
+    other = train(str(toy_file), TEACHER, tmp_path / "other", weights=weights, settings=adopt, device="cpu")
+    report = run_audit(victim, tmp_path / "a", honest=other.folder, seeds=1)
+    assert report.pairs[0].agreement == 1, "the twin is the victim itself"
+    assert {"adopted_weights", "another_twin"} <= {flag.name for flag in report.flags}
 
 
 NEW_DEFENCE = '''
@@ -230,6 +248,8 @@ LIES = {
     "underfitted_teacher": lambda r: pairs_with(r, honest_train_accuracy=0.9),
     "students_still_learning": lambda r: cells_with(r, late_gain=0.1),
     "student_at_chance": lambda r: cells_with(r, accuracy=1 / 3),
+    "adopted_weights": lambda r: pairs_with(r, adopted_weights=True),
+    "another_twin": lambda r: pairs_with(r, same_origin=False),
     "small_test_set": lambda r: pairs_with(r, test_images=100),
 }
 

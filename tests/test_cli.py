@@ -108,6 +108,7 @@ def test_list_names_everything() -> None:
         ({"--set": "recipe.rate=1"}, "No field of Recipe named 'rate'"),
         ({"--set": "sead=1"}, "did you mean 'seed'"),
         ({"--set": "recipe=["}, "not readable YAML"),
+        ({"--device": "meta"}, "Device 'meta' cannot be used"),
         ({"--config": "absent.yaml"}, "absent.yaml: No such file"),
         ({"--device": "gpu"}, "Device 'gpu' cannot be used"),
         ({"--weights": "absent.safetensors"}, "no weights file absent.safetensors"),
@@ -162,6 +163,13 @@ def test_bad_users_network(toy_file: Path, tmp_path: Path) -> None:
     refused(call(*base, f"{tmp_path / 'net.py'}:five"), "for 3 classes it must return logits of shape (2, 3)")
     refused(call(*base, f"{tmp_path / 'net.py'}:none"), "must return a torch.nn.Module")
     refused(call(*base, f"{tmp_path / 'net.py'}:fife"), "did you mean 'five'")
+
+
+def test_unreadable_settings_files(toy_file: Path, tmp_path: Path) -> None:
+    base = ["train", "--data", toy_file, "--model", TEACHER, "--out", tmp_path / "run", "--config"]
+    for content, said in ((b"1: 2\n", "must hold settings by name"), (b"seed: \xff\xfe", "not readable YAML")):
+        (tmp_path / "settings.yaml").write_bytes(content)
+        refused(call(*base, tmp_path / "settings.yaml"), said)
 
 
 def test_pickled_weights_are_refused(toy_file: Path, tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def bad_npz(name: str) -> dict[str, object]:
         "one class": {"images": images, "labels": labels * 0},
         "one image of a class": {"images": images[39:], "labels": labels[39:]},
         "wrong names": {"pictures": images, "labels": labels},
+        "unlisted classes": {"images": images, "labels": labels, "classes": np.array("abc")},
         "objects": {"images": images, "labels": np.array([None] * len(labels), dtype=object)},
     }[name]  # type: ignore[return-value]
 
@@ -121,6 +122,7 @@ def bad_npz(name: str) -> dict[str, object]:
         ("one class", "at least two classes"),
         ("one image of a class", "Add images of the rarest class"),
         ("wrong names", "it needs images and labels"),
+        ("unlisted classes", "must list one name per class"),
         ("objects", "not a readable .npz archive"),
     ],
 )
@@ -142,6 +144,11 @@ def test_folder_is_read_like_the_arrays(tmp_path: Path) -> None:
     assert isinstance(Source.parse(str(tmp_path / "photos")), Folder)
     assert data.classes == ("class0", "class1", "class2")
     assert rows(data.train) | rows(data.validation) | rows(data.test) == {i.tobytes() for i in arrays["images"]}
+
+
+def test_a_path_may_hold_parentheses(tmp_path: Path) -> None:
+    root = save_folder(tmp_path / "photos (1)", toy_arrays())
+    assert len(Source.parse(str(root)).load().classes) == 3
 
 
 def test_folder_with_train_and_test(tmp_path: Path) -> None:

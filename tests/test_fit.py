@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.conftest import RECIPE, TEACHER
 from undistill import fit as fit_module
 from undistill.data import Data, Samples, Split
-from undistill.errors import NonFiniteLoss, SpecError
+from undistill.errors import NonFiniteLoss, SpecError, StoreError
 from undistill.fit import Batch, Fit, Recipe, build_optimiser, build_schedule
 from undistill.losses import cross_entropy
 from undistill.models import Model
@@ -142,6 +142,25 @@ def test_damaged_checkpoint_starts_again(toy: Data, tmp_path: Path, caplog: pyte
     (tmp_path / "checkpoint-0.pt").write_bytes(b"PK\x03\x04 half a file")
     assert same(trained(toy, RECIPE, folder=tmp_path), trained(toy, RECIPE))
     assert "damaged" in caplog.text
+
+
+def test_a_checkpoint_of_another_network_is_named(toy: Data, tmp_path: Path) -> None:
+    trained(toy, RECIPE, folder=tmp_path)
+    other = Model.parse("ConvNet(width=5)").build(toy.shape, 3, 0)
+    with pytest.raises(StoreError, match=r"checkpoint-0\.pt is of another network"):
+        Fit(RECIPE, 0, CPU, tmp_path)(other, toy, plain)
+
+
+def test_non_finite_buffers_stop(toy: Data, fit: Fit) -> None:
+    network = Model.parse(TEACHER).build(toy.shape, 3, 0)
+
+    def poisons(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        terms = plain(network, batch)
+        next(m for m in network.modules() if isinstance(m, nn.BatchNorm2d)).running_var.data.fill_(torch.inf)
+        return terms
+
+    with pytest.raises(NonFiniteLoss, match="running_var"):
+        fit(network, toy, poisons)
 
 
 def test_non_finite_term_stops_and_is_named(toy: Data, fit: Fit) -> None:

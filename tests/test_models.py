@@ -1,4 +1,5 @@
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,17 @@ def nan(num_classes):
 
 def crash(num_classes):
     raise RuntimeError("no weights here")
+
+def leave(num_classes):
+    raise SystemExit(0)
+
+class Auxiliary(nn.Sequential):
+    def forward(self, x):
+        answer = super().forward(x)
+        return (answer, answer) if self.training else answer
+
+def auxiliary(num_classes):
+    return Auxiliary(nn.Flatten(), nn.Linear(64, num_classes))
 """
 
 
@@ -91,7 +103,7 @@ def crash(num_classes):
 def nets(tmp_path: Path) -> Path:
     path = tmp_path / "nets.py"
     path.write_text(FACTORIES)
-    for name in ("plain", "all_of_it", "fixed", "text", "nan", "crash", "planes"):
+    for name in ("plain", "all_of_it", "fixed", "text", "nan", "crash", "leave", "auxiliary", "planes"):
         trust(f"{path}:{name}")
     return path
 
@@ -113,10 +125,12 @@ def test_factory_of_a_module_needs_no_file() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("fixed", "answers two images with (2, 5); for 3 classes"),
+        ("fixed", "answers two images with (2, 5) in training mode; for 3 classes"),
         ("text", "returned str; a factory must return a torch.nn.Module"),
         ("nan", "answers a blank image with NaN"),
         ("crash", "RuntimeError: no weights here"),
+        ("leave", "raised SystemExit"),
+        ("auxiliary", "answers two images with tuple in training mode"),
         ("planes", "did you mean 'plain'"),
         ("plain(width=3)", "unexpected keyword argument 'width'"),
     ],
@@ -133,6 +147,37 @@ def test_missing_and_broken_files_are_explained(tmp_path: Path) -> None:
         trust(reference)
         with pytest.raises(ModelError, match=said):
             Model.parse(reference).build((1, 8, 8), 3, 0)
+
+
+def test_files_of_the_same_flat_name_are_two_modules(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    widths = {}
+    for file, width in (("a/b.py", 3), ("a_b.py", 4)):
+        (tmp_path / file).write_text(f"from torch import nn\ndef make(): return nn.Linear({width}, 1)\n")
+        trust(f"{tmp_path / file}:make")
+        widths[file] = Model.parse(f"{tmp_path / file}:make").network((1, 8, 8), 3).in_features
+    assert widths == {"a/b.py": 3, "a_b.py": 4}
+
+
+def test_users_code_imports_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `python net.py` and `python -m package.nets` would."""
+    (tmp_path / "neighbour_of_net.py").write_text("WIDTH = 6\n")
+    (tmp_path / "net.py").write_text(
+        "from neighbour_of_net import WIDTH\nfrom torch import nn\ndef make(): return nn.Linear(WIDTH, 1)\n"
+    )
+    (tmp_path / "package_of_nets").mkdir()
+    (tmp_path / "package_of_nets" / "nets.py").write_text((tmp_path / "net.py").read_text())
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    for reference in (f"{tmp_path / 'net.py'}:make", "package_of_nets.nets:make"):
+        trust(reference)
+        assert Model.parse(reference).network((1, 8, 8), 3).in_features == 6
+
+
+def test_trying_a_network_leaves_it_as_it_was() -> None:
+    network = Model.parse("ConvNet(width=2)").build((1, 8, 8), 3, 0)
+    assert network.training
+    assert not any(value.any() for name, value in network.named_buffers() if not name.endswith("running_var"))
 
 
 @pytest.fixture

@@ -48,7 +48,11 @@ def test_every_answer_is_counted_and_the_budget_holds(victim: nn.Module) -> None
 
 
 def test_weights_are_locked_unless_granted(victim: nn.Module) -> None:
-    assert Oracle(victim, Access.WEIGHTS).weights is victim
+    question = batch().images
+    copy = Oracle(victim, Access.WEIGHTS).weights
+    assert torch.equal(copy(question), victim(question))
+    nn.init.zeros_(next(copy.parameters()))
+    assert not torch.equal(copy(question), victim(question)), "an attack may change its copy, not the victim"
     for access in (Access.NONE, Access.QUERY):
         with pytest.raises(AccessDenied, match=r"set its `needs` to Access\.WEIGHTS"):
             _ = Oracle(victim, access).weights

@@ -1,14 +1,16 @@
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
 from tests.conftest import STUDENT
 from undistill.auditor import audit
 from undistill.errors import StoreError
-from undistill.report.evidence import read_evidence
+from undistill.report.evidence import read_evidence, write_evidence
 from undistill.report.page import percent, points, read_report, render
 from undistill.report.schema import Interval
 from undistill.store import Run
@@ -93,6 +95,19 @@ def test_class_names_cannot_inject_html(folder: Path, tmp_path: Path) -> None:
         arrays = dict(archive) | {"classes": np.array(["<script>", "&", r"$\foo$"])}
     np.savez(tmp_path / "evidence.npz", **arrays)
     assert "<script>" not in render(tmp_path).read_text()
+
+
+def test_class_names_with_a_leading_underscore_are_in_the_legend(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "report.json", tmp_path)
+    with np.load(folder / "evidence.npz") as archive:
+        np.savez(tmp_path / "evidence.npz", **(dict(archive) | {"classes": np.array(["_cat", "dog", "owl"])}))
+    assert render(tmp_path).read_text().count(">_cat<") == 2, "title of its picture, and the legend of the maps"
+
+
+def test_maps_of_a_single_feature(toy, tmp_path: Path) -> None:
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 3))
+    write_evidence(tmp_path / "evidence.npz", toy, network, network)
+    assert np.isfinite(read_evidence(tmp_path / "evidence.npz").maps["honest features"]).all()
 
 
 def test_numbers_are_written_for_people() -> None:

@@ -50,6 +50,7 @@ def test_names_ignore_case_and_parentheses() -> None:
         ("Nasty(T=0)", "T = 0 is refused"),
         ("Nasty(omega=nan)", "Cannot read"),
         ("Nasty(0.04)", "Cannot read"),
+        ("Nasty(omega=1, T=4, omega=2)", "The field 'omega' is given twice"),
         ("Nasty(omega=__import__('os').getpid())", "Cannot read"),
         ("Nasty(omega=", "Cannot read"),
         ("Nasty(**{'omega': 1})", "Cannot read"),

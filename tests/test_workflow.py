@@ -65,6 +65,7 @@ def test_warm_start_takes_its_share_of_the_epochs(honest: Run, tmp_path: Path) -
 def test_another_adversary_by_its_run(honest: Run, victim: Run, tmp_path: Path, toy_file: Path) -> None:
     run = protect(honest, f"Nasty(omega=0.1, adversary={str(victim.folder)!r})", tmp_path / "other", device="cpu")
     assert run.digest != victim.digest
+    assert run.record["refers"] == {str(victim.folder): victim.digest}
     with pytest.raises(StoreError, match="There is no run folder nowhere"):
         protect(honest, "Nasty(adversary='nowhere')", tmp_path / "nowhere", device="cpu")
     digits = train("digits", TEACHER, tmp_path / "digits", settings=TrainSettings(recipe=Recipe(epochs=0)))
@@ -77,7 +78,9 @@ def test_a_diverged_protection_stops_with_advice_and_keeps_nothing(honest: Run, 
     recipe = Recipe(**(RECIPE.model_dump() | {"lr": 1e6, "clip": 0, "epochs": 20}))
     with pytest.raises(NonFiniteLoss, match=r"Lower recipe\.lr"):
         protect(honest, "Nasty(omega=5)", tmp_path / "run", settings=Settings(recipe=recipe), device="cpu")
-    assert not (tmp_path / "run" / "weights.safetensors").exists()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
+    mended = protect(honest, NASTY, tmp_path / "run", settings=Settings(recipe=RECIPE), device="cpu")
+    assert mended.record["metrics"]["validation_accuracy"] > 0.9, "the folder is free for another recipe"
 
 
 NET = """
@@ -103,3 +106,24 @@ def test_stored_runs_do_not_execute_code_unless_it_is_named_again(
         protect(Run.open(run.folder), NASTY, tmp_path / "victim", device="cpu")
     assert not (tmp_path / "victim").exists()
     protect(run.folder, NASTY, tmp_path / "victim", model=mine, device="cpu")
+
+
+def test_changed_code_is_another_run(toy_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(NET)
+    train(str(toy_file), f"{file}:make", tmp_path / "run", settings=SETTINGS, device="cpu")
+    file.write_text(NET.replace("32", "16"))
+    with pytest.raises(StoreError, match=r"holds another run \(refers"):
+        train(str(toy_file), f"{file}:make", tmp_path / "run", settings=SETTINGS, device="cpu")
+
+
+def test_frozen_networks_can_be_adopted_but_not_trained(toy_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(
+        NET + "\ndef still(num_classes, in_channels, image_size):\n"
+        "    return make(num_classes, in_channels, image_size).requires_grad_(False)\n"
+    )
+    adopt = TrainSettings(recipe=Recipe(epochs=0))
+    assert train(str(toy_file), f"{file}:still", tmp_path / "kept", settings=adopt, device="cpu").network
+    with pytest.raises(ModelError, match="no trainable parameter"):
+        train(str(toy_file), f"{file}:still", tmp_path / "run", settings=SETTINGS, device="cpu")

@@ -18,12 +18,12 @@ import undistill
 from undistill import measure
 from undistill.attacks import Attack
 from undistill.data import Data, Source
-from undistill.errors import StoreError
+from undistill.errors import SpecError, StoreError
 from undistill.files import write_json
 from undistill.fit import Fit, Recipe
 from undistill.flags import raised
 from undistill.measure import evaluate
-from undistill.models import Model
+from undistill.models import Model, seeded
 from undistill.oracle import Access, Oracle
 from undistill.progress import Progress
 from undistill.report.evidence import write_evidence
@@ -118,6 +118,8 @@ class Job:
         }
         parts = [asked[self.side], self.subject.victim.record["data_sha256"], self.side, str(self.attack)]
         parts += [str(self.student), self.seed, str(self.recipe), undistill.__version__]
+        refers = [spec.refers() for spec in (self.attack, self.student, self.subject.model) if spec]
+        parts += [sorted(names.values()) for names in refers if names]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
     def run(self, cells: Path, device: torch.device, progress: Progress) -> Cell:
@@ -140,7 +142,8 @@ class Job:
         name = f"{type(self.attack).__name__} on {self.side}, seed {self.seed}"
         fit = Fit(self.recipe, seed, device, folder, progress, name, carried=(oracle,))
         attackers = data.attackers(VALIDATION_SHARE, derive(self.seed, "attacker"))
-        student = self.attack.run(oracle, student, attackers, fit).cpu()
+        with seeded(derive(self.seed, "attack")):
+            student = self.attack.run(oracle, student, attackers, fit).cpu()
         network.cpu()
         logits = evaluate(student, data.test.images)
         return Cell(
@@ -176,6 +179,8 @@ def audit(
     `attacks` are added to the suite's; `students` replace its students. `recipe` is how students
     are trained, by default as the honest teacher was. Cells that `out` already holds are not done again.
     """
+    if seeds < 1:
+        raise SpecError(f"An audit needs at least one seed; seeds = {seeds}.")
     subject = Subject.of(victim, honest, range(seeds), model)
     recipe = recipe or recorded_settings(subject.honest).recipe
     jobs = list(plan([subject], suite, attacks, students, recipe))
@@ -243,14 +248,18 @@ def summarise(subjects: Sequence[Subject], cells: Sequence[Cell], suite: str, re
 
 
 def measure_pair(subject: Subject) -> Pair:
-    data = subject.data
+    data, answers = subject.data, subject.answers
     train = evaluate(subject.honest_network, data.train.images)
+    made_from = subject.victim.record.get("parent", {}).get("weights_sha256", subject.honest.digest)
     return Pair(
-        victim=measure_teacher(subject.victim, subject.answers["victim"], data),
-        honest=measure_teacher(subject.honest, subject.answers["honest"], data),
+        victim=measure_teacher(subject.victim, answers["victim"], data),
+        honest=measure_teacher(subject.honest, answers["honest"], data),
+        agreement=measure.fidelity(answers["victim"], answers["honest"]),
         divergence=divergence(subject.victim_network, subject.honest_network, data),
         honest_train_accuracy=measure.accuracy(train, data.train.labels),
         test_images=len(data.test),
+        adopted_weights=bool(subject.honest.record.get("start_sha256")),
+        same_origin=made_from == subject.honest.digest,
     )
 
 

@@ -234,7 +234,7 @@ def read_settings(config: Path | None, pairs: list[str] | None) -> dict[str, Any
     try:
         if config:
             settings = yaml.safe_load(config.read_text()) or {}
-        if not isinstance(settings, dict):
+        if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
             raise SpecError(f"{config} must hold settings by name, such as 'seed: 1'.")
         for pair in pairs or ():
             key, equals, value = pair.partition("=")

@@ -4,6 +4,7 @@ Code runs only if the user named it in this very process (`trust`, which the com
 what was typed). A run folder may *mention* code, but opening one never executes it.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -12,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from undistill.errors import ModelError, unknown
+from undistill.files import sha256
 
 _trusted: set[str] = set()
 
@@ -24,34 +26,53 @@ def is_code(text: str) -> bool:
 def trust(text: str) -> None:
     """Allow the code that `text`, typed by the user, refers to."""
     if is_code(text):
-        _trusted.add(text.split("(")[0].strip())
+        _trusted.add(_reference(text))
 
 
-def load_code(reference: str) -> Any:
+def load_code(text: str) -> Any:
     """The object called `name` in `file.py:name` or `module:name`; `ModelError` if that fails."""
-    if reference not in _trusted:
-        raise ModelError(
-            f"'{reference}' is code, and code named by a stored run is not executed on its own. "
-            f"If you trust it, name it yourself: --model {reference} (in Python: model=...)."
-        )
-    where, name = reference.rsplit(":", 1)
-    module = _import(where)
+    where, name = _reference(text).rsplit(":", 1)
+    module = _module(text)
     if not hasattr(module, name):
         raise ModelError(unknown(f"object in {where}", name, vars(module)))
     return getattr(module, name)
 
 
+def code_sha256(text: str) -> str:
+    """SHA-256 of the file that holds the code which `text` refers to."""
+    return sha256(Path(str(_module(text).__file__)))
+
+
+def _reference(text: str) -> str:
+    return text.split("(")[0].strip()
+
+
+def _module(text: str) -> ModuleType:
+    reference = _reference(text)
+    if reference not in _trusted:
+        raise ModelError(
+            f"'{reference}' is code, and code named by a stored run is not executed on its own. "
+            f"If you trust it, name it yourself: --model {reference} (in Python: model=...)."
+        )
+    return _import(reference.rsplit(":", 1)[0])
+
+
 def _import(where: str) -> ModuleType:
+    """Like `python FILE` and `python -m MODULE`, with the file's or the current folder on the path."""
+    is_file = where.endswith(".py")
+    folder = str(Path(where).resolve().parent if is_file else Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     try:
-        return _import_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        return _import_file(Path(where)) if is_file else importlib.import_module(where)
     except FileNotFoundError:
         raise ModelError(f"There is no file {where}.") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"Importing {where} failed: {type(error).__name__}: {error}") from error
 
 
 def _import_file(path: Path) -> ModuleType:
-    name = "undistill_user_" + path.resolve().as_posix().replace("/", "_").removesuffix(".py")
+    name = "undistill_user_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

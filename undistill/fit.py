@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import (
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from undistill.data import Split
-from undistill.errors import NonFiniteLoss
+from undistill.errors import ModelError, NonFiniteLoss, StoreError
 from undistill.files import read_tensors, write_lines, write_tensors
 from undistill.measure import accuracy, evaluate, nll
 from undistill.models import seeded
@@ -118,7 +118,10 @@ class Fit:
         self, network: nn.Module, data: Split, objective: Objective, *, epochs: int | None = None
     ) -> nn.Module:
         """Raises `NonFiniteLoss`, naming epoch and term, as soon as a term or a weight is not finite."""
-        loop = _Loop(self, network, data, objective, self.recipe.epochs if epochs is None else epochs)
+        epochs = self.recipe.epochs if epochs is None else epochs
+        if epochs == 0:
+            return network.to(self.device).eval()
+        loop = _Loop(self, network, data, objective, epochs)
         checkpoint = self.folder / f"checkpoint-{self.calls}.pt" if self.folder else None
         self.calls += 1
         loop.restore(checkpoint)
@@ -146,7 +149,7 @@ class _Loop:
         self.train, self.validation = data.train.to(fit.device), data.validation.to(fit.device)
         self.batches = math.ceil(len(self.train) / self.recipe.batch_size)
         self.optimiser = build_optimiser(self.network, self.recipe)
-        self.schedule = build_schedule(self.optimiser, self.recipe, max(epochs, 1) * self.batches)
+        self.schedule = build_schedule(self.optimiser, self.recipe, epochs * self.batches)
         self.average = build_average(self.network, self.recipe.ema)
         self.best: dict[str, Tensor] | None = None
         self.epoch = 0
@@ -166,7 +169,7 @@ class _Loop:
                 for term, value in self._step(index).items():
                     totals[term] = totals.get(term, 0.0) + value * len(index)
         metrics = {term: total / len(self.train) for term, total in totals.items()}
-        self._check_finite(dict(self.network.named_parameters()), "the weights after it")
+        self._check_finite(self.network.state_dict(), "the weights after it")
         logits = evaluate(self.current, self.validation.images)
         self.epoch += 1
         metrics |= {
@@ -208,7 +211,7 @@ class _Loop:
                     f"Training stopped in epoch {self.epoch + 1} of {self.epochs}: {what} '{name}' is NaN or infinite. "
                     f"Lower recipe.lr (now {self.recipe.lr:g}), clip the gradient (recipe.clip, now "
                     f"{self.recipe.clip:g}, 0 is off), or lower the weight of that term. "
-                    "No weights were kept; use another --out."
+                    "No weights were kept."
                 )
 
     def result(self) -> nn.Module:
@@ -235,11 +238,16 @@ class _Loop:
         state = read_tensors(path, self.fit.device) if path else None
         if state is None:
             return
-        self.network.load_state_dict(state["network"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.average:
-            self.average.load_state_dict(state["average"])
+        try:
+            self.network.load_state_dict(state["network"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.schedule.load_state_dict(state["schedule"])
+            if self.average:
+                self.average.load_state_dict(state["average"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise StoreError(
+                f"{path} is of another network or version ({str(error).splitlines()[0]}); remove its folder."
+            ) from None
         self.best, self.epoch, self.history = state["best"], state["epoch"], state["history"]
         for thing, saved in zip(self.fit.carried, state["carried"], strict=True):
             thing.load_state_dict(saved)
@@ -252,6 +260,10 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 def build_optimiser(network: nn.Module, recipe: Recipe) -> Optimizer:
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ModelError(
+            "The network has no trainable parameter (requires_grad is False on all); nothing can be learnt."
+        )
     if recipe.optimiser == "adamw":
         return AdamW(parameters, recipe.lr, (recipe.momentum, 0.999), weight_decay=recipe.weight_decay)
     return SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)

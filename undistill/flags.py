@@ -99,6 +99,26 @@ def student_at_chance(report: Report) -> str | None:
 
 
 @check
+def adopted_weights(report: Report) -> str | None:
+    if not any(pair.adopted_weights for pair in report.pairs):
+        return None
+    return (
+        "The unprotected model started from weights made elsewhere. If those were trained on the images tested here, "
+        "every accuracy is too high; give test images of their own (FOLDER/train and FOLDER/test, or x_test)."
+    )
+
+
+@check
+def another_twin(report: Report) -> str | None:
+    if all(pair.same_origin for pair in report.pairs):
+        return None
+    return (
+        "The victim was not protected from the unprotected model named here, so differences between the two "
+        "may come from how they were trained rather than from the protection."
+    )
+
+
+@check
 def small_test_set(report: Report) -> str | None:
     n = min(pair.test_images for pair in report.pairs)
     if n >= 500:

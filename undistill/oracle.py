@@ -1,5 +1,6 @@
 """The victim as its attacker sees it."""
 
+from copy import deepcopy
 from enum import IntEnum
 from typing import Any
 
@@ -51,9 +52,9 @@ class Oracle:
 
     @property
     def weights(self) -> nn.Module:
-        """The victim itself, for attacks that declare `Access.WEIGHTS`."""
+        """A copy of the victim, for attacks that declare `Access.WEIGHTS`."""
         self._require(Access.WEIGHTS, "reached for the victim's weights")
-        return self._victim
+        return deepcopy(self._victim)
 
     def _require(self, access: Access, deed: str) -> None:
         if self.access < access:

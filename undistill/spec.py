@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from undistill.code import load_code, trust
+from undistill.code import code_sha256, is_code, load_code, trust
 from undistill.errors import SpecError, unknown
 
 _CALL = re.compile(r"\s*(?:(?P<origin>[^()]+):)?(?P<name>\w+)\s*(?P<arguments>\(.*\))?\s*", re.S)
@@ -46,6 +46,11 @@ class Spec(BaseModel):
         return f"{self.origin + ':' if self.origin else ''}{type(self).__name__}({fields})"
 
     __repr__ = __str__
+
+    def refers(self) -> dict[str, str]:
+        """SHA-256 of what the text only names and the result depends on, such as the user's code."""
+        text = str(self)
+        return {text.split("(")[0]: code_sha256(text)} if is_code(text) else {}
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -102,7 +107,10 @@ def split_call(text: str) -> tuple[str, str, dict[str, Any]]:
 def _keywords(call: ast.Call) -> dict[str, Any]:
     if not isinstance(call.func, ast.Name) or call.args or any(key.arg is None for key in call.keywords):
         raise ValueError("fields have names")
-    return {str(key.arg): _literal(key.value) for key in call.keywords}
+    names = [str(key.arg) for key in call.keywords]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise SpecError(f"The field '{min(twice)}' is given twice.")
+    return {name: _literal(key.value) for name, key in zip(names, call.keywords, strict=True)}
 
 
 def _literal(node: ast.expr) -> Any:

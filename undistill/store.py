@@ -23,7 +23,7 @@ from torch import nn
 
 import undistill
 from undistill.data import Data, Source
-from undistill.errors import StoreError
+from undistill.errors import NonFiniteLoss, StoreError
 from undistill.files import sha256, write_json, write_weights
 from undistill.models import Model, load_weights
 
@@ -40,10 +40,20 @@ class Claim:
     def finished(self) -> bool:
         return (self.folder / "run.json").exists()
 
+    def give_up(self) -> None:
+        """Free the folder of a run that cannot succeed, unless something in it is worth keeping."""
+        self._clear_checkpoints()
+        if {path.name for path in self.folder.iterdir()} <= {".lock", "request.json", "metrics.jsonl"}:
+            for name in ("metrics.jsonl", "request.json"):
+                (self.folder / name).unlink(missing_ok=True)
+
     def finish(self, network: nn.Module, record: Record) -> None:
         """Write weights, then the record, then clear the checkpoints away."""
         digest = write_weights(self.folder / "weights.safetensors", network.state_dict())
         write_json(self.folder / "run.json", record | {"weights_sha256": digest, "environment": environment()})
+        self._clear_checkpoints()
+
+    def _clear_checkpoints(self) -> None:
         for checkpoint in self.folder.glob("checkpoint-*.pt"):
             checkpoint.unlink()
 
@@ -74,7 +84,12 @@ def claim(folder: Path, request: Record) -> Iterator[Claim]:
                 f"{folder} holds another run ({_difference(held, request)}). "
                 "Choose another --out, or remove that folder."
             )
-        yield Claim(folder)
+        place = Claim(folder)
+        try:
+            yield place
+        except NonFiniteLoss:
+            place.give_up()
+            raise
 
 
 class Recorded(BaseModel):

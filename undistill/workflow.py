@@ -15,7 +15,7 @@ from undistill.files import sha256
 from undistill.fit import Batch, Fit, Recipe
 from undistill.losses import cross_entropy, distillation
 from undistill.measure import evaluate
-from undistill.models import Model, load_weights
+from undistill.models import Model, load_weights, seeded
 from undistill.progress import Progress
 from undistill.seeds import derive
 from undistill.spec import Spec
@@ -65,7 +65,8 @@ def train(
         "data": str(source),
         "data_sha256": loaded.digest,
         "model": str(model),
-        "weights_sha256": sha256(Path(weights)) if weights and Path(weights).is_file() else None,
+        "start_sha256": sha256(Path(weights)) if weights and Path(weights).is_file() else None,
+        "refers": model.refers(),
         "settings": settings.model_dump(mode="json"),
     }
     seed = derive(settings.seed, "honest")
@@ -113,6 +114,7 @@ def protect(
         "data_sha256": honest.record["data_sha256"],
         "model": str(model),
         "defence": str(defence),
+        "refers": model.refers() | defence.refers(),
         "settings": settings.model_dump(mode="json"),
     }
     seed = derive(settings.seed, "victim")
@@ -121,7 +123,8 @@ def protect(
     with claim(Path(out), request) as place:
         if not place.finished:
             fit = Fit(settings.recipe, seed, chosen, place.folder, progress or Progress.silent(), name)
-            victim = defence.protect(teacher.to(chosen), fresh, data.split, fit)
+            with seeded(derive(settings.seed, "defence")):
+                victim = defence.protect(teacher.to(chosen), fresh, data.split, fit)
             record = _record(request, data, fit, victim)
             record["metrics"]["divergence"] = divergence(victim, teacher, data)
             place.finish(victim, record)
@@ -148,7 +151,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except Exception as error:  # torch raises many kinds for a device that is not there
         raise SpecError(f"Device '{name}' cannot be used here: {str(error).splitlines()[0]}") from None
     return device

@@ -46,7 +46,12 @@ class Npz(Source):
                 f"{Path(self.path).name}: label {int(pool.labels.max())} is out of range; labels count the classes "
                 f"from 0, and there are only {len(pool)} images."
             )
-        classes = [str(name) for name in arrays.get("classes", range(int(pool.labels.max()) + 1))]
+        names = arrays.get("classes", np.arange(int(pool.labels.max()) + 1))
+        if names.ndim != 1:
+            raise DataError(
+                f"{Path(self.path).name}: classes has shape {names.shape}; it must list one name per class."
+            )
+        classes = [str(name) for name in names]
         return pool, test, classes
 
     def _samples(self, arrays: dict[str, np.ndarray], x: str, y: str) -> Samples:

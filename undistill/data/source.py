@@ -1,5 +1,6 @@
 """`Source`: where images come from."""
 
+import os
 from abc import abstractmethod
 from pathlib import Path
 from typing import Self
@@ -26,9 +27,10 @@ class Source(Spec):
         """As `Spec.parse`; a bare path becomes the source that reads it."""
         known = text.casefold() in {name.casefold() for name in cls.registry}
         path = Path(text).expanduser()
-        if known or "(" in text or not (path.exists() or "/" in text or path.suffix):
+        exists = os.path.exists(path)  # unlike Path.exists, False for a text that can be no path
+        if known or not (exists or ("(" not in text and ("/" in text or path.suffix))):
             return super().parse(text)
-        if not path.exists():
+        if not exists:
             raise DataError(f"There is no file or folder {text}.")
         reader = cls.registry["Folder" if path.is_dir() else "Npz"]
         source: Self = reader(path=str(path.resolve()))

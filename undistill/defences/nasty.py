@@ -26,6 +26,9 @@ class Nasty(Defence):
     adversary: str | None = None
     """A run folder to differ from, instead of the honest teacher itself."""
 
+    def refers(self) -> dict[str, str]:
+        return super().refers() | ({self.adversary: Run.open(self.adversary).digest} if self.adversary else {})
+
     def protect(self, teacher: nn.Module, fresh: nn.Module, data: Split, fit: Fit) -> nn.Module:
         adversary = frozen(self._adversary(data) if self.adversary else teacher).to(fit.device)
         epochs = fit.recipe.epochs

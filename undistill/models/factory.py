@@ -30,6 +30,6 @@ class Factory(Model):
         try:
             taken = inspect.signature(make).parameters
             network: nn.Module = make(**{key: value for key, value in known.items() if key in taken} | arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ModelError(f"{self.call} raised {type(error).__name__}: {error}") from error
         return network

@@ -4,6 +4,7 @@ import contextlib
 import io
 from abc import abstractmethod
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Self
 
@@ -49,25 +50,25 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def check(network: nn.Module, shape: Shape, num_classes: int, name: str) -> None:
-    """Raise `ModelError` unless `network` maps (2, C, H, W) images to finite (2, K) logits."""
+    """Raise `ModelError` unless `network` maps (2, C, H, W) images to finite (2, K) logits, trained or in training."""
     if not isinstance(network, nn.Module):
         raise ModelError(f"{name} returned {type(network).__name__}; a factory must return a torch.nn.Module.")
-    training = network.training
     try:
+        trial = deepcopy(network)  # a forward pass in training mode changes batch-norm statistics
         with torch.no_grad():
-            logits = network.eval()(torch.zeros(2, *shape))
+            answers = {mode: trial.train(mode == "training")(torch.zeros(2, *shape)) for mode in ("training", "eval")}
     except Exception as error:
         raise ModelError(
             f"{name} failed on images of shape {shape} (channels, height, width): {type(error).__name__}: {error}"
         ) from error
-    network.train(training)
-    if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ModelError(
-            f"{name} answers two images with {found}; for {num_classes} classes it must return logits "
-            f"of shape (2, {num_classes})."
-        )
-    if not logits.isfinite().all():
+    for mode, logits in answers.items():
+        if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ModelError(
+                f"{name} answers two images with {found} in {mode} mode; for {num_classes} classes it must return "
+                f"logits of shape (2, {num_classes})."
+            )
+    if not answers["eval"].isfinite().all():
         raise ModelError(f"{name} answers a blank image with NaN or infinity; its weights are not usable.")
 
 

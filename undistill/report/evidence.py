@@ -82,6 +82,7 @@ def _tempered(network: nn.Module, samples: Samples) -> Array:
 
 
 def _map(points: Tensor) -> Array:
+    points = F.pad(points, (0, max(0, 2 - points.shape[1])))
     perplexity = min(30.0, (len(points) - 1) / 3)
     mapped: Array = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(points.numpy())
     return mapped

@@ -116,27 +116,26 @@ def maps(evidence: Evidence) -> str:
         for name in ("honest features", "victim features", "honest answers", "victim answers")
         if name in evidence.maps
     ]
-    markers = "osD^v<>PX*"
+    markers, shown = "osD^v<>PX*", np.unique(evidence.point_labels)
     colours = matplotlib.colormaps["tab10" if len(evidence.classes) <= 10 else "tab20"]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8.4, 4.2 * math.ceil(len(names) / 2)), layout="constrained")
         for axes, name in zip(figure.subplots(math.ceil(len(names) / 2), 2).flat, names, strict=False):
-            for label in np.unique(evidence.point_labels):
-                chosen = evidence.maps[name][evidence.point_labels == label]
+            marks = [
                 axes.scatter(
-                    *chosen.T,
+                    *evidence.maps[name][evidence.point_labels == label].T,
                     s=14,
                     marker=markers[label % 10],
                     color=colours(label % 20),
                     linewidths=0,
-                    label=evidence.classes[label],
                 )
+                for label in shown
+            ]
             axes.set_title(name.replace("honest", "unprotected:").replace("victim", "protected:"), fontsize=10)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
         if len(evidence.classes) <= 20:
-            figure.legend(
-                *axes.get_legend_handles_labels(), loc="outside lower center", ncols=10, fontsize=8, frameon=False
-            )
+            classes = [evidence.classes[label] for label in shown]
+            figure.legend(marks, classes, loc="outside lower center", ncols=10, fontsize=8, frameon=False)
     return svg(figure)

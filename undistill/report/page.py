@@ -1,6 +1,7 @@
 """report.json, and the two pages made from it: report.html for people, report.md for repositories."""
 
 from pathlib import Path
+from statistics import fmean
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -49,7 +50,8 @@ def render(folder: Path) -> Path:
         "answers": Markup(figures.answers(evidence)),
         "maps": Markup(figures.maps(evidence)),
     }
-    context = {"report": report, "rows": table(report), "percent": percent, "points": points}
+    agreement = fmean(pair.agreement for pair in report.pairs)
+    context = {"report": report, "rows": table(report), "agreement": agreement, "percent": percent, "points": points}
     html = _templates.get_template("report.html").render(context, pictures=pictures)
     write_text(folder / "report.md", _templates.get_template("report.md").render(context))
     write_text(folder / "report.html", html)

@@ -35,8 +35,14 @@ class Pair(Part):
     victim: Teacher
     honest: Teacher
     divergence: float
+    agreement: float
+    """Share of test images to which both give the same top answer."""
     honest_train_accuracy: float
     test_images: int
+    adopted_weights: bool
+    """The honest teacher started from weights made elsewhere."""
+    same_origin: bool
+    """The victim was protected from this honest teacher."""
 
 
 class Cell(Part):
