@@ -10,6 +10,8 @@ from tests.conftest import toy_arrays
 from undistill.data import Data, Digits, Folder, Npz, Samples, Source
 from undistill.errors import DataError
 
+SHARES = {"validation": 0.25, "test": 0.25, "seed": 5}
+
 
 def save_folder(root: Path, arrays: dict[str, np.ndarray]) -> Path:
     for number, (image, label) in enumerate(zip(arrays["images"], arrays["labels"], strict=True)):
@@ -201,3 +203,27 @@ def test_one_class_folder_is_explained(tmp_path: Path) -> None:
 def test_missing_path_is_explained() -> None:
     with pytest.raises(DataError, match="no file or folder"):
         Source.parse("no/such/photos")
+
+
+@pytest.mark.parametrize(
+    ("source", "field", "value"),
+    [
+        *((name, field, value) for name in ("Digits", "Npz", "Folder") for field, value in SHARES.items()),
+        ("Npz", "path", "other.npz"),
+        ("Folder", "path", "other"),
+        ("Folder", "size", 10),
+    ],
+)
+def test_every_field_of_a_source_changes_the_data(source: str, field: str, value: object, tmp_path: Path) -> None:
+    for name, seed in (("one", 0), ("other", 1)):
+        np.savez(tmp_path / f"{name}.npz", **toy_arrays(seed=seed))
+        save_folder(tmp_path / name, toy_arrays(seed=seed))
+    path = {"Digits": {}, "Npz": {"path": str(tmp_path / "one.npz")}, "Folder": {"path": str(tmp_path / "one")}}[source]
+    change = {field: str(tmp_path / str(value)) if field == "path" else value}
+    reader = Source.registry[source]
+    assert reader(**path).load().digest != reader(**(path | change)).load().digest
+
+
+def test_every_field_of_every_source_is_tried() -> None:
+    tried = {"Digits": set(SHARES), "Npz": {*SHARES, "path"}, "Folder": {*SHARES, "path", "size"}}
+    assert {name: set(source.model_fields) for name, source in Source.registry.items()} == tried

@@ -244,3 +244,13 @@ def test_seeded_restores_the_callers_generator() -> None:
     with seeded(9):
         torch.rand(5)
     assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [(name, field) for name in BUILT_IN for field in Model.registry[name].model_fields]
+)
+def test_every_field_of_a_model_changes_the_network(name: str, field: str) -> None:
+    plain = Model.parse(name)
+    changed = Model.parse(f"{name}({field}={getattr(plain, field) + 6})")
+    networks = [model.build((1, 8, 8), 3, 0) for model in (plain, changed)]
+    assert len({sum(p.numel() for p in network.parameters()) for network in networks}) == 2
