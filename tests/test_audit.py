@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import RECIPE, STUDENT, TEACHER
 from undistill import auditor
 from undistill.auditor import audit
-from undistill.errors import SpecError, StoreError
+from undistill.errors import ModelError, SpecError, StoreError
 from undistill.flags import CHECKS, raised
 from undistill.oracle import Oracle
 from undistill.report.schema import Report
@@ -192,6 +192,42 @@ def test_what_makes_a_twin_doubtful_is_recorded(honest: Run, victim: Run, toy_fi
     report = run_audit(victim, tmp_path / "a", honest=other.folder, seeds=1)
     assert report.pairs[0].agreement == 1, "the twin is the victim itself"
     assert {"adopted_weights", "another_twin"} <= {flag.name for flag in report.flags}
+
+
+UNFINISHED = """
+from undistill import Access, Attack
+
+
+class NoRun(Attack):
+    needs = Access.QUERY
+
+
+class NoResult(Attack):
+    def run(self, oracle, student, data, fit):
+        return None
+
+
+class SoftLabels(Attack):
+    def run(self, oracle, student, data, fit):
+        return student
+"""
+
+
+def test_unfinished_attacks_are_explained(victim: Run, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(UNFINISHED)
+    with pytest.raises(SpecError, match="NoRun lacks run"):
+        run_audit(victim, folder, attacks=[f"{tmp_path / 'mine.py'}:NoRun"])
+    with pytest.raises(ModelError, match="returned NoneType; it must return the network"):
+        run_audit(victim, folder, attacks=[f"{tmp_path / 'mine.py'}:NoResult"])
+
+
+def test_an_attack_of_the_users_does_not_replace_one_of_ours(tmp_path: Path) -> None:
+    from undistill.attacks import Attack
+
+    ours = type(Attack.parse("SoftLabels"))
+    (tmp_path / "mine.py").write_text(UNFINISHED)
+    assert type(Attack.named(f"{tmp_path / 'mine.py'}:SoftLabels")) is not ours
+    assert type(Attack.parse("SoftLabels")) is ours
 
 
 NEW_DEFENCE = '''

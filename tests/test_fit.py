@@ -238,17 +238,18 @@ def test_one_cycle_schedule() -> None:
     assert found[-1] < 0.01
 
 
-def test_no_batch_has_a_single_image() -> None:
-    """Batch norm cannot learn from one sample: 33 images in batches of 16 are 11 + 11 + 11."""
-    samples = Samples(torch.zeros(33, 1, 8, 8, dtype=torch.uint8), torch.arange(33) % 3)
+@pytest.mark.parametrize(("count", "size", "expected"), [(33, 16, [11, 11, 11]), (5, 2, [3, 2]), (3, 2, [3])])
+def test_no_batch_has_a_single_image(count: int, size: int, expected: list[int]) -> None:
+    """Batch norm cannot learn from one sample."""
+    samples = Samples(torch.zeros(count, 1, 8, 8, dtype=torch.uint8), torch.arange(count) % 3)
     sizes: list[int] = []
 
     def watches(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         sizes.append(len(batch.images))
         return plain(network, batch)
 
-    trained(Split(("a", "b", "c"), samples, samples), Recipe(epochs=1, batch_size=16), objective=watches)
-    assert sizes == [11, 11, 11]
+    trained(Split(("a", "b", "c"), samples, samples), Recipe(epochs=1, batch_size=size), objective=watches)
+    assert sizes == expected
 
 
 @pytest.mark.parametrize(

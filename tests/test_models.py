@@ -140,6 +140,22 @@ def test_bad_factories_are_explained(nets: Path, name: str, said: str) -> None:
         Model.parse(f"{nets}:{name}").build((1, 8, 8), 3, 0)
 
 
+def test_networks_share_no_part_that_the_users_module_keeps(tmp_path: Path) -> None:
+    (tmp_path / "kept.py").write_text(
+        "from torch import nn\nPART = nn.Linear(64, 4)\n"
+        "def make(num_classes): return nn.Sequential(nn.Flatten(), PART, nn.Linear(4, num_classes))\n"
+    )
+    trust(f"{tmp_path / 'kept.py'}:make")
+    one, other = (Model.parse(f"{tmp_path / 'kept.py'}:make").build((1, 8, 8), 3, seed) for seed in (0, 1))
+    nn.init.zeros_(one[1].weight)
+    assert other[1].weight.any()
+
+
+def test_networks_too_large_to_build_are_explained() -> None:
+    with pytest.raises(ModelError, match="cannot be built"):
+        Model.parse("ConvNet(width=99999999999999999999)").build((1, 8, 8), 3, 0)
+
+
 def test_missing_and_broken_files_are_explained(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("def make(:\n")
     for name, said in (("absent.py", "There is no file"), ("broken.py", "SyntaxError"), ("no.such.module", "failed")):

@@ -109,4 +109,4 @@ def test_network_is_the_trained_one(honest: Run) -> None:
     assert torch.equal(a(images), b(images))
     assert not torch.equal(a(images), fresh(images))
     assert not a.training
-    assert honest.model(Model.parse("PlainCNN")) == Model.parse("PlainCNN")
+    assert honest.model(Model.parse("PlainCNN")) == Model.parse(TEACHER), "only the user's code is named again"

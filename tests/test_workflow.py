@@ -127,3 +127,13 @@ def test_frozen_networks_can_be_adopted_but_not_trained(toy_file: Path, tmp_path
     assert train(str(toy_file), f"{file}:still", tmp_path / "kept", settings=adopt, device="cpu").network
     with pytest.raises(ModelError, match="no trainable parameter"):
         train(str(toy_file), f"{file}:still", tmp_path / "run", settings=SETTINGS, device="cpu")
+
+
+def test_protect_refuses_code_that_changed_since_training(toy_file: Path, tmp_path: Path) -> None:
+    """The weights would still fit, and mean something else."""
+    file = tmp_path / "net.py"
+    file.write_text(NET)
+    run = train(str(toy_file), f"{file}:make", tmp_path / "run", settings=SETTINGS, device="cpu")
+    file.write_text(NET.replace("nn.ReLU()", "nn.Tanh()"))
+    with pytest.raises(StoreError, match="has changed since"):
+        protect(run, NASTY, tmp_path / "victim", model=f"{file}:make", device="cpu")

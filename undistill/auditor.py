@@ -23,7 +23,7 @@ from undistill.files import write_json
 from undistill.fit import Fit, Recipe
 from undistill.flags import raised
 from undistill.measure import evaluate
-from undistill.models import Model, seeded
+from undistill.models import Model, returned, seeded
 from undistill.oracle import Access, Oracle
 from undistill.progress import Progress
 from undistill.report.evidence import write_evidence
@@ -141,9 +141,10 @@ class Job:
         student = self.student.build(data.shape, data.num_classes, seed)
         name = f"{type(self.attack).__name__} on {self.side}, seed {self.seed}"
         fit = Fit(self.recipe, seed, device, folder, progress, name, carried=(oracle,))
-        attackers = data.attackers(VALIDATION_SHARE, derive(self.seed, "attacker"))
+        share = max(VALIDATION_SHARE, data.num_classes / len(data.train))
+        attackers = data.attackers(share, derive(self.seed, "attacker"))
         with seeded(derive(self.seed, "attack")):
-            student = self.attack.run(oracle, student, attackers, fit).cpu()
+            student = returned(self.attack.run(oracle, student, attackers, fit), self.attack).cpu()
         network.cpu()
         logits = evaluate(student, data.test.images)
         return Cell(

@@ -147,7 +147,8 @@ class _Loop:
         self.fit, self.recipe, self.epochs, self.objective = fit, fit.recipe, epochs, objective
         self.network = network.to(fit.device)
         self.train, self.validation = data.train.to(fit.device), data.validation.to(fit.device)
-        self.batches = math.ceil(len(self.train) / self.recipe.batch_size)
+        # at least two images in each, or batch norm has nothing to learn from
+        self.batches = max(min(math.ceil(len(self.train) / self.recipe.batch_size), len(self.train) // 2), 1)
         self.optimiser = build_optimiser(self.network, self.recipe)
         self.schedule = build_schedule(self.optimiser, self.recipe, epochs * self.batches)
         self.average = build_average(self.network, self.recipe.ema)

@@ -92,10 +92,15 @@ def students_still_learning(report: Report) -> str | None:
 
 @check
 def student_at_chance(report: Report) -> str | None:
-    chance = sorted({c.attack for c in report.cells if c.accuracy < 1.5 / report.classes})
+    guess, n = 1 / report.classes, min(pair.test_images for pair in report.pairs)
+    bar = guess + 3 * (guess * (1 - guess) / n) ** 0.5
+    chance = sorted({c.attack for c in report.cells if c.accuracy < bar})
     if not chance:
         return None
-    return f"Students of {', '.join(chance)} answer no better than chance: tune that attack; its training diverged."
+    return (
+        f"Students of {', '.join(chance)} answer hardly better than chance: tune that attack; "
+        "its training was too short, or diverged."
+    )
 
 
 @check

@@ -63,11 +63,6 @@ class Progress:
         else:
             yield _Lines(self._console, name, total, done)
 
-    def say(self, line: str) -> None:
-        """A line that stays on the screen."""
-        if self._console:
-            self._console.print(line)
-
 
 class _Bar:
     def __init__(self, bars: Bars, key: TaskID) -> None:

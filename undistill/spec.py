@@ -19,8 +19,9 @@ _CALL = re.compile(r"\s*(?:(?P<origin>[^()]+):)?(?P<name>\w+)\s*(?P<arguments>\(
 class Spec(BaseModel):
     """Extra fields are refused, ranges are checked, NaN and infinity are not numbers here.
 
-    A direct subclass is a family (`Attack`, `Defence`, ...); concrete subclasses of a family
-    register themselves under their class name. `parse(str(x)) == x` holds for every spec.
+    A direct subclass is a family (`Attack`, `Defence`, ...); concrete subclasses of a family inside
+    this package register themselves under their class name; the user's go by `file.py:Name`.
+    `parse(str(x)) == x` holds for every spec.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -32,7 +33,7 @@ class Spec(BaseModel):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         if Spec in cls.__bases__:
             cls.registry = {}
-        if not inspect.isabstract(cls):
+        if cls.__module__.startswith("undistill.") and not inspect.isabstract(cls):
             cls.registry[cls.__name__] = cls
 
     def __init__(self, **fields: Any) -> None:
@@ -83,7 +84,10 @@ class Spec(BaseModel):
         spec = load_code(f"{origin}:{name}")
         if not (inspect.isclass(spec) and issubclass(spec, cls)):
             raise SpecError(f"{origin}:{name} is not a subclass of {cls.__name__}.")
-        spec.origin = origin
+        if inspect.isabstract(spec):
+            raise SpecError(f"{origin}:{name} lacks {', '.join(sorted(spec.__abstractmethods__))}.")
+        if not spec.__module__.startswith("undistill."):
+            spec.origin = origin
         return spec
 
 

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 from torch import nn
 
 import undistill
+from undistill.code import is_code
 from undistill.data import Data, Source
 from undistill.errors import NonFiniteLoss, StoreError
 from undistill.files import sha256, write_json, write_weights
@@ -101,6 +102,7 @@ class Recorded(BaseModel):
     model: str
     classes: list[str]
     shape: tuple[int, int, int]
+    refers: dict[str, str]
     settings: dict[str, Any]
     metrics: dict[str, float]
     seconds: float
@@ -145,18 +147,28 @@ class Run:
         """The trained network, in eval mode. `model` overrides the recorded one (needed for the user's own code)."""
         path = self.folder / "weights.safetensors"
         if not path.exists() or sha256(path) != self.record["weights_sha256"]:
-            raise StoreError(f"{path} is missing or not the file that this run wrote; make the run again.")
+            raise StoreError(
+                f"{path} is missing or not the file that this run wrote; remove {self.folder} and make the run again."
+            )
         return self.fresh(0, model, weights=path)
 
     def fresh(self, seed: int, model: Model | None = None, weights: Path | None = None) -> nn.Module:
         """The same architecture, newly initialised by `seed`."""
-        network = self.model(model).build(self.shape, len(self.record["classes"]), seed)
+        spec = self.model(model)
+        if changed := set(spec.refers().values()) - set(self.record["refers"].values()):
+            raise StoreError(
+                f"The code of {spec} has changed since {self.folder} was made (SHA-256 now {min(changed)[:12]}...); "
+                "restore it, or make the run again with another --out."
+            )
+        network = spec.build(self.shape, len(self.record["classes"]), seed)
         if weights:
             load_weights(network, weights)
         return network.eval()
 
     def model(self, override: Model | None = None) -> Model:
-        return override or Model.parse(self.record["model"])
+        """The recorded network; `override` names it again where it is the user's own code."""
+        recorded = str(self.record["model"])
+        return override if override and is_code(recorded) else Model.parse(recorded)
 
     def require(self, shape: tuple[int, ...], classes: Sequence[str]) -> None:
         """Raise `StoreError` unless the run's network is one for these images and classes."""

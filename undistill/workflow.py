@@ -15,7 +15,7 @@ from undistill.files import sha256
 from undistill.fit import Batch, Fit, Recipe
 from undistill.losses import cross_entropy, distillation
 from undistill.measure import evaluate
-from undistill.models import Model, load_weights, seeded
+from undistill.models import Model, load_weights, returned, seeded
 from undistill.progress import Progress
 from undistill.seeds import derive
 from undistill.spec import Spec
@@ -124,7 +124,7 @@ def protect(
         if not place.finished:
             fit = Fit(settings.recipe, seed, chosen, place.folder, progress or Progress.silent(), name)
             with seeded(derive(settings.seed, "defence")):
-                victim = defence.protect(teacher.to(chosen), fresh, data.split, fit)
+                victim = returned(defence.protect(teacher.to(chosen), fresh, data.split, fit), defence)
             record = _record(request, data, fit, victim)
             record["metrics"]["divergence"] = divergence(victim, teacher, data)
             place.finish(victim, record)

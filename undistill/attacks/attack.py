@@ -14,7 +14,7 @@ from undistill.spec import Spec
 class Attack(Spec):
     """Fields are hyper-parameters; the problem comes as arguments; an attack never grades itself."""
 
-    needs: ClassVar[Access]
+    needs: ClassVar[Access] = Access.NONE
     """The access that the oracle must grant."""
     floor: ClassVar[bool] = False
     """A yardstick that no accuracy-preserving defence can stop, rather than a way to break one."""

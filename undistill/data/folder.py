@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from pydantic import Field
 
-from undistill.data.source import Source
+from undistill.data.source import ResolvedPath, Source
 from undistill.data.split import Samples
 from undistill.errors import DataError
 
@@ -19,7 +19,7 @@ _COLOUR = {"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"}
 class Folder(Source):
     """`path/CLASS/*.png`, or `path/train/CLASS/...` and `path/test/CLASS/...`; any format Pillow reads."""
 
-    path: str
+    path: ResolvedPath
     size: int | None = Field(None, ge=4, le=4096)
     """Resize every image to size x size pixels (needed where sizes differ)."""
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from undistill.data.source import Source
+from undistill.data.source import ResolvedPath, Source
 from undistill.data.split import Samples
 from undistill.errors import DataError
 from undistill.files import read_arrays
@@ -18,7 +18,7 @@ class Npz(Source):
     numbers from 0, (N,). An optional `classes` array names them.
     """
 
-    path: str
+    path: ResolvedPath
 
     @property
     def title(self) -> str:
@@ -73,4 +73,6 @@ class Npz(Source):
                 f"{where}: {y} is {labels.dtype} of shape {labels.shape}; labels must be whole numbers "
                 f"of shape ({len(images)},), one for each image."
             )
+        if int(labels.max()) > np.iinfo(np.int32).max:
+            raise DataError(f"{where}: {y} holds {labels.max()}; labels count the classes from 0.")
         return Samples(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64)))

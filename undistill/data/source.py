@@ -3,13 +3,16 @@
 import os
 from abc import abstractmethod
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from undistill.data.split import Data, Samples, divide
 from undistill.errors import DataError
 from undistill.spec import Spec
+
+ResolvedPath = Annotated[str, AfterValidator(lambda text: str(Path(text).expanduser().resolve()))]
+"""A path that means the same from every working directory."""
 
 
 class Source(Spec):
@@ -33,7 +36,7 @@ class Source(Spec):
         if not exists:
             raise DataError(f"There is no file or folder {text}.")
         reader = cls.registry["Folder" if path.is_dir() else "Npz"]
-        source: Self = reader(path=str(path.resolve()))
+        source: Self = reader(path=text)
         return source
 
     @property

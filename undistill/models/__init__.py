@@ -2,8 +2,19 @@
 
 from undistill.models.convnet import ConvNet
 from undistill.models.factory import Factory
-from undistill.models.model import Model, features, frozen, load_weights, seeded
+from undistill.models.model import Model, features, frozen, load_weights, returned, seeded
 from undistill.models.plaincnn import PlainCNN
 from undistill.models.resnetc import ResNetC
 
-__all__ = ["ConvNet", "Factory", "Model", "PlainCNN", "ResNetC", "features", "frozen", "load_weights", "seeded"]
+__all__ = [
+    "ConvNet",
+    "Factory",
+    "Model",
+    "PlainCNN",
+    "ResNetC",
+    "features",
+    "frozen",
+    "load_weights",
+    "returned",
+    "seeded",
+]

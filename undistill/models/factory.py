@@ -1,6 +1,7 @@
 """The user's own network."""
 
 import inspect
+from copy import deepcopy
 
 from torch import nn
 
@@ -29,7 +30,8 @@ class Factory(Model):
         known = {"num_classes": num_classes, "in_channels": shape[0], "image_size": shape[1:]}
         try:
             taken = inspect.signature(make).parameters
-            network: nn.Module = make(**{key: value for key, value in known.items() if key in taken} | arguments)
+            # a copy, so that a part which the user's module keeps is not shared by two networks
+            network: nn.Module = deepcopy(make(**{key: known[key] for key in known if key in taken} | arguments))
         except (Exception, SystemExit) as error:
             raise ModelError(f"{self.call} raised {type(error).__name__}: {error}") from error
         return network

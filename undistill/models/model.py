@@ -35,7 +35,10 @@ class Model(Spec):
     def build(self, shape: Shape, num_classes: int, seed: int) -> nn.Module:
         """A network initialised by `seed`, tried on two blank images; `ModelError` if it is no classifier."""
         with seeded(seed):
-            network = self.network(shape, num_classes)
+            try:
+                network = self.network(shape, num_classes)
+            except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+                raise ModelError(f"{self} cannot be built: {str(error).splitlines()[0]}") from None
             check(network, shape, num_classes, str(self))
         return network
 
@@ -70,6 +73,13 @@ def check(network: nn.Module, shape: Shape, num_classes: int, name: str) -> None
             )
     if not answers["eval"].isfinite().all():
         raise ModelError(f"{name} answers a blank image with NaN or infinity; its weights are not usable.")
+
+
+def returned(network: object, by: Spec) -> nn.Module:
+    """What an attack or defence returned; `ModelError` unless it is a network."""
+    if not isinstance(network, nn.Module):
+        raise ModelError(f"{by} returned {type(network).__name__}; it must return the network that it trained.")
+    return network
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
