@@ -186,6 +186,7 @@ def audit(
     recipe = recipe or recorded_settings(subject.honest).recipe
     jobs = list(plan([subject], suite, attacks, students, recipe))
     chosen = pick_device(device)
+    _ = subject.victim_network, subject.honest_network  # what cannot be loaded is said before work is done
     with claim(Path(out), {"command": "audit", "victim": subject.victim.digest, "honest": subject.honest.digest}):
         return perform(jobs, Path(out), suite, chosen, progress or Progress.silent())
 
