@@ -13,9 +13,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from undistill.data import Samples
 from undistill.fit import Recipe, build_optimiser
 from undistill.losses import cross_entropy, distillation, undermining
 from undistill.models import Model, frozen
+from undistill.views import to_float
 
 BATCH = 128
 
@@ -34,7 +36,7 @@ def trainer(network: nn.Module, images: Tensor, objective: Callable[[Tensor, Ten
     optimiser, index = build_optimiser(network, Recipe()), torch.arange(BATCH)
 
     def step() -> None:
-        views = Recipe().views(images, 0, 0, index)
+        views = to_float(Recipe().views(Samples(images, index), 0, 0, index, 10)[0])
         optimiser.zero_grad()
         objective(network(views), views).backward()
         optimiser.step()
@@ -59,7 +61,8 @@ def main() -> None:
         with torch.no_grad():
             return adversary(views)
 
-    data = median_ms(lambda: Recipe().views(images, 0, 0, torch.arange(BATCH)), chosen.repeats)
+    samples = Samples(images, torch.arange(BATCH))
+    data = median_ms(lambda: to_float(Recipe().views(samples, 0, 0, samples.labels, 10)[0]), chosen.repeats)
     rows = {
         f"normal, {chosen.teacher}": trainer(teacher, images, lambda z, _: cross_entropy(z, labels)),
         f"nasty, {chosen.teacher}": trainer(

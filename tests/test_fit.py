@@ -86,6 +86,15 @@ def test_every_field_of_the_recipe_changes_the_run(toy: Data, field: str) -> Non
     assert not same(trained(toy, base), trained(toy, changed))
 
 
+@pytest.mark.parametrize("field", Views.model_fields)
+def test_every_field_of_the_views_changes_the_run(toy: Data, field: str) -> None:
+    change = {"crop": 0.0, "flip": True, "rotate": 20.0, "cutout": 0.5, "mixup": 1.0, "cutmix": 1.0, "n_views": 2}[
+        field
+    ]
+    recipe = RECIPE.model_copy(update={"views": Views(**{field: change})})
+    assert not same(trained(toy, RECIPE), trained(toy, recipe))
+
+
 @pytest.mark.parametrize("schedule", ["step", "cosine", "one_cycle"])
 @pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
 def test_a_stopped_run_ends_with_the_same_bits(

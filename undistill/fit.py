@@ -29,7 +29,7 @@ from undistill.measure import accuracy, evaluate, nll
 from undistill.models import seeded
 from undistill.progress import Progress
 from undistill.spec import Spec
-from undistill.views import Views
+from undistill.views import Views, to_float
 
 CHECKPOINT_SECONDS = 2.0
 
@@ -70,7 +70,10 @@ class Recipe(Spec):
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of views: images (B, C, H, W) in [0, 1], labels (B,), and which view of which sample each is."""
+    """One batch of views: images (B, C, H, W) in [0, 1], labels (B,), and which view of which sample each is.
+
+    Where views are mixed (`Views.mixup`, `Views.cutmix`), labels are shares (B, K).
+    """
 
     images: Tensor
     labels: Tensor
@@ -147,6 +150,7 @@ class _Loop:
         self.fit, self.recipe, self.epochs, self.objective = fit, fit.recipe, epochs, objective
         self.network = network.to(fit.device)
         self.train, self.validation = data.train.to(fit.device), data.validation.to(fit.device)
+        self.num_classes = data.num_classes
         # at least two images in each, or batch norm has nothing to learn from
         self.batches = max(min(math.ceil(len(self.train) / self.recipe.batch_size), len(self.train) // 2), 1)
         self.optimiser = build_optimiser(self.network, self.recipe)
@@ -188,9 +192,8 @@ class _Loop:
         return metrics
 
     def _step(self, index: Tensor) -> dict[str, float]:
-        samples = self.train[index]
-        images = self.recipe.views(samples.images, self.fit.seed, self.epoch, index)
-        batch = Batch(images, samples.labels, index, self.epoch)
+        views, labels = self.recipe.views(self.train, self.fit.seed, self.epoch, index, self.num_classes)
+        batch = Batch(to_float(views), labels, index, self.epoch)
         with torch.autocast(self.fit.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             terms = dict(self.objective(self.network, batch))
         self._check_finite(terms, "the term")

@@ -17,7 +17,7 @@ def kl(p: Tensor, q: Tensor, T: float = 1.0) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of (B, K) logits with (B,) class indices, mean over the batch.
+    """Cross-entropy of (B, K) logits with (B,) class indices or (B, K) shares, mean over the batch.
 
     `smoothing` spreads that share of the target evenly over all K classes (Szegedy 2016).
     """
