@@ -79,7 +79,7 @@ def student(run: Run, attack: Scratch | SoftLabels, seed: int, chosen: argparse.
     network = Model.parse(chosen.student).build(data.shape, data.num_classes, seed)
     fit = Fit(Recipe(epochs=chosen.student_epochs), seed, torch.device("cpu"))
     network = attack.run(Oracle(run.network(), attack.needs), network, data, fit)
-    return 100 * accuracy(evaluate(network, data.validation.images), data.validation.labels)
+    return 100 * accuracy(evaluate(network, data.validation), data.validation.labels)
 
 
 def spread(values: tuple[float, ...]) -> str:

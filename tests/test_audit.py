@@ -6,8 +6,8 @@ import jsonschema
 import pytest
 
 from tests.conftest import RECIPE, STUDENT, TEACHER
-from undistill import auditor
 from undistill.auditor import audit
+from undistill.cells import Job, late_gain
 from undistill.errors import ModelError, SpecError, StoreError
 from undistill.flags import CHECKS, raised
 from undistill.oracle import Oracle
@@ -62,7 +62,7 @@ def test_report_json_keeps_its_schema(folder: Path) -> None:
 
 
 def test_a_repeated_audit_trains_nothing(victim: Run, folder: Path, report: Report, monkeypatch) -> None:
-    monkeypatch.setattr(auditor.Job, "_train", lambda *_: pytest.fail("a finished cell was trained again"))
+    monkeypatch.setattr(Job, "_train", lambda *_: pytest.fail("a finished cell was trained again"))
     again = run_audit(victim, folder)
     assert again.cells == report.cells
     assert again.verdict == report.verdict
@@ -80,8 +80,8 @@ def test_a_damaged_cell_is_done_again(victim: Run, folder: Path, tmp_path: Path,
 
 def test_more_seeds_reuse_the_old_cells(victim: Run, folder: Path, report: Report, monkeypatch) -> None:
     trained = []
-    train_cell = auditor.Job._train
-    monkeypatch.setattr(auditor.Job, "_train", lambda job, *rest: trained.append(job.seed) or train_cell(job, *rest))
+    train_cell = Job._train
+    monkeypatch.setattr(Job, "_train", lambda job, *rest: trained.append(job.seed) or train_cell(job, *rest))
     more = run_audit(victim, folder, seeds=3)
     assert set(trained) == {2}
     assert more.cells[: len(report.cells)] == report.cells
@@ -326,6 +326,6 @@ def test_every_flag_fires_alone_on_its_lie(name: str, sound: Report) -> None:
 def test_late_gain_by_hand() -> None:
     rising = [{"validation_accuracy": epoch / 100} for epoch in range(100)]
     flat = [{"validation_accuracy": 0.9} for _ in range(100)]
-    assert auditor.late_gain(rising) == pytest.approx(0.2)
-    assert auditor.late_gain(flat) == pytest.approx(0)
-    assert auditor.late_gain(rising[:2]) == 0
+    assert late_gain(rising) == pytest.approx(0.2)
+    assert late_gain(flat) == pytest.approx(0)
+    assert late_gain(rising[:2]) == 0

@@ -66,7 +66,7 @@ def test_same_seed_same_bits(attack: Attack, toy: Data, honest: Run) -> None:
 @attacks
 def test_students_beat_chance(attack: Attack, toy: Data, honest: Run) -> None:
     network = student(toy, attack, honest.network())
-    assert accuracy(evaluate(network, toy.test.images), toy.test.labels) > 0.5
+    assert accuracy(evaluate(network, toy.test), toy.test.labels) > 0.5
 
 
 @attacks
@@ -118,7 +118,7 @@ def test_defences_repeat_and_leave_the_teacher_alone(defence: Defence, toy: Data
 
 @defences
 def test_defended_teachers_stay_accurate(defence: Defence, toy: Data, honest: Run) -> None:
-    answers = evaluate(protected(toy, defence, honest), toy.test.images)
+    answers = evaluate(protected(toy, defence, honest), toy.test)
     assert answers.shape == (len(toy.test), 3)
     assert accuracy(answers, toy.test.labels) > 0.8
 

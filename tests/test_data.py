@@ -212,6 +212,7 @@ def test_missing_path_is_explained() -> None:
         ("Npz", "path", "other.npz"),
         ("Folder", "path", "other"),
         ("Folder", "size", 10),
+        ("Folder", "stream", True),
     ],
 )
 def test_every_field_of_a_source_changes_the_data(source: str, field: str, value: object, tmp_path: Path) -> None:
@@ -225,5 +226,5 @@ def test_every_field_of_a_source_changes_the_data(source: str, field: str, value
 
 
 def test_every_field_of_every_source_is_tried() -> None:
-    tried = {"Digits": set(SHARES), "Npz": {*SHARES, "path"}, "Folder": {*SHARES, "path", "size"}}
+    tried = {"Digits": set(SHARES), "Npz": {*SHARES, "path"}, "Folder": {*SHARES, "path", "size", "stream"}}
     assert {name: set(source.model_fields) for name, source in Source.registry.items()} == tried

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from tests.conftest import RECIPE, TEACHER
 from undistill import fit as fit_module
 from undistill.data import Data, Samples, Split
+from undistill.engine import Engine
 from undistill.errors import NonFiniteLoss, SpecError, StoreError
-from undistill.fit import Batch, Fit, Recipe, build_optimiser, build_schedule
+from undistill.fit import Fit, Recipe, build_optimiser, build_schedule
 from undistill.losses import cross_entropy
 from undistill.models import Model
+from undistill.stream import Batch
 from undistill.views import Views
 
 CPU = torch.device("cpu")
@@ -65,7 +67,7 @@ CHANGES: dict[str, Any] = {
     "warmup": 0.5,
     "clip": 0.1,
     "ema": 0.9,
-    "precision": "bf16",
+    "engine": Engine(precision="bf16"),
     "views": Views(crop=0),
 }
 
@@ -210,7 +212,7 @@ def test_best_selection_keeps_the_best_validation_epoch(toy: Data) -> None:
     fit(network, toy, plain)
     from undistill.measure import accuracy, evaluate
 
-    kept = accuracy(evaluate(network, toy.validation.images), toy.validation.labels)
+    kept = accuracy(evaluate(network, toy.validation), toy.validation.labels)
     assert kept == max(epoch["validation_accuracy"] for epoch in fit.history)
     assert kept > fit.history[-1]["validation_accuracy"]
 
@@ -279,6 +281,6 @@ def test_bad_recipes_are_explained(fields: dict[str, Any], said: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_it_learns_on_a_gpu_in_bf16(toy: Data) -> None:
-    fit = Fit(RECIPE.model_copy(update={"precision": "bf16"}), 0, torch.device("cuda"))
+    fit = Fit(RECIPE.model_copy(update={"engine": Engine(precision="bf16")}), 0, torch.device("cuda"))
     fit(Model.parse(TEACHER).build(toy.shape, 3, 0), toy, plain)
     assert fit.history[-1]["validation_accuracy"] > 0.9

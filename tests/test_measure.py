@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from undistill.data import Samples
 from undistill.measure import accuracy, ece, evaluate, fidelity, l1, nll
 
 
@@ -31,6 +32,6 @@ def test_ece_by_hand() -> None:
 
 def test_evaluate_is_batched_and_restores_the_mode() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 3)).train()
-    images = torch.randint(0, 256, (7, 1, 2, 2), dtype=torch.uint8)
-    assert torch.allclose(evaluate(network, images, batch_size=3), evaluate(network, images), atol=1e-6)
+    samples = Samples(torch.randint(0, 256, (7, 1, 2, 2), dtype=torch.uint8), torch.arange(7))
+    assert torch.allclose(evaluate(network, samples, batch_size=3), evaluate(network, samples), atol=1e-6)
     assert network.training

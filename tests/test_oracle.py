@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from undistill.errors import AccessDenied, BudgetExceeded
-from undistill.fit import Batch
 from undistill.losses import LOG_ZERO
 from undistill.oracle import Access, Oracle
+from undistill.stream import Batch
 
 
 def batch(size: int = 5) -> Batch:

@@ -20,6 +20,7 @@ def cell(attack: str, side: str, accuracy: float, seed: int = 0, student: str = 
         seconds=1.0,
         floor=attack in FLOORS,
         late_gain=0.0,
+        engine="",
     )
 
 

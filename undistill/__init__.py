@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from undistill.auditor import audit
     from undistill.data import Data, Samples, Source, Split
     from undistill.defences import Defence
-    from undistill.fit import Batch, Fit, Recipe
+    from undistill.fit import Fit, Recipe
     from undistill.models import Model
     from undistill.oracle import Access, Oracle
     from undistill.store import Run
+    from undistill.stream import Batch
     from undistill.workflow import Settings, TrainSettings, protect, train
 
 _HOMES = {
@@ -21,10 +22,11 @@ _HOMES = {
     "auditor": ["audit"],
     "data": ["Data", "Samples", "Source", "Split"],
     "defences": ["Defence"],
-    "fit": ["Batch", "Fit", "Recipe"],
+    "fit": ["Fit", "Recipe"],
     "models": ["Model"],
     "oracle": ["Access", "Oracle"],
     "store": ["Run"],
+    "stream": ["Batch"],
     "workflow": ["Settings", "TrainSettings", "protect", "train"],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -1,7 +1,10 @@
 """The command line. Heavy imports wait until a command runs, so that --help answers at once."""
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +14,12 @@ from typer.core import TyperGroup
 from undistill.errors import SpecError, UndistillError
 
 if TYPE_CHECKING:
+    from undistill.progress import Progress
     from undistill.report.schema import Report
+
+
+# of the processes that torchrun started, the first one speaks
+FIRST = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
 
 
 class Commands(TyperGroup):
@@ -41,8 +49,24 @@ app = typer.Typer(
 
 
 def fail(message: str, code: int = 2) -> None:
-    print(f"Error: {message}", file=sys.stderr)
+    print(f"Error: {message}" if FIRST else f"Error in process {os.environ['RANK']}: {message}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+def say(message: str) -> None:
+    if FIRST:
+        print(message)
+
+
+@contextmanager
+def working() -> Iterator["Progress"]:
+    """Progress of a command that trains."""
+    from undistill.engine import keep_freed_memory
+    from undistill.progress import Progress
+
+    keep_freed_memory()
+    with Progress.to_stderr() if FIRST else Progress.silent() as progress:
+        yield progress
 
 
 Out = Annotated[Path | None, typer.Option(help="Where the result goes; the same command resumes there.")]
@@ -58,6 +82,13 @@ Code = Annotated[
         "--model", help="Your own network again, file.py:factory; stored runs do not execute code by themselves."
     ),
 ]
+Fast = Annotated[
+    bool,
+    typer.Option("--fast", help="Choose precision, layout and compilation by a short trial (recipe.engine=auto)."),
+]
+Remember = Annotated[
+    float, typer.Option(min=0, metavar="GIB", help="Disk that remembered answers may fill in a run folder; 0 is off.")
+]
 
 
 @app.command()
@@ -68,9 +99,8 @@ def demo(
 ) -> None:
     """Train, protect and audit on handwritten digits; ends with a report."""
     from undistill.demo import demo as run
-    from undistill.progress import Progress
 
-    with Progress.to_stderr() as progress:
+    with working() as progress:
         report = run(out, seeds, progress, device)
     show(report, out)
 
@@ -88,18 +118,18 @@ def train(
     ] = None,
     config: Config = None,
     settings: Set = None,
+    fast: Fast = False,
     device: Device = "auto",
 ) -> None:
     """Train a classifier normally: the honest teacher."""
-    from undistill.progress import Progress
     from undistill.workflow import TrainSettings
     from undistill.workflow import train as run
 
-    chosen = TrainSettings(**read_settings(config, settings))
+    chosen = TrainSettings(**read_settings(config, settings, fast))
     out = out or Path("runs") / f"{Path(data.split('(')[0]).stem}-{Path(model.split('(')[0]).stem}"
-    with Progress.to_stderr() as progress:
+    with working() as progress:
         result = run(data, model, out, weights=weights, settings=chosen, device=device, progress=progress)
-    print(f"{result.folder}: validation accuracy {result.record['metrics']['validation_accuracy']:.1%}")
+    say(f"{result.folder}: validation accuracy {result.record['metrics']['validation_accuracy']:.1%}")
 
 
 @app.command()
@@ -110,21 +140,24 @@ def protect(
     model: Code = None,
     config: Config = None,
     settings: Set = None,
+    fast: Fast = False,
     device: Device = "auto",
+    remember: Remember = 4.0,
 ) -> None:
     """Make a protected twin of a trained classifier."""
-    from undistill.progress import Progress
     from undistill.store import Run
     from undistill.workflow import Settings, recorded_settings
     from undistill.workflow import protect as work
 
     honest = Run.open(run)
-    chosen = Settings(**merge(recorded_settings(honest).model_dump(), read_settings(config, settings)))
+    chosen = Settings(**merge(recorded_settings(honest).model_dump(), read_settings(config, settings, fast)))
     out = out or beside(run, defence.split("(")[0].split(":")[-1].lower())
-    with Progress.to_stderr() as progress:
-        victim = work(honest, defence, out, model=model, settings=chosen, device=device, progress=progress)
+    with working() as progress:
+        victim = work(
+            honest, defence, out, model=model, settings=chosen, device=device, remember=remember, progress=progress
+        )
     metrics = victim.record["metrics"]
-    print(
+    say(
         f"{victim.folder}: validation accuracy {metrics['validation_accuracy']:.1%} "
         f"(honest {honest.record['metrics']['validation_accuracy']:.1%}), "
         f"divergence T^2 KL {metrics['divergence']:.2f} nats"
@@ -149,20 +182,30 @@ def audit(
     model: Code = None,
     config: Config = None,
     settings: Set = None,
+    fast: Fast = False,
     device: Device = "auto",
+    launcher: Annotated[
+        str, typer.Option(help="Where cells are done: serial, pool, ray, or a listed one with its fields.")
+    ] = "serial",
+    workers: Annotated[int | None, typer.Option(help="Processes of the pool.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster.")] = None,
+    remember: Remember = 4.0,
 ) -> None:
     """Attack a protected model and its honest twin; ends with a report."""
     from undistill.auditor import audit as work
-    from undistill.auditor import parent
-    from undistill.progress import Progress
+    from undistill.launch import Launcher
     from undistill.store import Run
+    from undistill.subject import parent
     from undistill.workflow import AuditSettings, recorded_settings
 
     victim = Run.open(run)
     recipe = recorded_settings(Run.open(honest or parent(victim))).recipe
-    chosen = AuditSettings(**merge({"recipe": recipe.model_dump()}, read_settings(config, settings)))
+    chosen = AuditSettings(**merge({"recipe": recipe.model_dump()}, read_settings(config, settings, fast)))
+    where = Launcher.named(launcher)
+    given = {"workers": workers, "address": address}
+    where = type(where)(**(where.model_dump() | {name: value for name, value in given.items() if value is not None}))
     out = out or beside(run, "audit")
-    with Progress.to_stderr() as progress:
+    with working() as progress:
         report = work(
             victim,
             out,
@@ -174,6 +217,8 @@ def audit(
             recipe=chosen.recipe,
             model=model,
             device=device,
+            launcher=where,
+            remember=remember,
             progress=progress,
         )
     show(report, out)
@@ -226,10 +271,11 @@ def beside(run: Path, what: str) -> Path:
     return run.with_name(f"{run.name}-{what}")
 
 
-def read_settings(config: Path | None, pairs: list[str] | None) -> dict[str, Any]:
-    """The settings of a YAML file, overridden by `a.b=value` pairs."""
+def read_settings(config: Path | None, pairs: list[str] | None, fast: bool) -> dict[str, Any]:
+    """The settings of a YAML file, overridden by `a.b=value` pairs; `fast` leaves the engine to a trial."""
     import yaml
 
+    engine = {"precision": "auto", "layout": "auto", "compile": "auto"}
     settings: dict[str, Any] = {}
     try:
         if config:
@@ -244,6 +290,8 @@ def read_settings(config: Path | None, pairs: list[str] | None) -> dict[str, Any
             for part in reversed(key.strip().split(".")):
                 nested = {part: nested}
             settings = merge(settings, nested)
+        if fast:
+            settings = merge({"recipe": {"engine": engine}}, settings)
     except (yaml.YAMLError, ValueError) as error:
         raise SpecError(f"Settings are not readable YAML: {' '.join(str(error).split())}") from None
     return settings

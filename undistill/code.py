@@ -29,6 +29,11 @@ def trust(text: str) -> None:
         _trusted.add(_reference(text))
 
 
+def trusted() -> list[str]:
+    """What the user allowed, for a worker process that is to be trusted with the same."""
+    return sorted(_trusted)
+
+
 def load_code(text: str) -> Any:
     """The object called `name` in `file.py:name` or `module:name`; `ModelError` if that fails."""
     where, name = _reference(text).rsplit(":", 1)

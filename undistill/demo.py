@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
-from undistill.auditor import Subject, perform, plan
+from undistill import distributed
+from undistill.auditor import perform, plan
 from undistill.data import Digits
 from undistill.fit import Recipe
+from undistill.launch import Serial
 from undistill.progress import Progress
 from undistill.report.schema import Report
 from undistill.store import claim
+from undistill.subject import Asking, Subject
 from undistill.workflow import Settings, TrainSettings, pick_device, protect, train
 
 MODEL = "ConvNet(width=16)"
@@ -19,11 +22,12 @@ STUDENT_EPOCHS = 60
 def demo(out: Path, seeds: int, progress: Progress, device: str = "auto") -> Report:
     """Train, protect and audit on `seeds` different splits of the digits; one report over all of them."""
     request = {"command": "demo", "model": MODEL, "defence": DEFENCE, "recipe": Recipe().model_dump(mode="json")}
-    chosen = pick_device(device)
+    distributed.require_one("demo")
+    pick_device(device)
     with claim(out, request):
         subjects = [subject(out / f"seed-{seed}", seed, progress, device) for seed in range(seeds)]
         jobs = list(plan(subjects, "quick", (), [STUDENT], Recipe(epochs=STUDENT_EPOCHS)))
-        return perform(jobs, out, "quick", chosen, progress)
+        return perform(jobs, out, "quick", Serial(), progress)
 
 
 def subject(folder: Path, seed: int, progress: Progress, device: str) -> Subject:
@@ -32,4 +36,4 @@ def subject(folder: Path, seed: int, progress: Progress, device: str) -> Subject
     data = Digits(seed=seed)
     honest = train(data, MODEL, folder / "honest", settings=honest_settings, device=device, progress=progress)
     victim = protect(honest, DEFENCE, folder / "nasty", settings=settings, device=device, progress=progress)
-    return Subject(victim, honest, (seed,))
+    return Subject(victim, honest, (seed,), asking=Asking(pick_device(device)))

@@ -36,6 +36,10 @@ class NonFiniteLoss(UndistillError):
     """Training left the finite numbers; nothing of it was kept."""
 
 
+class LaunchError(UndistillError):
+    """Worker processes that cannot be reached, or keep dying."""
+
+
 def unknown(what: str, name: str, choices: Iterable[str]) -> str:
     """'no attack named 'SoftLabel'; did you mean 'SoftLabels'? (choices: ...)'."""
     choices = sorted(choices)

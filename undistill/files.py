@@ -15,10 +15,15 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
+from undistill import distributed
+
 log = logging.getLogger(__name__)
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Of several processes that train together, the first alone writes."""
+    if distributed.rank() > 0:
+        return
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
@@ -41,6 +46,15 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object that `write_json` wrote; None if absent or damaged."""
+    try:
+        value = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """One JSON object on each line."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -48,9 +62,13 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
 
 def write_tensors(path: Path, state: dict[str, Any]) -> None:
     """Nested plain containers and tensors, as `read_tensors` reads them."""
-    buffer = io.BytesIO()  # torch's own writer hides why the disk refused
-    torch.save(state, buffer)
-    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+    def write(file: IO[bytes]) -> None:
+        buffer = io.BytesIO()  # torch's own writer hides why the disk refused
+        torch.save(state, buffer)
+        file.write(buffer.getbuffer())
+
+    write_atomically(path, write)
 
 
 def read_tensors(path: Path, device: torch.device) -> dict[str, Any] | None:

@@ -22,13 +22,17 @@ from torch.optim.lr_scheduler import (
 )
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from undistill import distributed
+from undistill.answers import Answers, AnswerStore
 from undistill.data import Split
-from undistill.errors import ModelError, NonFiniteLoss, StoreError
+from undistill.engine import Engine, settle
+from undistill.errors import ModelError, NonFiniteLoss, SpecError, StoreError
 from undistill.files import read_tensors, write_lines, write_tensors
 from undistill.measure import accuracy, evaluate, nll
 from undistill.models import seeded
 from undistill.progress import Progress
 from undistill.spec import Spec
+from undistill.stream import Batch, Stream
 from undistill.views import Views, to_float
 
 CHECKPOINT_SECONDS = 2.0
@@ -56,7 +60,7 @@ class Recipe(Spec):
     """Decay of the averaged weights that become the result; 0 takes the last weights."""
     selection: Literal["last", "best"] = "last"
     """The epoch whose weights are kept; 'best' goes by validation accuracy."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    engine: Engine = Engine()
     views: Views = Views()
 
     @model_validator(mode="after")
@@ -66,19 +70,6 @@ class Recipe(Spec):
         if any(not 0 < drop < 1 for drop in self.drops):
             raise ValueError("drops are shares of the epochs, between 0 and 1")
         return self
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch of views: images (B, C, H, W) in [0, 1], labels (B,), and which view of which sample each is.
-
-    Where views are mixed (`Views.mixup`, `Views.cutmix`), labels are shares (B, K).
-    """
-
-    images: Tensor
-    labels: Tensor
-    index: Tensor
-    epoch: int
 
 
 Objective = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
@@ -106,11 +97,23 @@ class Fit:
     progress: Progress = field(default_factory=Progress.silent)
     name: str = "training"
     """What progress calls it."""
+    view_seed: int | None = None
+    """Which views are shown, `seed` by default; trainings that share it share remembered answers."""
+    store: AnswerStore = field(default_factory=AnswerStore)
+    """Where the answers of frozen networks are kept."""
+    trials: Path | None = None
+    """Where measured engines are recorded, `folder` by default."""
     carried: Sequence[Stateful] = ()
     """Saved and restored with every checkpoint, such as an oracle's count."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Every epoch's metrics: the terms, their sum, validation accuracy and NLL, seconds."""
+    engines: list[str] = field(default_factory=list)
+    """How the network of each call was computed."""
     calls: int = 0
+
+    def answers(self, network: nn.Module) -> Answers:
+        """`network`, frozen: it answers each view of this training once."""
+        return Answers(network.to(self.device), self.recipe.engine, self.store)
 
     @property
     def seconds(self) -> float:
@@ -127,6 +130,7 @@ class Fit:
         loop = _Loop(self, network, data, objective, epochs)
         checkpoint = self.folder / f"checkpoint-{self.calls}.pt" if self.folder else None
         self.calls += 1
+        self.engines.append(str(loop.engine))
         loop.restore(checkpoint)
         saved = time.monotonic()
         with self.progress.task(self.name, loop.epochs, done=loop.epoch) as task:
@@ -150,9 +154,11 @@ class _Loop:
         self.fit, self.recipe, self.epochs, self.objective = fit, fit.recipe, epochs, objective
         self.network = network.to(fit.device)
         self.train, self.validation = data.train.to(fit.device), data.validation.to(fit.device)
-        self.num_classes = data.num_classes
-        # at least two images in each, or batch norm has nothing to learn from
-        self.batches = max(min(math.ceil(len(self.train) / self.recipe.batch_size), len(self.train) // 2), 1)
+        seed = fit.seed if fit.view_seed is None else fit.view_seed
+        self.stream = Stream(self.train, self.recipe.views, seed, data.num_classes)
+        self.batches = self._count_batches()
+        self.engine = self._settle()
+        self.called = self.engine.prepare(distributed.parallel(self.network))
         self.optimiser = build_optimiser(self.network, self.recipe)
         self.schedule = build_schedule(self.optimiser, self.recipe, epochs * self.batches)
         self.average = build_average(self.network, self.recipe.ema)
@@ -160,28 +166,54 @@ class _Loop:
         self.epoch = 0
         self.history: list[dict[str, float]] = []
 
+    def _count_batches(self) -> int:
+        # at least two images in each, or batch norm has nothing to learn from
+        count = len(self.train)
+        batches = max(min(math.ceil(count / self.recipe.batch_size), count // 2), 1)
+        if count // batches < distributed.world():
+            raise SpecError(
+                f"{distributed.world()} processes cannot share batches of {count // batches} images; "
+                "raise recipe.batch_size, or start fewer."
+            )
+        return batches
+
+    def _settle(self) -> Engine:
+        def sample() -> Tensor:
+            first = distributed.mine(torch.arange(len(self.train), device=self.train.labels.device)[: self.size])
+            return to_float(self.stream.show(0, first)[0].to(self.fit.device))
+
+        return settle(
+            self.recipe.engine,
+            self.network,
+            sample,
+            steps=self.epochs * self.batches,
+            training=True,
+            folder=self.fit.trials or self.fit.folder,
+        )
+
+    @property
+    def size(self) -> int:
+        """Images in the largest batch."""
+        return math.ceil(len(self.train) / self.batches)
+
     @property
     def current(self) -> nn.Module:
         return self.average.module if self.average else self.network
 
     def one_epoch(self) -> dict[str, float]:
         began = time.perf_counter()
-        totals: dict[str, float] = {}
-        self.network.train()
+        self.called.train()
         with seeded(epoch_seed(self.fit.seed, self.epoch)):
-            order = torch.randperm(len(self.train)).to(self.fit.device)
-            for index in order.tensor_split(self.batches):
-                for term, value in self._step(index).items():
-                    totals[term] = totals.get(term, 0.0) + value * len(index)
-        metrics = {term: total / len(self.train) for term, total in totals.items()}
+            metrics = self._train_epoch()
         self._check_finite(self.network.state_dict(), "the weights after it")
-        logits = evaluate(self.current, self.validation.images)
+        logits = evaluate(self.current, self.validation, self.engine)
+        labels = self.validation.labels.to(logits.device)
         self.epoch += 1
         metrics |= {
             "epoch": self.epoch,
             "lr": float(self.schedule.get_last_lr()[0]),
-            "validation_accuracy": accuracy(logits, self.validation.labels),
-            "validation_nll": nll(logits, self.validation.labels),
+            "validation_accuracy": accuracy(logits, labels),
+            "validation_nll": nll(logits, labels),
             "seconds": time.perf_counter() - began,
         }
         if self.recipe.selection == "best" and metrics["validation_accuracy"] > max(
@@ -191,22 +223,43 @@ class _Loop:
         self.history.append(metrics)
         return metrics
 
-    def _step(self, index: Tensor) -> dict[str, float]:
-        views, labels = self.recipe.views(self.train, self.fit.seed, self.epoch, index, self.num_classes)
-        batch = Batch(to_float(views), labels, index, self.epoch)
-        with torch.autocast(self.fit.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            terms = dict(self.objective(self.network, batch))
-        self._check_finite(terms, "the term")
-        loss = torch.stack(list(terms.values())).sum()
+    def _train_epoch(self) -> dict[str, float]:
+        """One pass over the training images; its terms are gathered on the device and read at the end."""
+        order = torch.randperm(len(self.train)).to(self.train.labels.device)
+        whole = order.tensor_split(self.batches)
+        parts = [distributed.mine(index) for index in whole]
+        if distributed.world() > 1:  # else all processes would drop out the same units
+            torch.manual_seed(torch.initial_seed() ^ distributed.rank())
+        rows = []
+        for index, size, (views, labels) in zip(
+            parts, map(len, whole), self.stream.shows(self.epoch, parts), strict=True
+        ):
+            images = self.engine.laid_out(to_float(views.to(self.fit.device, non_blocking=True)))
+            labels = labels.to(self.fit.device, non_blocking=True)
+            batch = Batch.of(self.stream, self.epoch, index, images, labels)
+            terms = self._step(batch, distributed.scale(len(index), size))
+            rows.append(torch.stack(list(terms.values())) * (len(index) / len(self.train)))
+        steps = distributed.summed(torch.stack(rows)).cpu().double()
+        broken = (~steps.isfinite()).any(1)
+        self._check_finite(dict(zip(terms, steps[broken.int().argmax()], strict=True)), "the term")
+        return dict(zip(terms, steps.sum(0).tolist(), strict=True))
+
+    def _step(self, batch: Batch, scale: float) -> dict[str, Tensor]:
+        """Every term and their sum, detached."""
+        if self.engine.compile and self.fit.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        with self.engine.active(self.fit.device):
+            terms = dict(self.objective(self.called, batch))
+        loss = torch.stack([value.float() for value in terms.values()]).sum()
         self.optimiser.zero_grad()
-        loss.backward()
+        (loss * scale).backward()
         if self.recipe.clip:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
         self.optimiser.step()
         self.schedule.step()
         if self.average:
             self.average.update_parameters(self.network)
-        return {name: value.item() for name, value in (terms | {"loss": loss}).items()}
+        return {name: value.detach().float() for name, value in (terms | {"loss": loss}).items()}
 
     def _check_finite(self, values: Mapping[str, Tensor], what: str) -> None:
         for name, value in values.items():
@@ -223,7 +276,7 @@ class _Loop:
             self.network.load_state_dict(self.best)
         elif self.average:
             self.network.load_state_dict(self.average.module.state_dict())
-        return self.network.eval()
+        return self.network.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload,no-any-return]
 
     def save(self, path: Path) -> None:
         parts = {
@@ -268,9 +321,11 @@ def build_optimiser(network: nn.Module, recipe: Recipe) -> Optimizer:
         raise ModelError(
             "The network has no trainable parameter (requires_grad is False on all); nothing can be learnt."
         )
+    fused = parameters[0].is_cuda
     if recipe.optimiser == "adamw":
-        return AdamW(parameters, recipe.lr, (recipe.momentum, 0.999), weight_decay=recipe.weight_decay)
-    return SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+        betas = (recipe.momentum, 0.999)
+        return AdamW(parameters, recipe.lr, betas, weight_decay=recipe.weight_decay, fused=fused)
+    return SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=fused)
 
 
 def build_schedule(optimiser: Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
@@ -292,4 +347,6 @@ def build_schedule(optimiser: Optimizer, recipe: Recipe, steps: int) -> LRSchedu
 def build_average(network: nn.Module, decay: float) -> AveragedModel | None:
     if not decay:
         return None
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    average.n_averaged = average.n_averaged.cpu()  # it is compared at every step, and must not wait for a GPU
+    return average

@@ -1,21 +1,36 @@
 """What is measured of logits or log-probabilities: accuracy, NLL, calibration, agreement, divergence."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from undistill.losses import cross_entropy
+from undistill import distributed
+from undistill.data import Samples, fetched
+from undistill.engine import EXACT, Engine
+from undistill.losses import cross_entropy, distillation
+from undistill.models import device_of
 from undistill.views import to_float
+
+DIVERGENCE_T = 4.0
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, images: Tensor, batch_size: int = 512) -> Tensor:
-    """Logits (N, K) of unaugmented uint8 images, in eval mode, fp32, on the images' device."""
+def evaluate(network: nn.Module, samples: Samples, engine: Engine = EXACT, batch_size: int = 512) -> Tensor:
+    """Logits (N, K) of the unaugmented images, in eval mode, fp32, on the network's device."""
+    device = device_of(network)
     training = network.training
     network.eval()
-    logits = torch.cat([network(to_float(part)).float() for part in images.split(batch_size)])
+
+    def answers(parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        for images in fetched(samples.images, samples.images.__getitem__, parts):
+            yield network(engine.laid_out(to_float(images.to(device)))).float()
+
+    with engine.active(device):
+        logits = distributed.in_turns(samples.parts(batch_size), answers)
     network.train(training)
-    return logits
+    return logits.to(device)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -40,6 +55,11 @@ def ece(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     which = (confidence * bins).ceil().long().clamp(1, bins) - 1
     sums = torch.zeros(bins, dtype=torch.double).index_add_(0, which, gap)
     return (sums.abs().sum() / len(labels)).item()
+
+
+def divergence(victim: Tensor, honest: Tensor, T: float = DIVERGENCE_T) -> float:
+    """T^2 KL(victim/T || honest/T) of two answers to the same images, in nats: how far a defence went."""
+    return distillation(victim, honest, T).item()
 
 
 def l1(a: Tensor, b: Tensor) -> float:

@@ -4,14 +4,13 @@ from copy import deepcopy
 from enum import IntEnum
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from undistill.answers import Answers
 from undistill.errors import AccessDenied, BudgetExceeded
-from undistill.fit import Batch
 from undistill.losses import LOG_ZERO
-from undistill.models import frozen
+from undistill.stream import Batch
 
 
 class Access(IntEnum):
@@ -25,14 +24,14 @@ class Access(IntEnum):
 class Oracle:
     """Answers a batch with log-probabilities, counts every answer, and keeps the weights to itself.
 
-    `budget` is the largest number of images it answers; None is unlimited.
+    Remembered or not, an answer counts. `budget` is the largest number of images it answers; None is unlimited.
     """
 
-    def __init__(self, victim: nn.Module, access: Access, budget: int | None = None) -> None:
+    def __init__(self, victim: nn.Module | Answers, access: Access, budget: int | None = None) -> None:
         self.access = access
         self.budget = budget
         self.queries = 0
-        self._victim = frozen(victim)
+        self._answers = victim if isinstance(victim, Answers) else Answers(victim)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Log-probabilities (B, K) in fp32, floored at `LOG_ZERO`, without gradient.
@@ -47,14 +46,13 @@ class Oracle:
                 f"{len(batch.images)} more asked. Raise the budget, or train for fewer epochs."
             )
         self.queries += len(batch.images)
-        with torch.no_grad():
-            return F.log_softmax(self._victim(batch.images).float(), dim=1).clamp_min(LOG_ZERO)
+        return F.log_softmax(self._answers(batch).float(), dim=1).clamp_min(LOG_ZERO)
 
     @property
     def weights(self) -> nn.Module:
         """A copy of the victim, for attacks that declare `Access.WEIGHTS`."""
         self._require(Access.WEIGHTS, "reached for the victim's weights")
-        return deepcopy(self._victim)
+        return deepcopy(self._answers.network)
 
     def _require(self, access: Access, deed: str) -> None:
         if self.access < access:

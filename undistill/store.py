@@ -1,6 +1,8 @@
 """Run folders: claimed with a request, finished with a record, read back without executing anything.
 
 request.json          what was asked for, written first; the same request resumes or is instant
+engine-KEY.json       a measured trial of precision, layout and compilation, and what it chose
+answers/              what the network answered to views, for later commands; may be removed at any time
 checkpoint-N.pt       the N-th training of the run so far; gone once it is finished
 metrics.jsonl         every epoch
 weights.safetensors   the result
@@ -22,6 +24,7 @@ from pydantic import BaseModel, ValidationError
 from torch import nn
 
 import undistill
+from undistill import distributed
 from undistill.code import is_code
 from undistill.data import Data, Source
 from undistill.errors import NonFiniteLoss, StoreError
@@ -44,12 +47,15 @@ class Claim:
     def give_up(self) -> None:
         """Free the folder of a run that cannot succeed, unless something in it is worth keeping."""
         self._clear_checkpoints()
-        if {path.name for path in self.folder.iterdir()} <= {".lock", "request.json", "metrics.jsonl"}:
-            for name in ("metrics.jsonl", "request.json"):
-                (self.folder / name).unlink(missing_ok=True)
+        small = [*self.folder.glob("engine-*.json"), self.folder / "metrics.jsonl", self.folder / "request.json"]
+        if set(self.folder.iterdir()) <= {self.folder / ".lock", *small}:
+            for path in small:
+                path.unlink(missing_ok=True)
 
     def finish(self, network: nn.Module, record: Record) -> None:
         """Write weights, then the record, then clear the checkpoints away."""
+        if distributed.rank() > 0:
+            return
         digest = write_weights(self.folder / "weights.safetensors", network.state_dict())
         write_json(self.folder / "run.json", record | {"weights_sha256": digest, "environment": environment()})
         self._clear_checkpoints()
@@ -65,6 +71,11 @@ def claim(folder: Path, request: Record) -> Iterator[Claim]:
 
     Raises `StoreError` for a folder that holds anything else, or in which another process works.
     """
+    if distributed.rank() > 0:
+        distributed.barrier()  # the first process has claimed it by then
+        yield Claim(folder)
+        distributed.barrier()  # and has finished it by then
+        return
     request = json.loads(json.dumps(request))
     path = folder / "request.json"
     if folder.exists() and not folder.is_dir():
@@ -86,11 +97,13 @@ def claim(folder: Path, request: Record) -> Iterator[Claim]:
                 "Choose another --out, or remove that folder."
             )
         place = Claim(folder)
+        distributed.barrier()
         try:
             yield place
         except NonFiniteLoss:
             place.give_up()
             raise
+        distributed.barrier()
 
 
 class Recorded(BaseModel):

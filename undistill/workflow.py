@@ -1,27 +1,30 @@
 """`train` and `protect`: from data and a network to a run folder."""
 
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from undistill import measure
+from undistill import distributed, measure
+from undistill.answers import GIB, REMEMBER, AnswerStore
 from undistill.data import Data, Source
 from undistill.defences import Defence
 from undistill.errors import SpecError
 from undistill.files import sha256
-from undistill.fit import Batch, Fit, Recipe
-from undistill.losses import cross_entropy, distillation
+from undistill.fit import Fit, Recipe
+from undistill.losses import cross_entropy
 from undistill.measure import evaluate
 from undistill.models import Model, load_weights, returned, seeded
 from undistill.progress import Progress
 from undistill.seeds import derive
 from undistill.spec import Spec
 from undistill.store import Record, Run, claim
-
-DIVERGENCE_T = 4.0
+from undistill.stream import Batch
 
 
 class Settings(Spec):
@@ -79,7 +82,7 @@ def train(
         return {"ce": cross_entropy(network(batch.images), batch.labels, settings.label_smoothing)}
 
     chosen = pick_device(device)
-    with claim(Path(out), request) as place:
+    with together(chosen, request), claim(Path(out), request) as place:
         if not place.finished:
             fit = Fit(settings.recipe, seed, chosen, place.folder, progress or Progress.silent(), "honest teacher")
             network = fit(network, loaded.split, objective)
@@ -95,12 +98,14 @@ def protect(
     model: str | Model | None = None,
     settings: Settings | None = None,
     device: str = "auto",
+    remember: float = REMEMBER,
     progress: Progress | None = None,
 ) -> Run:
     """Protect the honest teacher of `run`; the victim gets a run folder of its own.
 
     Without `settings` the recipe and seed are the honest teacher's. `model` names the user's own
-    network again, which a stored run may not execute by itself.
+    network again, which a stored run may not execute by itself. A defence that asks the honest teacher asks
+    once for each view; `remember` is the disk in GiB that the answers may fill, in the teacher's run folder.
     """
     honest = run if isinstance(run, Run) else Run.open(run)
     settings = settings or recorded_settings(honest)
@@ -120,21 +125,27 @@ def protect(
     seed = derive(settings.seed, "victim")
     teacher, fresh = honest.network(model), honest.fresh(seed, model)
     chosen, name = pick_device(device), type(defence).__name__
-    with claim(Path(out), request) as place:
+    with together(chosen, request), claim(Path(out), request) as place:
         if not place.finished:
-            fit = Fit(settings.recipe, seed, chosen, place.folder, progress or Progress.silent(), name)
+            store = AnswerStore(honest.folder / "answers", remember * GIB)
+            fit = Fit(settings.recipe, seed, chosen, place.folder, progress or Progress.silent(), name, store=store)
             with seeded(derive(settings.seed, "defence")):
                 victim = returned(defence.protect(teacher.to(chosen), fresh, data.split, fit), defence)
             record = _record(request, data, fit, victim)
-            record["metrics"]["divergence"] = divergence(victim, teacher, data)
+            record["metrics"]["divergence"] = measure.divergence(
+                evaluate(victim, data.validation), evaluate(teacher, data.validation)
+            )
             place.finish(victim, record)
     return Run.open(out)
 
 
-def divergence(victim: nn.Module, honest: nn.Module, data: Data, T: float = DIVERGENCE_T) -> float:
-    """T^2 KL(victim/T || honest/T) on the validation split: how far the defence went, in nats."""
-    images = data.validation.images
-    return distillation(evaluate(victim.cpu(), images), evaluate(honest.cpu(), images), T).item()
+@contextmanager
+def together(device: torch.device, request: Record) -> Iterator[None]:
+    """Inside, the processes that torchrun started are one group, after they were found to want the same."""
+    with distributed.group(device):
+        for name in ("data_sha256", "settings", "model"):
+            distributed.require_equal(name, json.dumps(request[name]))
+        yield
 
 
 def recorded_settings(run: Run) -> Settings:
@@ -149,6 +160,7 @@ def pick_device(name: str) -> torch.device:
     """`auto`, or a device that is there; `SpecError` otherwise."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = distributed.local_device(name)
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -158,12 +170,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def _record(request: Record, data: Data, fit: Fit, network: nn.Module) -> Record:
-    logits = evaluate(network.cpu(), data.validation.images)
+    logits = evaluate(network, data.validation).cpu()
     labels = data.validation.labels
     return request | {
         "classes": list(data.classes),
         "shape": list(data.shape),
         "epochs": len(fit.history),
+        "engines": fit.engines,
+        "processes": distributed.world(),
         "seconds": round(fit.seconds, 3),
         "metrics": {
             "validation_accuracy": measure.accuracy(logits, labels),

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from undistill.attacks.attack import Attack
 from undistill.data import Split
-from undistill.fit import Batch, Fit
+from undistill.fit import Fit
 from undistill.losses import cross_entropy
 from undistill.oracle import Access, Oracle
+from undistill.stream import Batch
 
 
 class Scratch(Attack):

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from undistill.attacks.attack import Attack
 from undistill.data import Split
-from undistill.fit import Batch, Fit
+from undistill.fit import Fit
 from undistill.losses import cross_entropy, distillation
 from undistill.oracle import Access, Oracle
+from undistill.stream import Batch
 
 
 class SoftLabels(Attack):

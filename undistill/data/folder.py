@@ -1,19 +1,18 @@
 """A folder of images, one sub-folder for each class."""
 
+import math
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from pydantic import Field
 
+from undistill.data.files import GREY, ImageFiles, read_header, read_picture
 from undistill.data.source import ResolvedPath, Source
 from undistill.data.split import Samples
 from undistill.errors import DataError
 
-_GREY = {"1", "L", "LA"}
-_COLOUR = {"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"}
+LARGE = 2 * 2**30  # bytes of pixels that are still held in memory
 
 
 class Folder(Source):
@@ -22,6 +21,8 @@ class Folder(Source):
     path: ResolvedPath
     size: int | None = Field(None, ge=4, le=4096)
     """Resize every image to size x size pixels (needed where sizes differ)."""
+    stream: bool | None = None
+    """Read images from their files whenever they are needed; None does so above 2 GiB of pixels."""
 
     @property
     def title(self) -> str:
@@ -49,32 +50,26 @@ class Folder(Source):
                 f"{root} has {len(classes)} class folder{'s' * (len(classes) != 1)}; images are expected "
                 "as FOLDER/CLASS/IMAGE, with at least two classes."
             )
-        files = [(file, label) for label, name in enumerate(classes) for file in _files(root / name)]
-        pictures = [self._open(file) for file, _ in files]
-        shapes = Counter(picture.size for picture in pictures)
-        if len(shapes) > 1:
-            sizes = ", ".join(f"{w} x {h} ({n} images)" for (w, h), n in shapes.most_common(3))
-            raise DataError(
-                f"{root} mixes image sizes: {sizes}. Resize them, or let Folder do it: "
-                f"--data \"Folder(path='{self.path}', size={shapes.most_common(1)[0][0][0]})\"."
-            )
-        mode = "L" if all(picture.mode == "L" for picture in pictures) else "RGB"
-        pixels = np.stack([np.asarray(picture.convert(mode)) for picture in pictures])
-        images = torch.from_numpy(pixels).reshape(len(pictures), *pixels.shape[1:3], -1)
-        labels = torch.tensor([label for _, label in files])
-        return Samples(images.permute(0, 3, 1, 2).contiguous(), labels)
+        found = [(file, label) for label, name in enumerate(classes) for file in _files(root / name)]
+        files, labels = [file for file, _ in found], torch.tensor([label for _, label in found])
+        headers = [read_header(file) for file in files]
+        width, height = self._common_size(root, Counter(size for _, size in headers))
+        channels = 1 if all(mode in GREY for mode, _ in headers) else 3
+        shape = len(files), channels, height, width
+        if math.prod(shape) > LARGE if self.stream is None else self.stream:
+            return Samples(ImageFiles(files, shape), labels)
+        return Samples(torch.stack([read_picture(file, channels, (width, height)) for file in files]), labels)
 
-    def _open(self, file: Path) -> Image.Image:
-        try:
-            with Image.open(file) as opened:
-                if opened.mode not in _GREY | _COLOUR:
-                    raise DataError(f"{file} has mode {opened.mode}; convert it to 8-bit grey or colour.")
-                picture = opened.convert("L" if opened.mode in _GREY else "RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{file} is not a readable image ({error}); repair or remove it.") from None
-        if self.size is None:
-            return picture
-        return picture.resize((self.size, self.size), Image.Resampling.BILINEAR)
+    def _common_size(self, root: Path, sizes: Counter[tuple[int, int]]) -> tuple[int, int]:
+        if self.size is not None:
+            return self.size, self.size
+        if len(sizes) > 1:
+            found = ", ".join(f"{w} x {h} ({n} images)" for (w, h), n in sizes.most_common(3))
+            raise DataError(
+                f"{root} mixes image sizes: {found}. Resize them, or let Folder do it: "
+                f"--data \"Folder(path='{self.path}', size={sizes.most_common(1)[0][0][0]})\"."
+            )
+        return next(iter(sizes))
 
 
 def _folders(root: Path) -> list[Path]:

@@ -3,29 +3,51 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from undistill.data.files import ImageFiles
 from undistill.errors import DataError
 
 
 @dataclass(frozen=True)
 class Samples:
-    """images: (N, C, H, W) uint8; labels: (N,) int64."""
+    """images: (N, C, H, W) uint8, in memory or in files; labels: (N,) int64."""
 
-    images: Tensor
+    images: Tensor | ImageFiles
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: Tensor) -> "Samples":
-        return Samples(self.images[index], self.labels[index])
+        images = self.images[index] if isinstance(self.images, Tensor) else self.images.subset(index)
+        return Samples(images, self.labels[index])
+
+    def parts(self, size: int) -> Sequence[Tensor]:
+        """All indices in order, in parts of `size`, the last one smaller."""
+        parts: Sequence[Tensor] = torch.arange(len(self), device=self.labels.device).split(size)
+        return parts
+
+    @property
+    def pixels(self) -> Tensor:
+        """All images in memory, (N, C, H, W) uint8."""
+        return self.images if isinstance(self.images, Tensor) else self.images[torch.arange(len(self))]
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of every image and label, in order."""
+        images = self.images.cpu().numpy().tobytes() if isinstance(self.images, Tensor) else self.images.digest()
+        return hashlib.sha256(images + self.labels.cpu().numpy().tobytes()).digest()
 
     def to(self, device: torch.device) -> "Samples":
+        """On the device; images that lie in files stay there, and so do their labels."""
+        if self.labels.device == device or not isinstance(self.images, Tensor):
+            return self
         return Samples(self.images.to(device), self.labels.to(device))
 
     def carve(self, share: float, seed: int) -> tuple["Samples", "Samples"]:
@@ -71,8 +93,7 @@ class Data(Split):
         """SHA-256 of every image and label, in order."""
         sha = hashlib.sha256(repr((self.classes, self.shape)).encode())
         for part in (self.train, self.validation, self.test):
-            sha.update(part.images.numpy().tobytes())
-            sha.update(part.labels.numpy().tobytes())
+            sha.update(part.digest)
         return sha.hexdigest()
 
     @property

@@ -3,16 +3,15 @@
 import math
 from collections.abc import Mapping
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from undistill.data import Split
 from undistill.defences.defence import Defence
-from undistill.fit import Batch, Fit
+from undistill.fit import Fit
 from undistill.losses import cross_entropy, undermining
-from undistill.models import frozen
 from undistill.store import Run
+from undistill.stream import Batch
 
 
 class Nasty(Defence):
@@ -30,7 +29,7 @@ class Nasty(Defence):
         return super().refers() | ({self.adversary: Run.open(self.adversary).digest} if self.adversary else {})
 
     def protect(self, teacher: nn.Module, fresh: nn.Module, data: Split, fit: Fit) -> nn.Module:
-        adversary = frozen(self._adversary(data) if self.adversary else teacher).to(fit.device)
+        adversary = fit.answers(self._adversary(data) if self.adversary else teacher)
         epochs = fit.recipe.epochs
         if self.warm_start:
             fresh.load_state_dict(teacher.state_dict())
@@ -38,11 +37,9 @@ class Nasty(Defence):
 
         def objective(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
             logits = network(batch.images)
-            with torch.no_grad():
-                normal = adversary(batch.images)
             return {
                 "ce": cross_entropy(logits, batch.labels),
-                "undermining": self.omega * undermining(logits, normal, self.T),
+                "undermining": self.omega * undermining(logits, adversary(batch), self.T),
             }
 
         return fit(fresh, data, objective, epochs=epochs)

@@ -2,7 +2,7 @@
 
 from undistill.models.convnet import ConvNet
 from undistill.models.factory import Factory
-from undistill.models.model import Model, features, frozen, load_weights, returned, seeded
+from undistill.models.model import Model, device_of, features, frozen, load_weights, returned, seeded
 from undistill.models.plaincnn import PlainCNN
 from undistill.models.resnetc import ResNetC
 
@@ -12,6 +12,7 @@ __all__ = [
     "Model",
     "PlainCNN",
     "ResNetC",
+    "device_of",
     "features",
     "frozen",
     "load_weights",

@@ -133,6 +133,11 @@ def frozen(network: nn.Module) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
+def device_of(network: nn.Module) -> torch.device:
+    """Where its weights lie; the CPU where it has none."""
+    return next((tensor.device for tensor in (*network.parameters(), *network.buffers())), torch.device("cpu"))
+
+
 def features(network: nn.Module, images: Tensor) -> Tensor | None:
     """Inputs (B, D) of the network's last linear layer, or None where there are none, one row per image."""
     layers = [module for module in network.modules() if isinstance(module, nn.Linear)]

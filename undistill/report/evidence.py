@@ -16,7 +16,7 @@ from undistill.data import Data, Samples
 from undistill.errors import StoreError
 from undistill.files import read_arrays, write_atomically
 from undistill.measure import evaluate
-from undistill.models import features
+from undistill.models import device_of, features
 from undistill.views import to_float
 
 T = 4.0
@@ -44,7 +44,7 @@ def write_evidence(path: Path, data: Data, honest: nn.Module, victim: nn.Module)
     shown = data.test[_first_of_each(data.test.labels)[:IMAGES]]
     arrays = {
         "classes": np.array(data.classes),
-        "images": shown.images.numpy(),
+        "images": shown.pixels.numpy(),
         "labels": shown.labels.numpy(),
         "honest": _tempered(honest, shown),
         "victim": _tempered(victim, shown),
@@ -53,10 +53,10 @@ def write_evidence(path: Path, data: Data, honest: nn.Module, victim: nn.Module)
     points = data.test[torch.randperm(len(data.test), generator=generator)[:POINTS]]
     arrays["point_labels"] = points.labels.numpy()
     for side, network in (("honest", honest), ("victim", victim)):
-        arrays[f"map {side} answers"] = _map(F.softmax(evaluate(network, points.images) / T, 1))
-        inner = features(network, to_float(points.images))
+        arrays[f"map {side} answers"] = _map(F.softmax(evaluate(network, points).cpu() / T, 1))
+        inner = features(network, to_float(points.pixels.to(device_of(network))))
         if inner is not None:
-            arrays[f"map {side} features"] = _map(inner)
+            arrays[f"map {side} features"] = _map(inner.cpu())
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     write_atomically(path, lambda file: file.write(buffer.getvalue()))
@@ -78,7 +78,7 @@ def _first_of_each(labels: Tensor) -> Tensor:
 
 
 def _tempered(network: nn.Module, samples: Samples) -> Array:
-    return F.softmax(evaluate(network, samples.images) / T, dim=1).numpy()
+    return F.softmax(evaluate(network, samples).cpu() / T, dim=1).numpy()
 
 
 def _map(points: Tensor) -> Array:

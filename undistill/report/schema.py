@@ -58,6 +58,8 @@ class Cell(Part):
     seconds: float
     floor: bool
     late_gain: float
+    engine: str
+    """How the student was computed."""
     """Validation accuracy gained in the last fifth of the epochs: near 0 where training was long enough."""
 
 

@@ -1,0 +1,228 @@
+"""Remembered answers: a frozen network answers each view once, however many ask.
+
+A whole epoch of views is answered at once, in the order of the samples and in parts of fixed size. So
+an answer's bits depend neither on the order in which students ask nor on whether it was remembered.
+Where a folder is given, epochs are kept there as `KEY/EPOCH.safetensors` and found again by later
+commands; KEY names the weights, the code, the views and the engine.
+"""
+
+import contextlib
+import hashlib
+import inspect
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from undistill import distributed
+from undistill.data import Samples
+from undistill.engine import EXACT, Engine, settle
+from undistill.files import sha256, write_atomically
+from undistill.models import device_of, frozen
+from undistill.stream import Batch, Stream
+from undistill.views import Views, to_float
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+REMEMBER = 4.0  # GiB
+PART = 512  # images answered together
+HELD = GIB // 4  # bytes of answers held in memory, beside those of the present epoch
+
+
+@dataclass
+class AnswerStore:
+    """Where answers are kept: files of one epoch each. After the first trouble nothing more is written or read."""
+
+    folder: Path | None = None
+    limit: float = REMEMBER * GIB
+    """Largest size of the folder in bytes; 0 keeps nothing."""
+
+    def __post_init__(self) -> None:
+        self._trouble = ""
+
+    @property
+    def open(self) -> bool:
+        return self.folder is not None and self.limit > 0 and not self._trouble
+
+    def load(self, key: str, epoch: int) -> Tensor | None:
+        """The answers of one epoch, mapped into memory; None unless they are there, whole, and those of `key`."""
+        path = self._path(key, epoch)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                about: dict[str, str] = file.metadata() or {}
+                answers: Tensor = file.get_tensor("answers")
+        except (SafetensorError, OSError) as error:
+            log.warning("%s cannot be read (%s); those answers are asked again.", path, error)
+            return None
+        if about.get("key") != key or about.get("sha256") != _digest(answers):
+            log.warning("%s is damaged, or not of this network; those answers are asked again.", path)
+            return None
+        return answers
+
+    def save(self, key: str, epoch: int, answers: Tensor) -> None:
+        if self._size() + answers.nbytes > self.limit:
+            self._close(
+                f"{self.folder} would pass the limit of {self.limit / GIB:g} GiB (--remember); "
+                "recipe.views.n_views bounds it"
+            )
+            return
+        data = save({"answers": answers}, {"key": key, "sha256": _digest(answers)})
+        with self.guard():
+            write_atomically(self._path(key, epoch), lambda file: file.write(data))
+
+    @contextlib.contextmanager
+    def alone(self, key: str) -> Iterator[None]:
+        """Of several commands that lack an epoch of `key`, one makes it while the others wait."""
+        with contextlib.ExitStack() as stack:
+            if self.open and distributed.rank() == 0:
+                with self.guard():
+                    folder = self._path(key, 0).parent
+                    folder.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(FileLock(folder / ".lock"))
+            yield
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """What the disk refuses inside ends the remembering, not the work."""
+        try:
+            yield
+        except OSError as error:
+            self._close(f"{error.filename or self.folder}: {error.strerror or error}")
+
+    def _close(self, why: str) -> None:
+        self._trouble = why
+        log.warning("No more answers are remembered (%s). The work goes on and asks again.", why)
+
+    def _path(self, key: str, epoch: int) -> Path:
+        assert self.folder is not None
+        return self.folder / key[:20] / f"{epoch:05d}.safetensors"
+
+    def _size(self) -> int:
+        assert self.folder is not None
+        return sum(path.stat().st_size for path in self.folder.glob("*/*.safetensors"))
+
+
+class Answers:
+    """`answers(batch)`: the logits (B, K) of a frozen network, without gradient, each view computed once."""
+
+    def __init__(self, network: nn.Module, engine: Engine = EXACT, store: AnswerStore | None = None) -> None:
+        self.network = frozen(network)
+        self.store = store or AnswerStore()
+        self.computed = 0
+        """Images that the network was really run on."""
+        self._asked = engine
+        self._engine: Engine | None = None
+        self._ready = network
+        self._held: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.network)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Views as they were shown are looked up; other images are computed."""
+        shown = batch.shown
+        if shown is None:
+            return self._compute(self._settle(lambda: batch.images), batch.images)
+        whole = self.epoch(shown.stream, shown.epoch)
+        return whole[shown.index.to(whole.device)].to(batch.images.device)
+
+    def epoch(self, stream: Stream, epoch: int) -> Tensor:
+        """Logits (N, K) for all views of one epoch, in the order of the samples."""
+        name = (stream.digest, stream.views.shown(epoch))
+        if name not in self._held:
+            whole = self._found_or_made(stream, name[1])
+            self._held[name] = whole.to(self.device) if whole.nbytes <= HELD else whole
+            while len(self._held) > 1 and sum(part.nbytes for part in self._held.values()) > HELD:
+                self._held.popitem(last=False)
+        self._held.move_to_end(name)
+        return self._held[name]
+
+    def plain(self, samples: Samples, num_classes: int) -> Tensor:
+        """Logits (N, K) of the unaugmented images, in fp32 and main memory."""
+        return self.epoch(Stream(samples, Views(crop=0), 0, num_classes), 0).float().cpu()
+
+    def _found_or_made(self, stream: Stream, epoch: int) -> Tensor:
+        parts = stream.samples.parts(PART)
+        engine = self._settle(lambda: to_float(stream.show(epoch, parts[0])[0].to(self.device)))
+        identity = self._identity if self.store.open else None
+        if identity is None or not distributed.everywhere(self.store.open):
+            return self._make(stream, epoch, engine)
+        key = self._key(identity, stream, engine)
+        if (found := self._find(key, epoch)) is not None:
+            return found
+        with self.store.alone(key):
+            if (found := self._find(key, epoch)) is not None:
+                return found
+            made = self._make(stream, epoch, engine)
+            if self.store.open:
+                self.store.save(key, epoch, made)
+        return made
+
+    def _find(self, key: str, epoch: int) -> Tensor | None:
+        found = self.store.load(key, epoch)
+        return found if distributed.everywhere(found is not None) else None
+
+    def _make(self, stream: Stream, epoch: int, engine: Engine) -> Tensor:
+        def answers(parts: Sequence[Tensor]) -> Iterator[Tensor]:
+            for views, _ in stream.shows(epoch, parts):
+                yield self._compute(engine, to_float(views.to(self.device)))
+
+        return distributed.in_turns(stream.samples.parts(PART), answers)
+
+    def _compute(self, engine: Engine, images: Tensor) -> Tensor:
+        self.computed += len(images)
+        with torch.no_grad(), engine.active(images.device):
+            answers: Tensor = self._ready(engine.laid_out(images))
+        return answers
+
+    def _settle(self, sample: Callable[[], Tensor]) -> Engine:
+        """The engine, chosen on the first images."""
+        if self._engine is None:
+            folder = self.store.folder if self.store.open else None
+            self._engine = settle(self._asked, self.network, sample, steps=1, training=False, folder=folder)
+            self._ready = self._engine.prepare(self.network, training=False)
+        return self._engine
+
+    def _key(self, identity: list[str], stream: Stream, engine: Engine) -> str:
+        """Names all on which an epoch's answers depend, but for the epoch."""
+        parts = [*identity, stream.digest, str(engine), self.device.type, torch.__version__, PART]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @cached_property
+    def _identity(self) -> list[str] | None:
+        """Hashes of weights and code, and the architecture; None for code that lies in no file."""
+        weights = hashlib.sha256()
+        for name, value in self.network.state_dict().items():
+            weights.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            weights.update(_bytes(value))
+        kinds = {type(module) for module in self.network.modules()}
+        try:
+            files = {inspect.getfile(kind) for kind in kinds if not kind.__module__.startswith("torch.")}
+            code = sorted(sha256(Path(file)) for file in files)
+        except (TypeError, OSError):
+            return None
+        return [weights.hexdigest(), repr(self.network), *code]
+
+
+def _bytes(values: Tensor) -> memoryview:
+    raw: NDArray[Any] = values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(raw.data)
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(_bytes(values)).hexdigest()

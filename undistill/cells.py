@@ -1,0 +1,118 @@
+"""`Job`: one cell of an audit, an attack with a student and a seed against one side of a subject."""
+
+import hashlib
+import json
+import logging
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import undistill
+from undistill import measure
+from undistill.attacks import Attack
+from undistill.files import write_json
+from undistill.fit import Fit, Recipe
+from undistill.measure import evaluate
+from undistill.models import Model, returned, seeded
+from undistill.oracle import Oracle
+from undistill.progress import Progress
+from undistill.report.schema import Cell, Side
+from undistill.seeds import derive
+from undistill.subject import Subject
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell before it is done."""
+
+    subject: Subject
+    side: Side
+    attack: Attack
+    student: Model
+    seed: int
+    recipe: Recipe
+
+    @property
+    def key(self) -> str:
+        """Names what the cell's result depends on: weights, data, specs, seed, version."""
+        asked = {
+            "victim": self.subject.victim.digest,
+            "honest": self.subject.honest.digest,
+            "none": self.subject.victim.digest,
+        }
+        parts = [asked[self.side], self.subject.victim.record["data_sha256"], self.side, str(self.attack)]
+        parts += [str(self.student), self.seed, str(self.recipe), undistill.__version__]
+        refers = [spec.refers() for spec in (self.attack, self.student, self.subject.model) if spec]
+        parts += [sorted(names.values()) for names in refers if names]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+
+    @property
+    def name(self) -> str:
+        return f"{type(self.attack).__name__} on {self.side}, seed {self.seed}"
+
+    def run(self, cells: Path, progress: Progress) -> Cell:
+        """The cell from its file, or trained and written there; a stopped training goes on."""
+        file, folder = cells / f"{self.key}.json", cells / self.key
+        if cell := read_cell(file):
+            return cell
+        folder.mkdir(parents=True, exist_ok=True)
+        cell = self._train(folder, cells.parent / "engines", progress)
+        write_json(file, cell.model_dump())
+        shutil.rmtree(folder, ignore_errors=True)
+        return cell
+
+    def _train(self, folder: Path, trials: Path, progress: Progress) -> Cell:
+        subject, data = self.subject, self.subject.data
+        oracle = Oracle(subject.answers[self.side], self.attack.needs)
+        seed = derive(self.seed, "student")
+        student = self.student.build(data.shape, data.num_classes, seed)
+        fit = Fit(
+            self.recipe,
+            seed,
+            subject.asking.device,
+            folder,
+            progress,
+            self.name,
+            view_seed=derive(0, "views"),
+            trials=trials,
+            carried=(oracle,),
+        )
+        with seeded(derive(self.seed, "attack")):
+            student = returned(self.attack.run(oracle, student, subject.attackers, fit), self.attack)
+        logits = evaluate(student, data.test).cpu()
+        return Cell(
+            side=self.side,
+            attack=str(self.attack),
+            student=str(self.student),
+            seed=self.seed,
+            accuracy=measure.accuracy(logits, data.test.labels),
+            fidelity=measure.fidelity(logits, subject.test_logits(self.side)),
+            queries=oracle.queries,
+            seconds=fit.seconds,
+            floor=self.attack.floor,
+            late_gain=late_gain(fit.history),
+            engine=", ".join(dict.fromkeys(fit.engines)),
+        )
+
+
+def read_cell(file: Path) -> Cell | None:
+    """The finished cell, or None if it is not there or damaged, in which case it is done again."""
+    try:
+        return Cell.model_validate_json(file.read_text()) if file.exists() else None
+    except ValueError:
+        log.warning("%s is damaged; that cell is done again.", file)
+        return None
+
+
+def late_gain(history: Sequence[dict[str, float]]) -> float:
+    """Validation accuracy gained in the last fifth of the epochs, each end averaged over a tenth of them."""
+    width = max(len(history) // 10, 1)
+    if len(history) < 3 * width:
+        return 0.0
+    late = [epoch["validation_accuracy"] for epoch in history]
+    start = len(late) - len(late) // 5
+    return statistics.fmean(late[-width:]) - statistics.fmean(late[start - width : start])

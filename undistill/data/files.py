@@ -1,0 +1,103 @@
+"""Images that stay in their files until they are needed, for data larger than memory."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from undistill.errors import DataError
+
+T = TypeVar("T")
+
+GREY = {"1", "L", "LA"}
+COLOUR = {"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"}
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """N images of one shape; `images[index]` reads those of `index` as uint8 (B, C, H, W)."""
+
+    files: Sequence[Path]
+    shape: tuple[int, int, int, int]
+    """N, C, H, W."""
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        _, channels, height, width = self.shape
+        pictures = [read_picture(self.files[int(number)], channels, (width, height)) for number in index]
+        return torch.stack(pictures) if pictures else torch.empty(0, channels, height, width, dtype=torch.uint8)
+
+    def subset(self, index: Tensor) -> "ImageFiles":
+        return ImageFiles([self.files[int(number)] for number in index], (len(index), *self.shape[1:]))
+
+    def digest(self) -> bytes:
+        """SHA-256 over what the files hold and the shape to which it is read."""
+        sha = hashlib.sha256(repr(self.shape).encode())
+        for file in self.files:
+            sha.update(hashlib.sha256(file.read_bytes()).digest())
+        return sha.digest()
+
+
+def read_header(file: Path) -> tuple[str, tuple[int, int]]:
+    """Mode and size (width, height), without decoding; `DataError` if it is no image that can be used."""
+    with _readable(file) as picture:
+        return picture.mode, picture.size
+
+
+def read_picture(file: Path, channels: int, size: tuple[int, int]) -> Tensor:
+    """uint8 (C, H, W), resized to `size` (width, height) where it differs; `DataError` if it is no readable image."""
+    with _readable(file) as opened:
+        plain = opened.convert("L" if opened.mode in GREY else "RGB")
+    picture = plain.convert("L" if channels == 1 else "RGB")
+    if picture.size != size:
+        picture = picture.resize(size, Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(picture)).reshape(size[1], size[0], -1)
+    return pixels.permute(2, 0, 1).contiguous()
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(file) as opened:
+            if opened.mode not in GREY | COLOUR:
+                raise DataError(f"{file} has mode {opened.mode}; convert it to 8-bit grey or colour.")
+            yield opened
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file} is not a readable image ({error}); repair or remove it.") from None
+
+
+def fetched(images: Tensor | ImageFiles, fetch: Callable[[Tensor], T], parts: Sequence[Tensor]) -> Iterator[T]:
+    """`fetch` of each part in turn; where images lie in files, worker processes fetch ahead."""
+    if isinstance(images, Tensor):
+        yield from map(fetch, parts)
+        return
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(parts))
+    loader = DataLoader(_Fetching(fetch), sampler=parts, batch_size=None, num_workers=workers)
+    for result in loader:
+        if isinstance(result, DataError):
+            raise result
+        yield result
+
+
+class _Fetching(Dataset[T | DataError]):
+    """An error travels as a result, since DataLoader would wrap it into a traceback."""
+
+    def __init__(self, fetch: Callable[[Tensor], T]) -> None:
+        self.fetch = fetch
+
+    def __getitem__(self, index: Tensor) -> T | DataError:
+        try:
+            return self.fetch(index)
+        except DataError as error:
+            return error

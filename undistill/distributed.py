@@ -1,0 +1,196 @@
+"""One training in several processes that `torchrun` started; with one process everything here does nothing.
+
+Every process holds all data and sees the same global order of batches, of which it takes its share.
+Batch norm sees the whole batch. The first process alone writes files.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from undistill.errors import DataError, LaunchError
+
+T = TypeVar("T")
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_torchelastic_launched()
+
+
+def require_one(command: str) -> None:
+    """`LaunchError` for a command that is not one training."""
+    if launched():
+        raise LaunchError(
+            f"torchrun is for train and protect; start '{command}' without it. An audit spreads its cells "
+            "with --launcher pool or --launcher ray."
+        )
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@contextmanager
+def group(device: torch.device) -> Iterator[None]:
+    """Inside, the processes that torchrun started work together: nccl on GPUs, gloo elsewhere."""
+    if not launched() or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def local_device(name: str) -> str:
+    """`cuda` means this process's own GPU."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and launched() else name
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+def from_first(value: T) -> T:
+    """What the first process has."""
+    values = [value]
+    if world() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def gathered(value: T) -> list[T]:
+    """What every process has."""
+    values: list[Any] = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def everywhere(condition: bool) -> bool:
+    """Whether it is true in all processes."""
+    return all(gathered(condition))
+
+
+def require_equal(what: str, value: object) -> None:
+    """`DataError` in every process unless all have the same."""
+    values = gathered(value)
+    for other, theirs in enumerate(values):
+        if theirs != values[0]:
+            raise DataError(
+                f"Process {other} has another {what} than process 0 ({str(theirs)[:20]} there, {str(values[0])[:20]} "
+                "here). torchrun needs the same data and settings everywhere; copy them, or share one file system."
+            )
+
+
+def mine(index: Tensor) -> Tensor:
+    """This process's share of one batch."""
+    return index.tensor_split(world())[rank()]
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all processes."""
+    if world() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def in_turns(parts: Sequence[T], answers: Callable[[Sequence[T]], Iterable[Tensor]]) -> Tensor:
+    """The answers to all parts, concatenated; the processes answer in turns and all get the whole, in main memory."""
+    own = [answer.cpu() for answer in answers(parts[rank() :: world()])]
+    if world() == 1:
+        return torch.cat(own)
+    everyone = gathered(own)
+    return torch.cat([everyone[number % world()][number // world()] for number in range(len(parts))])
+
+
+def parallel(network: nn.Module) -> nn.Module:
+    """A module that trains `network`, whose parameters and buffers it shares, together with the other processes."""
+    if world() == 1:
+        return network
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    twin = _with_global_norm(deepcopy(network, shared))
+    device = next(network.parameters()).device
+    return DistributedDataParallel(
+        twin, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+    )
+
+
+def scale(size: int, whole: int) -> float:
+    """What turns the mean over this process's share into its part of the mean over the batch, DDP's average undone."""
+    return size * world() / whole
+
+
+def _with_global_norm(module: nn.Module) -> nn.Module:
+    for name, child in module.named_children():
+        setattr(module, name, _with_global_norm(child))
+    return GlobalBatchNorm(module) if isinstance(module, _BatchNorm) else module
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch norm over the images of all processes (torch's own SyncBatchNorm is for GPUs alone)."""
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        if not (norm.training or norm.running_mean is None):
+            return norm(x)  # type: ignore[no-any-return]
+        values, others = x.float(), [0, *range(2, x.dim())]
+        count = summed(torch.tensor(float(values[:, 0].numel()), device=x.device))
+        mean = _global_sum(values.sum(others)) / count
+        shape = (1, -1, *(1 for _ in range(x.dim() - 2)))
+        centred = values - mean.view(shape)
+        variance = _global_sum(centred.square().sum(others)) / count
+        if norm.training and norm.running_mean is not None:
+            self._track(mean.detach(), variance.detach() * count / (count - 1))
+        result = centred * (variance + norm.eps).rsqrt().view(shape)
+        if norm.affine:
+            result = result * norm.weight.view(shape) + norm.bias.view(shape)
+        normed: Tensor = result.to(x.dtype)
+        return normed
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        norm = self.norm
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked.add_(1)
+        share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean, share)
+        norm.running_var.lerp_(variance, share)
+
+
+def _global_sum(values: Tensor) -> Tensor:
+    total: Tensor = _Sum.apply(values)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, forward and backward."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor) -> Tensor:
+        return summed(values.clone())
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return summed(gradient.clone())

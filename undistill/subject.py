@@ -1,0 +1,118 @@
+"""`Subject`: a victim beside its honest twin, as an audit asks them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from undistill.answers import GIB, REMEMBER, Answers, AnswerStore
+from undistill.data import Data, Split
+from undistill.engine import EXACT, Engine
+from undistill.errors import StoreError
+from undistill.models import Model
+from undistill.report.schema import Side
+from undistill.seeds import derive
+from undistill.store import Run
+
+VALIDATION_SHARE = 0.1
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How networks are asked: where, with which engine, and how much of their answers is kept."""
+
+    device: torch.device = CPU
+    engine: Engine = EXACT
+    remember: float = REMEMBER
+    """GiB of disk for each of the two; 0 keeps nothing."""
+
+    def answers(self, run: Run, network: nn.Module) -> Answers:
+        """The network, answering each view once; its answers are kept in its run folder."""
+        store = AnswerStore(run.folder / "answers", self.remember * GIB)
+        return Answers(network.to(self.device), self.engine, store)
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """The two runs, and the seeds with which students attack this pair."""
+
+    victim: Run
+    honest: Run
+    seeds: tuple[int, ...]
+    model: Model | None = None
+    asking: Asking = Asking()
+
+    def __post_init__(self) -> None:
+        if self.victim.record["data_sha256"] != self.honest.record["data_sha256"]:
+            raise StoreError(
+                f"{self.victim.folder} and {self.honest.folder} were made on different data; an audit needs one."
+            )
+
+    @classmethod
+    def of(
+        cls,
+        victim: str | Path | Run,
+        honest: str | Path | Run | None,
+        seeds: Sequence[int],
+        model: str | Model | None,
+    ) -> "Subject":
+        """`honest` defaults to the run from which the victim was protected."""
+        run = victim if isinstance(victim, Run) else Run.open(victim)
+        honest = honest or parent(run)
+        twin = honest if isinstance(honest, Run) else Run.open(honest)
+        return cls(run, twin, tuple(seeds), None if model is None else Model.named(model))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process gets the runs, not what was loaded from them, and loads each pair once."""
+        return _loaded, (self.victim, self.honest, self.seeds, self.model, self.asking)
+
+    @cached_property
+    def data(self) -> Data:
+        return self.victim.data()
+
+    @cached_property
+    def answers(self) -> dict[Side, Answers]:
+        """Both networks; where no one is asked, the victim stands for what students are compared with."""
+        victim = self.asking.answers(self.victim, self.victim.network(self.model))
+        honest = self.asking.answers(self.honest, self.honest.network(self.model))
+        return {"victim": victim, "honest": honest, "none": victim}
+
+    @cached_property
+    def attackers(self) -> Split:
+        """What every attacker has: the training images, divided anew; the same for all, so that answers are shared."""
+        share = max(VALIDATION_SHARE, self.data.num_classes / len(self.data.train))
+        return self.data.attackers(share, derive(0, "attackers"))
+
+    def network(self, side: Side) -> nn.Module:
+        return self.answers[side].network
+
+    def test_logits(self, side: Side) -> Tensor:
+        """What a side answers to the test images."""
+        return self.answers[side].plain(self.data.test, self.data.num_classes)
+
+
+_subjects: dict[tuple[object, ...], Subject] = {}
+
+
+def _loaded(victim: Run, honest: Run, seeds: tuple[int, ...], model: Model | None, asking: Asking) -> Subject:
+    key = (victim.folder, victim.digest, honest.folder, honest.digest, seeds, model, asking)
+    if key not in _subjects:
+        _subjects[key] = Subject(victim, honest, seeds, model, asking)
+    return _subjects[key]
+
+
+def parent(run: Run) -> Path:
+    """The folder of the honest teacher from which `run` was protected."""
+    if "parent" not in run.record:
+        raise StoreError(
+            f"{run.folder} was not made by 'protect', so its honest twin is unknown: name it with --honest RUN."
+        )
+    folder = run.folder / str(run.record["parent"]["folder"])
+    if not folder.is_dir() or Run.open(folder).digest != run.record["parent"]["weights_sha256"]:
+        raise StoreError(f"The honest twin of {run.folder} is no longer at {folder}; name it with --honest RUN.")
+    return folder
