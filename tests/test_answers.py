@@ -1,0 +1,331 @@
+"""Remembered answers: the same bits, asked once, trusted only if whole and of this very network."""
+
+import errno
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tests.conftest import NASTY, RECIPE, STUDENT
+from undistill import files
+from undistill.answers import Answers, AnswerStore, _digest
+from undistill.attacks import Attack
+from undistill.auditor import audit
+from undistill.data import Data
+from undistill.defences import Defence
+from undistill.engine import Engine
+from undistill.fit import Fit
+from undistill.models import Model
+from undistill.oracle import Oracle
+from undistill.store import Run
+from undistill.stream import Batch, Stream
+from undistill.views import Views, to_float
+
+BF16 = Engine(precision="bf16")
+
+
+@pytest.fixture
+def victim() -> nn.Module:
+    return Model.parse("ConvNet(width=4)").build((1, 12, 12), 3, seed=1).eval()
+
+
+@pytest.fixture
+def stream(toy: Data) -> Stream:
+    return Stream(toy.train, Views(), 7, toy.num_classes)
+
+
+def batch_of(stream: Stream, epoch: int, index: Tensor) -> Batch:
+    images, labels = stream.show(epoch, index)
+    return Batch.of(stream, epoch, index, to_float(images), labels)
+
+
+def everything(stream: Stream) -> Tensor:
+    return torch.arange(len(stream.samples))
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("engine", [Engine(), BF16], ids=str)
+def test_an_answer_is_the_network_s_own(victim: nn.Module, stream: Stream, engine: Engine) -> None:
+    batch = batch_of(stream, 0, everything(stream))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=engine == BF16):
+        own = victim(batch.images)
+    assert torch.allclose(Answers(victim, engine)(batch).float(), own.float(), atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", [Engine(), BF16], ids=str)
+def test_answers_are_the_same_bits_in_every_batch_and_order(
+    victim: nn.Module, stream: Stream, engine: Engine, tmp_path: Path
+) -> None:
+    whole = Answers(victim, engine)(batch_of(stream, 3, everything(stream)))
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
+    for store in (AnswerStore(), AnswerStore(tmp_path)):
+        asked = Answers(deepcopy(victim), engine, store)
+        for index in order.split(17):
+            assert torch.equal(asked(batch_of(stream, 3, index)), whole[index])
+
+
+def test_each_view_is_answered_once(victim: nn.Module, stream: Stream) -> None:
+    answers = Answers(victim)
+    for _ in range(3):
+        for epoch in range(2):
+            for index in everything(stream).split(10):
+                answers(batch_of(stream, epoch, index))
+    assert answers.computed == 2 * len(stream.samples)
+
+
+def test_n_views_bounds_what_is_answered(victim: nn.Module, toy: Data) -> None:
+    answers = Answers(victim)
+    stream = Stream(toy.train, Views(n_views=3), 7, toy.num_classes)
+    for epoch in range(10):
+        answers(batch_of(stream, epoch, everything(stream)))
+    assert answers.computed == 3 * len(stream.samples)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda batch: Batch(batch.images.flip(3), batch.labels, batch.index, batch.epoch, batch.origin),
+        lambda batch: batch.images.mul_(0.5) is None or batch,
+    ],
+    ids=["replaced", "changed"],
+)
+def test_images_that_are_no_longer_the_view_are_computed(
+    victim: nn.Module, stream: Stream, change: Callable[[Batch], Batch]
+) -> None:
+    """An attack may perturb its images; it must not get the answer to those that it started from."""
+    answers = Answers(victim)
+    batch = change(batch_of(stream, 0, torch.arange(8)))
+    with torch.no_grad():
+        assert torch.equal(answers(batch), victim(batch.images))
+    assert answers.computed == 8
+
+
+def test_later_commands_find_them(victim: nn.Module, stream: Stream, tmp_path: Path) -> None:
+    first = Answers(victim, store=AnswerStore(tmp_path)).epoch(stream, 0)
+    later = Answers(deepcopy(victim), store=AnswerStore(tmp_path))
+    assert torch.equal(later.epoch(stream, 0), first)
+    assert later.computed == 0
+
+
+def test_answers_held_in_memory_are_bounded(victim: nn.Module, stream: Stream, monkeypatch) -> None:
+    answers = Answers(victim)
+    size = answers.epoch(stream, 0).nbytes
+    monkeypatch.setattr("undistill.answers.HELD", 2 * size)
+    for epoch in range(1, 9):
+        answers.epoch(stream, epoch)
+    assert len(answers._held) == 2
+
+
+def other_weights(victim: nn.Module, stream: Stream) -> tuple[nn.Module, Stream, Engine]:
+    changed = deepcopy(victim)
+    next(changed.parameters()).data.flatten()[0] += 1e-6
+    return changed, stream, Engine()
+
+
+def other_buffers(victim: nn.Module, stream: Stream) -> tuple[nn.Module, Stream, Engine]:
+    changed = deepcopy(victim)
+    next(iter(changed.buffers())).flatten()[0] += 1e-6
+    return changed, stream, Engine()
+
+
+def other_code(victim: nn.Module, stream: Stream) -> tuple[nn.Module, Stream, Engine]:
+    return nn.Sequential(victim), stream, Engine()
+
+
+def other_data(victim: nn.Module, stream: Stream) -> tuple[nn.Module, Stream, Engine]:
+    return victim, Stream(stream.samples[torch.arange(50)], stream.views, stream.seed, 3), Engine()
+
+
+def other_views(victim: nn.Module, stream: Stream) -> tuple[nn.Module, Stream, Engine]:
+    return victim, Stream(stream.samples, Views(flip=True), stream.seed, 3), Engine()
+
+
+def other_seed(victim: nn.Module, stream: Stream) -> tuple[nn.Module, Stream, Engine]:
+    return victim, Stream(stream.samples, stream.views, 8, 3), Engine()
+
+
+def other_engine(victim: nn.Module, stream: Stream) -> tuple[nn.Module, Stream, Engine]:
+    return victim, stream, BF16
+
+
+@pytest.mark.parametrize(
+    "other", [other_weights, other_buffers, other_code, other_data, other_views, other_seed, other_engine]
+)
+def test_nothing_is_mistaken_for_something_else(other, victim: nn.Module, stream: Stream, tmp_path: Path) -> None:
+    Answers(victim, store=AnswerStore(tmp_path)).epoch(stream, 0)
+    network, stream, engine = other(victim, stream)
+    answers = Answers(network, engine, AnswerStore(tmp_path))
+    answers.epoch(stream, 0)
+    assert answers.computed == len(stream.samples)
+
+
+def test_code_in_no_file_is_asked_again(stream: Stream, tmp_path: Path) -> None:
+    """Its behaviour cannot be named, so nothing could tell a later change."""
+    scope: dict[str, type[nn.Module]] = {"Flatten": nn.Flatten}  # type: ignore[dict-item]
+    exec("class Typed(Flatten):\n    pass", scope)
+    network = nn.Sequential(scope["Typed"](), nn.Linear(144, 3))
+    Answers(network, store=AnswerStore(tmp_path)).epoch(stream, 0)
+    assert not list(tmp_path.iterdir())
+
+
+def truncated(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def emptied(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def one_bit_changed(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def foreign(file: Path) -> None:
+    save_file({"answers": load_file(file)["answers"] + 1}, file, {"key": "of another network"})
+
+
+def of_other_weights(file: Path) -> None:
+    answers = load_file(file)["answers"] + 1
+    save_file({"answers": answers}, file, {"key": "of another network", "sha256": _digest(answers)})
+
+
+@pytest.mark.parametrize("damage", [truncated, emptied, one_bit_changed, foreign, of_other_weights])
+def test_damaged_and_foreign_files_are_rebuilt(
+    damage, victim: nn.Module, stream: Stream, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = Answers(victim, store=AnswerStore(tmp_path)).epoch(stream, 0)
+    file = next(tmp_path.glob("*/*.safetensors"))
+    damage(file)
+    answers = Answers(victim, store=AnswerStore(tmp_path))
+    assert torch.equal(answers.epoch(stream, 0), whole)
+    assert answers.computed == len(whole)
+    assert str(file) in caplog.text
+    assert torch.equal(load_file(file)["answers"], whole), "the file was written anew"
+
+
+def full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AnswerStore:
+    def refuse(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    return AnswerStore(folder)
+
+
+def no_permission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AnswerStore:
+    """`/proc` refuses folders even to root."""
+    return AnswerStore(Path("/proc/undistill"))
+
+
+def a_file_in_its_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AnswerStore:
+    (folder / "answers").touch()
+    return AnswerStore(folder / "answers")
+
+
+def small_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AnswerStore:
+    return AnswerStore(folder, limit=4000)
+
+
+@pytest.mark.parametrize("trouble", [full_disk, no_permission, a_file_in_its_place, small_limit])
+def test_trouble_with_the_disk_costs_one_warning(
+    trouble, victim: nn.Module, stream: Stream, tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = Answers(victim)
+    answers = Answers(victim, store=trouble(tmp_path, monkeypatch))
+    for epoch in range(4):
+        assert torch.equal(answers.epoch(stream, epoch), expected.epoch(stream, epoch))
+    assert len(caplog.records) == 1
+    assert "The work goes on and asks again" in caplog.text
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_the_limit_counts_what_was_there_before(victim: nn.Module, stream: Stream, tmp_path: Path) -> None:
+    Answers(victim, store=AnswerStore(tmp_path)).epoch(stream, 0)
+    size = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
+    answers = Answers(victim, store=AnswerStore(tmp_path, limit=size + 10))
+    answers.epoch(stream, 1)
+    assert answers.computed == len(stream.samples)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+
+def test_zero_keeps_nothing(victim: nn.Module, stream: Stream, tmp_path: Path) -> None:
+    Answers(victim, store=AnswerStore(tmp_path / "answers", limit=0)).epoch(stream, 0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("engine", "width"), [(Engine(), 4), (BF16, 2)], ids=["fp32", "bf16"])
+def test_the_size_of_the_store_is_its_formula(
+    engine: Engine, width: int, victim: nn.Module, stream: Stream, tmp_path: Path
+) -> None:
+    """N K (4 or 2) bytes for each epoch, and a header below 400."""
+    answers = Answers(victim, engine, AnswerStore(tmp_path))
+    for epoch in range(3):
+        answers.epoch(stream, epoch)
+    sizes = [file.stat().st_size for file in tmp_path.rglob("*.safetensors")]
+    assert len(sizes) == 3
+    assert all(0 < size - len(stream.samples) * 3 * width < 400 for size in sizes)
+
+
+@pytest.mark.parametrize("attack", ["SoftLabels", "HardLabels"])
+def test_students_are_the_same_bits_with_and_without(attack: str, victim: nn.Module, toy: Data, tmp_path: Path) -> None:
+    """And the attack is charged the same."""
+
+    def student(store: AnswerStore) -> tuple[nn.Module, int]:
+        parsed = Attack.parse(attack)
+        oracle = Oracle(Answers(victim, store=store), parsed.needs)
+        network = Model.parse(STUDENT).build(toy.shape, toy.num_classes, 5)
+        fit = Fit(RECIPE, 3, torch.device("cpu"))
+        return parsed.run(oracle, network, toy.split, fit), oracle.queries
+
+    asked, charged = student(AnswerStore())
+    for _ in range(2):
+        remembered, also_charged = student(AnswerStore(tmp_path))
+        assert same(asked, remembered)
+        assert charged == also_charged == RECIPE.epochs * len(toy.train)
+
+
+def test_a_second_defence_asks_the_adversary_nothing(honest: Run, toy: Data, tmp_path: Path, monkeypatch) -> None:
+    asked = []
+    compute = Answers._compute
+    monkeypatch.setattr(Answers, "_compute", lambda *words: asked.append(words) or compute(*words))
+
+    def protect(omega: float, store: AnswerStore) -> nn.Module:
+        fit = Fit(RECIPE, 3, torch.device("cpu"), store=store)
+        fresh = honest.fresh(1)
+        return Defence.parse(f"Nasty(omega={omega})").protect(honest.network(), fresh, toy.split, fit)
+
+    plain = protect(0.1, AnswerStore())
+    protect(0.05, AnswerStore(tmp_path))
+    asked.clear()
+    assert same(protect(0.1, AnswerStore(tmp_path)), plain)
+    assert not asked
+
+
+def test_an_audit_is_the_same_with_and_without(honest: Run, toy_file: Path, tmp_path: Path) -> None:
+    from undistill.workflow import Settings, protect
+
+    victim = protect(honest, NASTY, tmp_path / "victim", settings=Settings(recipe=RECIPE), device="cpu", remember=0)
+
+    def cells(out: str, remember: float) -> list[dict[str, object]]:
+        report = audit(victim, tmp_path / out, students=[STUDENT], seeds=1, device="cpu", remember=remember)
+        return [cell.model_dump(exclude={"seconds"}) for cell in report.cells]
+
+    assert cells("plain", 0) == cells("remembered", 1)
+    assert list((victim.folder / "answers").glob("*/*.safetensors"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="shows what is mapped")
+def test_kept_answers_are_mapped_not_read(victim: nn.Module, stream: Stream, tmp_path: Path) -> None:
+    Answers(victim, store=AnswerStore(tmp_path)).epoch(stream, 0)
+    later = Answers(victim, store=AnswerStore(tmp_path))
+    assert len(later.epoch(stream, 0)) == len(stream.samples)
+    assert str(next(tmp_path.glob("*/*.safetensors"))) in Path("/proc/self/maps").read_text()
