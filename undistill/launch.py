@@ -1,5 +1,6 @@
 """`Launcher`: where the cells of an audit are done. Every launcher gives the same cells."""
 
+import logging
 import multiprocessing
 import os
 import pickle
@@ -133,7 +134,7 @@ class Ray(Launcher):
             raise LaunchError("The launcher Ray needs ray: pip install 'undistill[ray]'.") from None
         try:
             address = None if self.address == "local" else self.address
-            ray.init(address=address, log_to_driver=False, logging_level="error")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # ray raises many kinds for an address where no cluster answers
             raise LaunchError(
                 f"No Ray cluster answers at '{self.address}' ({' '.join(str(error).split())[:200]}). Start one with "

@@ -79,7 +79,7 @@ class Views(Spec):
         which, share, y, x = draw(seed, epoch, index, block=2)
         partner = which % len(samples)
         others = self._alone(samples, seed, epoch, partner)
-        weight = _beta(self.mixup or self.cutmix).to(index.device)[share % _STEPS]
+        weight = _beta(self.mixup or self.cutmix, index.device)[share % _STEPS]
         if self.mixup:
             mixed, kept = _blend(images, others, weight)
         else:
@@ -94,7 +94,7 @@ class Views(Spec):
         if self.flip:
             x = torch.where(mirror[:, None, None] % 2 == 1, x.flip(2), x)
         if self.rotate:
-            y, x = _turn(y, x, (height, width), _angles(self.rotate).to(index.device)[angle % _STEPS])
+            y, x = _turn(y, x, (height, width), _angles(self.rotate, index.device)[angle % _STEPS])
         images = _pixels(images, y, x)
         if not self.cutout:
             return images
@@ -164,13 +164,14 @@ def _shares(labels: Tensor, others: Tensor, weight: Tensor, num_classes: int) ->
 
 
 @cache
-def _beta(alpha: float) -> Tensor:
+def _beta(alpha: float, device: torch.device) -> Tensor:
     """Quantiles of Beta(alpha, alpha), fixed-point."""
-    return torch.tensor([round(_ONE * q) for q in beta.ppf([(i + 0.5) / _STEPS for i in range(_STEPS)], alpha, alpha)])
+    quantiles = beta.ppf([(i + 0.5) / _STEPS for i in range(_STEPS)], alpha, alpha)
+    return torch.tensor([round(_ONE * quantile) for quantile in quantiles], device=device)
 
 
 @cache
-def _angles(largest: float) -> Tensor:
+def _angles(largest: float, device: torch.device) -> Tensor:
     """(_STEPS, 2): cosine and sine of evenly spread angles, fixed-point."""
     angles = torch.deg2rad(torch.linspace(-largest, largest, _STEPS, dtype=torch.double))
-    return (torch.stack([angles.cos(), angles.sin()], 1) * _ONE).round().long()
+    return (torch.stack([angles.cos(), angles.sin()], 1) * _ONE).round().long().to(device)

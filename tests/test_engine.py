@@ -1,0 +1,243 @@
+"""Precision, layout and compilation: chosen by measurement, recorded, and harmless to what is computed."""
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import RECIPE, STUDENT
+from undistill import engine as engines
+from undistill.answers import Answers
+from undistill.data import Data
+from undistill.engine import EXACT, FAST, Engine, settle
+from undistill.errors import ModelError, SpecError
+from undistill.fit import Fit
+from undistill.losses import cross_entropy, undermining
+from undistill.measure import accuracy, evaluate
+from undistill.models import Model
+from undistill.stream import Batch
+
+CPU = torch.device("cpu")
+IMAGES = torch.rand(4, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+EAGER = [Engine(precision=p, layout=la) for p in ("fp32", "bf16") for la in ("contiguous", "channels_last")]
+
+
+def network() -> nn.Module:
+    return Model.parse(STUDENT).build((1, 12, 12), 3, seed=1)
+
+
+@pytest.fixture
+def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[Engine, float]:
+    """What a step seems to take; unnamed engines take 1 second. Compiling is pretended."""
+    pretended: dict[Engine, float] = {}
+    monkeypatch.setattr(engines, "_timed", lambda step: pretended.get(step.engine, 1.0))
+    monkeypatch.setattr(torch, "compile", lambda network, **_: network)
+    return pretended
+
+
+def chosen(asked: Engine, folder: Path | None = None, steps: int = 10) -> Engine:
+    return settle(asked, network(), lambda: IMAGES, steps=steps, training=True, folder=folder)
+
+
+def test_what_is_set_by_hand_is_not_tried(seconds: dict[Engine, float]) -> None:
+    seconds |= dict.fromkeys(EAGER, 9.0)
+    for engine in EAGER:
+        assert chosen(engine) == engine
+    compiled = Engine(compile=True)
+    assert chosen(compiled) == compiled
+
+
+@pytest.mark.parametrize("fastest", EAGER, ids=str)
+def test_the_fastest_is_taken_and_recorded(fastest: Engine, seconds: dict[Engine, float], tmp_path: Path) -> None:
+    seconds[fastest] = 0.4
+    assert chosen(FAST, tmp_path) == fastest
+    record = json.loads(next(tmp_path.glob("engine-*.json")).read_text())
+    assert record["engine"] == str(fastest)
+    assert record["seconds"][str(fastest)] == 0.4
+
+
+def test_a_part_can_be_left_to_the_trial(seconds: dict[Engine, float]) -> None:
+    seconds[Engine(precision="bf16")] = 0.1
+    seconds[Engine(layout="channels_last")] = 0.5
+    assert chosen(Engine(layout="auto")) == Engine(layout="channels_last")
+
+
+def test_a_recorded_trial_is_found_again(seconds: dict[Engine, float], tmp_path: Path) -> None:
+    """A resumed run is computed as it was begun, whatever the machine does in the meantime."""
+    seconds[EAGER[0]] = 0.4
+    first = chosen(FAST, tmp_path)
+    seconds[EAGER[3]] = 0.1
+    assert chosen(FAST, tmp_path) == first
+    next(tmp_path.glob("engine-*.json")).write_text('{"engine":')
+    assert chosen(FAST, tmp_path) == EAGER[3], "a damaged one is measured anew"
+
+
+def test_compiling_must_be_worth_it(seconds: dict[Engine, float]) -> None:
+    best, compiled = Engine(precision="bf16"), Engine(precision="bf16", compile=True)
+    seconds |= {best: 0.5, compiled: 0.3}
+    long = int(engines.COMPILING_PAYS / 0.5) + 1
+    assert chosen(FAST, steps=long) == compiled
+    assert chosen(FAST, steps=long - 2) == best, "not even tried for a short training"
+    seconds[compiled] = 0.49
+    assert chosen(FAST, steps=long) == best, "a gain within the noise is none"
+
+
+def test_what_the_network_refuses_is_passed_over(tmp_path: Path) -> None:
+    class Views(nn.Module):
+        """`view` needs contiguous images."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4 * 144, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return self.head(x.view(len(x), -1))
+
+    found = settle(FAST, Views(), lambda: IMAGES, steps=1, training=True, folder=tmp_path)
+    assert found.layout == "contiguous"
+    assert "view" in next(tmp_path.glob("engine-*.json")).read_text()
+    with pytest.raises(ModelError, match=r"layout='channels_last'.*Set recipe\.engine to another"):
+        settle(Engine(precision="auto", layout="channels_last"), Views(), lambda: IMAGES, steps=1, training=True)
+
+
+def test_a_trial_leaves_no_trace() -> None:
+    torch.manual_seed(3)
+    state, tried = torch.get_rng_state(), network()
+    before = {name: value.clone() for name, value in tried.state_dict().items()}
+    settle(FAST, tried, lambda: IMAGES, steps=1, training=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in tried.state_dict().items())
+    assert all(parameter.grad is None for parameter in tried.parameters())
+
+
+@pytest.mark.parametrize("engine", [*EAGER, FAST], ids=str)
+def test_every_engine_learns_and_returns_plain_weights(engine: Engine, toy: Data) -> None:
+    def objective(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"ce": cross_entropy(network(batch.images), batch.labels)}
+
+    fit = Fit(RECIPE.model_copy(update={"engine": engine}), 0, CPU)
+    trained = fit(network(), toy, objective)
+    assert accuracy(evaluate(trained, toy.validation), toy.validation.labels) > 0.6
+    for value in trained.state_dict().values():
+        assert value.dtype in (torch.float32, torch.int64)
+        assert value.is_contiguous()
+    assert fit.engines == [str(engine)] or engine == FAST
+
+
+def test_exact_turns_autocast_off() -> None:
+    """Inside a user's own autocast, what is promised bit for bit is still fp32."""
+    layer = nn.Linear(4, 3)
+    with torch.autocast("cpu", torch.bfloat16), EXACT.active(CPU):
+        assert layer(torch.rand(2, 4)).dtype == torch.float32
+    with Engine(precision="bf16").active(CPU):
+        assert layer(torch.rand(2, 4)).dtype == torch.bfloat16
+
+
+def test_settings_of_the_process_are_restored() -> None:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    with pytest.raises(KeyError), Engine(precision="bf16").active(CPU):
+        raise KeyError
+    after = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    assert before == after
+
+
+def test_why_losses_are_taken_in_fp32() -> None:
+    """From the same bf16 logits, a KL in bf16 is wrong by tens of percent where networks nearly agree; ours is not."""
+    generator = torch.Generator().manual_seed(0)
+    nasty = torch.randn(256, 10, generator=generator).bfloat16()
+    adversary = (nasty.float() + 0.1 * torch.randn(256, 10, generator=generator)).bfloat16()
+
+    def in_(dtype: torch.dtype) -> float:
+        log_p, log_q = ((z.to(dtype) / 4).log_softmax(1) for z in (nasty, adversary))
+        return float(-16 * (log_p.exp() * (log_p - log_q)).sum(1).mean())
+
+    truth = in_(torch.float64)
+    ours = undermining(nasty, adversary, 4.0)
+    assert ours.dtype == torch.float32
+    assert float(ours) == pytest.approx(truth, rel=1e-4)
+    assert abs(in_(torch.bfloat16) / truth - 1) > 0.1
+
+
+def test_unknown_engines_are_explained() -> None:
+    with pytest.raises(SpecError, match="should be 'fp32', 'bf16' or 'auto'"):
+        Engine.parse("Engine(precision='fp16')")
+
+
+FREED = """
+import torch
+from pathlib import Path
+from undistill.engine import keep_freed_memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+keep_freed_memory()
+before = resident()
+block = torch.ones(50_000_000)
+grown = resident() - before
+del block
+print((resident() - before) / grown)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    kept = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True).stdout
+    assert float(kept) > 0.9
+
+
+@pytest.mark.slow
+def test_compiled_steps_agree_with_eager_ones(toy: Data) -> None:
+    def objective(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"ce": cross_entropy(network(batch.images), batch.labels)}
+
+    def losses(engine: Engine) -> list[float]:
+        fit = Fit(RECIPE.model_copy(update={"engine": engine, "epochs": 2}), 0, CPU)
+        fit(network(), toy, objective)
+        return [epoch["loss"] for epoch in fit.history]
+
+    assert losses(Engine(compile=True)) == pytest.approx(losses(EXACT), rel=1e-3)
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_cuda
+@pytest.mark.parametrize("engine", [*EAGER, FAST, Engine(precision="bf16", compile=True)], ids=str)
+def test_every_engine_learns_on_a_gpu(engine: Engine, toy: Data) -> None:
+    def objective(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"ce": cross_entropy(network(batch.images), batch.labels)}
+
+    fit = Fit(RECIPE.model_copy(update={"engine": engine}), 0, torch.device("cuda"))
+    trained = fit(network(), toy, objective)
+    logits = evaluate(trained, toy.validation)
+    assert accuracy(logits.cpu(), toy.validation.labels) > 0.6
+
+
+@needs_cuda
+def test_no_step_waits_for_the_gpu(toy: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside an epoch nothing is read back; one read at its end, for the metrics."""
+    victim = Answers(network().cuda())
+
+    def objective(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        answers = victim(batch)
+        torch.cuda.set_sync_debug_mode("error")
+        return {"ce": cross_entropy(network(batch.images), answers.softmax(1))}
+
+    read = Tensor.cpu
+
+    def reads(tensor: Tensor) -> Tensor:
+        torch.cuda.set_sync_debug_mode("default")
+        return read(tensor)
+
+    monkeypatch.setattr(Tensor, "cpu", reads)
+    try:
+        Fit(RECIPE.model_copy(update={"epochs": 1}), 0, torch.device("cuda"))(network(), toy, objective)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
