@@ -4,13 +4,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test slow check bench schema clean
+.PHONY: demo test test-ray slow check bench schema clean
 
 demo: $(READY)
 	$(BIN)/undistill demo
 
 test: $(READY)
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow and not ray"
+
+test-ray: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,ray]"
+	$(BIN)/pytest -m ray
 
 slow: $(READY)
 	$(BIN)/pytest -m slow

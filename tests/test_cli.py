@@ -84,7 +84,7 @@ def test_protect_and_audit_start_from_the_recorded_recipe(honest: Run, tmp_path:
 
 def test_list_names_everything() -> None:
     entries = json.loads(call("list", "--json").stdout)
-    assert set(entries) == {"data", "models", "defences", "attacks", "suites"}
+    assert set(entries) == {"data", "models", "defences", "attacks", "launchers", "suites"}
     assert {"name", "spec", "about"} == set(entries["defences"][0])
     assert all(entry["about"] for rows in entries.values() for entry in rows)
     text = call("list", "attacks").stdout

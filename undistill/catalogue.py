@@ -6,13 +6,20 @@ from undistill.attacks import Attack
 from undistill.data import Source
 from undistill.defences import Defence
 from undistill.errors import SpecError, unknown
+from undistill.launch import Launcher
 from undistill.models import Model
 from undistill.spec import Spec
 from undistill.suites import SUITES
 
 Entry = dict[str, str]
 
-FAMILIES: dict[str, type[Spec]] = {"data": Source, "models": Model, "defences": Defence, "attacks": Attack}
+FAMILIES: dict[str, type[Spec]] = {
+    "data": Source,
+    "models": Model,
+    "defences": Defence,
+    "attacks": Attack,
+    "launchers": Launcher,
+}
 
 
 def catalogue(kind: str | None = None) -> dict[str, list[Entry]]:

@@ -243,7 +243,7 @@ def report(
 @app.command("list")
 def list_(
     kind: Annotated[
-        str | None, typer.Argument(help="data, models, defences, attacks or suites; all by default.")
+        str | None, typer.Argument(help="data, models, defences, attacks, launchers or suites; all by default.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -182,10 +183,17 @@ def perform(order: Order) -> Cell:
 
 
 def _start_worker(counter: Any) -> None:
-    """Ctrl-C is the parent's business; each worker takes the next GPU."""
+    """Ctrl-C is the parent's business; each worker takes the next GPU, and does not outlive a killed parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with counter.get_lock():
         number, counter.value = counter.value, counter.value + 1
     if count := torch.cuda.device_count():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % count]
+        torch.cuda.set_device(number % count)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,233 @@
+"""Every launcher gives the same cells; lost workers and killed audits cost time alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import STUDENT
+from tests.test_kill import ENVIRONMENT, kill_when, start
+from undistill.auditor import audit
+from undistill.errors import LaunchError, ModelError, SpecError
+from undistill.launch import Launcher, Pool, Ray
+from undistill.progress import PROGRESS_FILE, Board, Progress, Reporter
+from undistill.store import Run
+
+MINE = '''
+import os
+import signal
+from pathlib import Path
+
+from undistill import Access, Attack
+from undistill.errors import ModelError
+
+
+class Marked(Attack):
+    """Imitates; on its way it does `deed` if the file `marker` is not there, and leaves one."""
+
+    needs = Access.QUERY
+    marker: str = ""
+    deed: str = "none"
+
+    def run(self, oracle, student, data, fit):
+        marker = Path(self.marker)
+        if self.deed != "none" and not marker.exists():
+            if self.deed == "die once":
+                marker.touch()
+            if self.deed == "refuse":
+                raise ModelError("this attack refuses")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def objective(network, batch):
+            return {"match": (network(batch.images) - oracle(batch)).abs().mean()}
+
+        return fit(student, data, objective)
+'''
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Callable[[str], str]:
+    """The text of an attack of the user's own, which does a deed."""
+    (tmp_path / "mine.py").write_text(MINE)
+
+    def text(deed: str) -> str:
+        return f"{tmp_path / 'mine.py'}:Marked(marker='{tmp_path / 'marker'}', deed='{deed}')"
+
+    return text
+
+
+def cells(victim: Run, out: Path, launcher: str | Launcher, attacks: list[str]) -> list[dict[str, object]]:
+    report = audit(
+        victim, out, students=[STUDENT], seeds=1, attacks=attacks, device="cpu", launcher=launcher, progress=None
+    )
+    return [cell.model_dump(exclude={"seconds"}) for cell in report.cells]
+
+
+def test_a_pool_gives_the_same_cells_with_the_users_code(victim: Run, tmp_path: Path, mine) -> None:
+    serial = cells(victim, tmp_path / "serial", "Serial", [mine("none")])
+    assert cells(victim, tmp_path / "pool", Pool(workers=2), [mine("none")]) == serial
+    assert not list((tmp_path / "pool" / "cells").glob("*/")), "finished cells leave no folder behind"
+
+
+def test_the_cells_of_a_lost_worker_are_done_again(victim: Run, tmp_path: Path, mine) -> None:
+    done = cells(victim, tmp_path / "pool", Pool(workers=2), [mine("die once")])
+    assert (tmp_path / "marker").exists(), "a worker died"
+    assert done == cells(victim, tmp_path / "serial", "Serial", [mine("die once")])
+
+
+def test_workers_that_always_die_end_it(victim: Run, tmp_path: Path, mine) -> None:
+    with pytest.raises(LaunchError, match=r"died 3 times in a row.*lack of memory.*workers=1.*Finished cells are kept"):
+        cells(victim, tmp_path / "a", Pool(workers=2, threads=1), [mine("die")])
+    assert list((tmp_path / "a" / "cells").glob("*.json"))
+
+
+def test_an_error_in_a_cell_is_the_same_error(victim: Run, tmp_path: Path, mine) -> None:
+    with pytest.raises(ModelError, match=r"^this attack refuses$"):
+        cells(victim, tmp_path / "a", Pool(workers=1), [mine("refuse")])
+    assert list((tmp_path / "a" / "cells").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def slow_pair(toy_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A victim whose students take long enough to be killed."""
+    from tests.conftest import NASTY, RECIPE, TEACHER
+    from undistill.workflow import Settings, TrainSettings, protect, train
+
+    out = tmp_path_factory.mktemp("slow")
+    recipe = RECIPE.model_copy(update={"epochs": 60, "batch_size": 8})
+    honest = train(str(toy_file), TEACHER, out / "honest", settings=TrainSettings(recipe=recipe), device="cpu")
+    return protect(honest, NASTY, out / "victim", settings=Settings(recipe=recipe), device="cpu")
+
+
+def words(victim: Run, out: Path, *launcher: object) -> list[object]:
+    return ["audit", victim.folder, "--student", STUDENT, "--seeds", 1, "--out", out, *launcher]
+
+
+def report_of(out: Path) -> dict[str, object]:
+    """report.json without measured times and where it was made."""
+    report = json.loads((out / "report.json").read_text())
+    for cell in report["cells"]:
+        del cell["seconds"]
+    for measured in ("ms_per_query_victim", "ms_per_query_honest"):
+        del report["costs"][measured]
+    return {name: value for name, value in report.items() if name != "environment"}
+
+
+def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_a_killed_pool_leaves_no_workers_and_is_resumed(slow_pair: Run, tmp_path: Path) -> None:
+    pool = ("--launcher", "pool", "--workers", 2)
+    process = start(*words(slow_pair, tmp_path / "killed", *pool))
+    wait_for(tmp_path / "killed", "cells/*/checkpoint-0.pt")
+    workers = workers_of(process)
+    assert len(workers) >= 2
+    kill_when(process, tmp_path / "killed", "cells/*.json")
+    deadline = time.monotonic() + 20
+    while any(map(alive, workers)):
+        assert time.monotonic() < deadline, "workers outlived their parent"
+        time.sleep(0.05)
+    assert start(*words(slow_pair, tmp_path / "killed", *pool)).wait() == 0
+    assert start(*words(slow_pair, tmp_path / "serial")).wait() == 0
+    assert report_of(tmp_path / "killed") == report_of(tmp_path / "serial")
+
+
+def wait_for(folder: Path, pattern: str) -> None:
+    deadline = time.monotonic() + 90
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_board_shows_what_workers_report(tmp_path: Path) -> None:
+    shown = []
+
+    class Shows(Progress):
+        def task(self, name: str, total: int, done: int = 0):  # type: ignore[no-untyped-def]
+            shown.append(("begins", name, total))
+            return super().task(name, total, done)
+
+    (tmp_path / "cell").mkdir()
+    with Board(Shows(None), tmp_path) as board:
+        with Reporter(tmp_path / "cell").task("SoftLabels", 9) as task:
+            task.advance("loss 1")
+        board.look()
+        board.look()
+        (tmp_path / "cell" / PROGRESS_FILE).write_text('{"na')
+        board.look()
+        assert shown == [("begins", "SoftLabels", 9)]
+        (tmp_path / "cell" / PROGRESS_FILE).unlink()
+        board.look()
+        assert not board._tasks
+
+
+def test_bad_launchers_are_explained(victim: Run, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="did you mean 'Pool'"):
+        cells(victim, tmp_path / "a", "Pol", [])
+    with pytest.raises(SpecError, match="workers = 0 is refused"):
+        cells(victim, tmp_path / "a", "Pool(workers=0)", [])
+    assert not (tmp_path / "a").exists()
+
+
+def test_ray_that_is_not_installed_is_named(victim: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(LaunchError, match=r"pip install 'undistill\[ray\]'"):
+        cells(victim, tmp_path / "a", Ray(), [])
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[object]:
+    """Two workers of one core each, beside a head that does no work."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    os.environ |= ENVIRONMENT
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    yield made
+    made.shutdown()
+
+
+@pytest.mark.ray
+def test_ray_gives_the_same_report_though_a_worker_is_lost(slow_pair: Run, cluster, tmp_path: Path) -> None:
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    cluster.wait_for_nodes()
+    process = start(*words(slow_pair, tmp_path / "ray", "--launcher", "ray", "--address", cluster.address))
+    wait_for(tmp_path / "ray", "cells/*.json")
+    wait_for(tmp_path / "ray", "cells/*/checkpoint-0.pt")
+    running = list((tmp_path / "ray" / "cells").glob("*/"))
+    cluster.remove_node(nodes[0], allow_graceful=False)
+    assert running, "it was in the middle"
+    assert process.wait(300) == 0
+    assert start(*words(slow_pair, tmp_path / "serial")).wait() == 0
+    assert report_of(tmp_path / "ray") == report_of(tmp_path / "serial")
+
+
+@pytest.mark.ray
+def test_ray_runs_the_users_code_and_its_errors(victim: Run, cluster, tmp_path: Path, mine) -> None:
+    cluster.add_node(num_cpus=1)
+    where = Ray(address=cluster.address)
+    with pytest.raises(ModelError, match=r"^this attack refuses$"):
+        cells(victim, tmp_path / "a", where, [mine("refuse")])
+    done = cells(victim, tmp_path / "a", where, [mine("die once")])
+    assert (tmp_path / "marker").exists(), "a worker died"
+    assert done == cells(victim, tmp_path / "serial", "Serial", [mine("die once")])
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "auto"])
+def test_a_cluster_that_does_not_answer_is_named(address: str, victim: Run, tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"No Ray cluster answers at.*Nothing was lost"):
+        cells(victim, tmp_path / "a", Ray(address=address), [])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
