@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -134,6 +135,7 @@ class Ray(Launcher):
         except ImportError:
             raise LaunchError("The launcher Ray needs ray: pip install 'undistill[ray]'.") from None
         try:
+            _require_listening(self.address)
             address = None if self.address == "local" else self.address
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # ray raises many kinds for an address where no cluster answers
@@ -154,6 +156,13 @@ class Ray(Launcher):
                 "Finished cells are kept."
             ) from None
         return cell
+
+
+def _require_listening(address: str) -> None:
+    """`OSError` where nothing listens at `HOST:PORT`, for which Ray itself would wait for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 @dataclass(frozen=True)
