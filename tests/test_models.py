@@ -1,6 +1,7 @@
 import re
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -45,6 +46,23 @@ def test_resnetc_20_has_the_published_size() -> None:
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, 2) == 0.27
     with pytest.raises(SpecError, match="6n \\+ 2"):
         Model.parse("ResNetC(depth=18)")
+
+
+@pytest.mark.parametrize(
+    ("depth", "shape", "classes", "parameters"),
+    [
+        (18, (3, 32, 32), 10, 11_173_962),
+        (18, (3, 32, 32), 100, 11_220_132),
+        (34, (3, 32, 32), 10, 21_282_122),
+        (50, (3, 32, 32), 10, 23_520_842),
+        (50, (3, 224, 224), 1000, 25_557_032),
+    ],
+)
+def test_resnets_have_the_sizes_of_the_common_ones(
+    depth: int, shape: tuple[int, int, int], classes: int, parameters: int
+) -> None:
+    network = Model.parse(f"ResNet(depth={depth})").build(shape, classes, 0)
+    assert sum(p.numel() for p in network.parameters()) == parameters
 
 
 def test_too_small_images_are_explained() -> None:
@@ -267,6 +285,8 @@ def test_seeded_restores_the_callers_generator() -> None:
 )
 def test_every_field_of_a_model_changes_the_network(name: str, field: str) -> None:
     plain = Model.parse(name)
-    changed = Model.parse(f"{name}({field}={getattr(plain, field) + 6})")
+    value = getattr(plain, field)
+    others = get_args(Model.registry[name].model_fields[field].annotation) or (value, value + 6)
+    changed = Model.parse(f"{name}({field}={others[-1]})")
     networks = [model.build((1, 8, 8), 3, 0) for model in (plain, changed)]
     assert len({sum(p.numel() for p in network.parameters()) for network in networks}) == 2

@@ -4,6 +4,7 @@ from undistill.models.convnet import ConvNet
 from undistill.models.factory import Factory
 from undistill.models.model import Model, device_of, features, frozen, load_weights, returned, seeded
 from undistill.models.plaincnn import PlainCNN
+from undistill.models.resnet import ResNet
 from undistill.models.resnetc import ResNetC
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Factory",
     "Model",
     "PlainCNN",
+    "ResNet",
     "ResNetC",
     "device_of",
     "features",
