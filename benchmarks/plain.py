@@ -43,7 +43,7 @@ def train(
     workers: int,
 ) -> Iterator[float]:
     """Seconds of each step, its data included. `training`: normal, nasty (omega 0.04) or kd (alpha 0.9), T = 4."""
-    loader = DataLoader(Augmented(images, labels), batch, shuffle=True, num_workers=workers, drop_last=True)
+    loader = DataLoader(Augmented(images, labels), batch, shuffle=True, num_workers=workers)
     optimiser = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
     network.train()
     total, began = 0.0, time.perf_counter()

@@ -1,6 +1,7 @@
-"""One measurement in a process of its own, printed as JSON: `python benchmarks/step.py fast nasty "ResNet(depth=18)"`.
+"""One training step, measured in a process of its own: `python -m benchmarks.step fast nasty "ResNet(depth=18)"`.
 
-The way is `plain` (see plain.py), `exact` (our loop, fp32 and default layout) or `fast` (our loop, engine by trial).
+The way is `plain` (see plain.py), `exact` (our loop, fp32 and default layout), `fp32` (the best layout by
+trial), `fast` (precision too), or an engine such as `Engine(precision='bf16')`. Prints JSON.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from undistill.views import Views, to_float
 
 SHAPE, CLASSES, BATCH = (3, 32, 32), 10, 128
 VIEWS = Views(flip=True)
+ENGINES = {"exact": EXACT, "fp32": Engine(layout="auto", compile="auto"), "fast": FAST}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -128,7 +130,7 @@ def matrix_rate(precision: str, size: int = 4096) -> float:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("way", choices=["plain", "exact", "fast"])
+    options.add_argument("way", help="plain, exact, fp32, fast, or an engine")
     options.add_argument("training", choices=["normal", "nasty", "kd"])
     options.add_argument("model")
     options.add_argument("--teacher", help="the model itself by default")
@@ -143,8 +145,9 @@ def main() -> None:
         return
     count = flops(network, torch.rand(BATCH, *SHAPE, device=DEVICE))
     network.zero_grad()
-    measured = measure_ours(EXACT if chosen.way == "exact" else FAST, chosen.training, network, teacher, chosen.steps)
-    rate = matrix_rate("bf16" if "bf16" in str(measured["engine"]) else "fp32")
+    engine = ENGINES.get(chosen.way) or Engine.parse(chosen.way)
+    measured = measure_ours(engine, chosen.training, network, teacher, chosen.steps)
+    rate = matrix_rate(Engine.parse(str(measured["engine"])).precision)
     print(json.dumps(measured | {"flops": count, "matrix_rate": rate}))
 
 

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 REMEMBER = 4.0  # GiB
 PART = 512  # images answered together
+TRIED = 64  # images of the trial that chooses the engine
 HELD = GIB // 4  # bytes of answers held in memory, beside those of the present epoch
 
 
@@ -158,7 +159,7 @@ class Answers:
 
     def _found_or_made(self, stream: Stream, epoch: int) -> Tensor:
         parts = stream.samples.parts(PART)
-        engine = self._settle(lambda: to_float(stream.show(epoch, parts[0])[0].to(self.device)))
+        engine = self._settle(lambda: to_float(stream.show(epoch, parts[0][:TRIED])[0].to(self.device)))
         identity = self._identity if self.store.open else None
         if identity is None or not distributed.everywhere(self.store.open):
             return self._make(stream, epoch, engine)
