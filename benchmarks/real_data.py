@@ -11,13 +11,14 @@ import gzip
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from undistill import Run, Settings, Source, TrainSettings, protect, train
-from undistill.auditor import Subject, perform, plan
+from undistill.auditor import perform, plan
 from undistill.cli import read_settings, show
+from undistill.launch import Serial
 from undistill.progress import Progress
 from undistill.store import claim
+from undistill.subject import Asking, Subject
 
 
 def main() -> None:
@@ -37,17 +38,18 @@ def main() -> None:
     if chosen.from_idx:
         np.savez_compressed(chosen.npz, **read_idx(chosen.from_idx, chosen.count))
         return
-    settings = read_settings(None, chosen.set)
+    settings = read_settings(None, chosen.set, fast=False)
+    recipe = TrainSettings(**settings).recipe
     with Progress.to_stderr() as progress, claim(chosen.out, {"command": "real_data", "npz": chosen.npz.name}):
         pairs = [pair(seed, chosen, settings, progress) for seed in chosen.seeds]
         if chosen.teachers_only:
             return
         subjects = [
-            Subject(victim, honest, (seed,)) for (honest, victim), seed in zip(pairs, chosen.seeds, strict=True)
+            Subject(victim, honest, (seed,), asking=Asking(engine=recipe.engine))
+            for (honest, victim), seed in zip(pairs, chosen.seeds, strict=True)
         ]
-        recipe = TrainSettings(**settings).recipe
         jobs = list(plan(subjects, "quick", (), [chosen.student], recipe))
-        report = perform(jobs, chosen.out, "quick", torch.device("cpu"), progress)
+        report = perform(jobs, chosen.out, "quick", Serial(), progress)
     show(report, chosen.out)
 
 

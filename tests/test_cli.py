@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,39 @@ def test_protect_and_audit_start_from_the_recorded_recipe(honest: Run, tmp_path:
     assert call(*words).exit_code == 0
     recipe = Run.open(tmp_path / "v").record["settings"]["recipe"]
     assert recipe == honest.record["settings"]["recipe"] | {"epochs": 1}
+
+
+def test_fast_is_recorded_and_one_part_can_be_set_by_hand(toy_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ["train", "--data", toy_file, "--model", TEACHER, "--out", out, *SET, "--fast"]
+    assert call(*words, "--set", "recipe.engine.layout=channels_last").exit_code == 0
+    record = Run.open(out).record
+    assert record["settings"]["recipe"]["engine"] == {"precision": "auto", "layout": "channels_last", "compile": "auto"}
+    (engine,) = record["engines"]
+    (trial,) = (json.loads(path.read_text()) for path in out.glob("engine-*.json"))
+    assert trial["engine"] == engine
+    assert trial["seconds"][engine] == min(trial["seconds"].values())
+
+
+def test_remember_says_how_much_is_kept(honest: Run, tmp_path: Path) -> None:
+    kept = shutil.copytree(honest.folder, tmp_path / "honest", ignore=shutil.ignore_patterns("answers"))
+    words = ["protect", kept, "--defence", NASTY]
+    assert call(*words, "--out", tmp_path / "a", "--remember", 0).exit_code == 0
+    assert not (kept / "answers").exists()
+    assert call(*words, "--out", tmp_path / "b").exit_code == 0
+    assert len(list(kept.glob("answers/*/*.safetensors"))) == Run.open(tmp_path / "b").record["epochs"]
+    assert Run.open(tmp_path / "a").digest == Run.open(tmp_path / "b").digest
+    assert "greater than or equal to 0" in call(*words, "--remember", -1).stderr
+
+
+def test_a_pool_is_started_from_the_command_line(honest: Run, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    assert call("protect", honest.folder, "--defence", NASTY, "--out", victim).exit_code == 0
+    words = ["audit", victim, "--student", STUDENT, "--seeds", 1]
+    serial = call(*words, "--out", tmp_path / "serial")
+    pool = call(*words, "--out", tmp_path / "pool", "--launcher", "pool", "--workers", 2)
+    assert serial.exit_code == pool.exit_code == 0, pool.stderr
+    assert serial.stdout.splitlines()[:-1] == pool.stdout.splitlines()[:-1]
 
 
 def test_list_names_everything() -> None:
