@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import undistill
 from tests.conftest import NASTY, RECIPE, STUDENT
 from undistill import files
 from undistill.answers import Answers, AnswerStore, _digest
@@ -17,7 +19,7 @@ from undistill.attacks import Attack
 from undistill.auditor import audit
 from undistill.data import Data
 from undistill.defences import Defence
-from undistill.engine import Engine
+from undistill.engine import FAST, Engine
 from undistill.fit import Fit
 from undistill.models import Model
 from undistill.oracle import Oracle
@@ -156,13 +158,44 @@ def other_engine(victim: nn.Module, stream: Stream) -> tuple[nn.Module, Stream, 
     return victim, stream, BF16
 
 
+def other_version(victim: nn.Module, stream: Stream) -> tuple[nn.Module, Stream, Engine]:
+    undistill.__version__ += "+changed"
+    return victim, stream, Engine()
+
+
 @pytest.mark.parametrize(
-    "other", [other_weights, other_buffers, other_code, other_data, other_views, other_seed, other_engine]
+    "other",
+    [other_weights, other_buffers, other_code, other_data, other_views, other_seed, other_engine, other_version],
 )
-def test_nothing_is_mistaken_for_something_else(other, victim: nn.Module, stream: Stream, tmp_path: Path) -> None:
+def test_nothing_is_mistaken_for_something_else(
+    other, victim: nn.Module, stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(undistill, "__version__", undistill.__version__)
     Answers(victim, store=AnswerStore(tmp_path)).epoch(stream, 0)
     network, stream, engine = other(victim, stream)
     answers = Answers(network, engine, AnswerStore(tmp_path))
+    answers.epoch(stream, 0)
+    assert answers.computed == len(stream.samples)
+
+
+class Scaled(nn.Module):
+    """What it does depends on what no state dict holds."""
+
+    def __init__(self, victim: nn.Module, k: float, mean: float) -> None:
+        super().__init__()
+        self.victim, self.k = victim, k
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.k * self.victim(x - self.mean)
+
+
+@pytest.mark.parametrize("other", [(2.0, 0.0), (1.0, 0.5)], ids=["attribute", "buffer that is not saved"])
+def test_what_no_state_dict_holds_is_noticed(
+    other: tuple[float, float], victim: nn.Module, stream: Stream, tmp_path: Path
+) -> None:
+    Answers(Scaled(deepcopy(victim), 1, 0), store=AnswerStore(tmp_path)).epoch(stream, 0)
+    answers = Answers(Scaled(deepcopy(victim), *other), store=AnswerStore(tmp_path))
     answers.epoch(stream, 0)
     assert answers.computed == len(stream.samples)
 
@@ -196,10 +229,16 @@ def foreign(file: Path) -> None:
 
 def of_other_weights(file: Path) -> None:
     answers = load_file(file)["answers"] + 1
-    save_file({"answers": answers}, file, {"key": "of another network", "sha256": _digest(answers)})
+    save_file({"answers": answers}, file, {"key": "of another network", "epoch": "0", "sha256": _digest(answers)})
 
 
-@pytest.mark.parametrize("damage", [truncated, emptied, one_bit_changed, foreign, of_other_weights])
+def of_another_epoch(file: Path) -> None:
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    save_file(load_file(file), file, about | {"epoch": "1"})
+
+
+@pytest.mark.parametrize("damage", [truncated, emptied, one_bit_changed, foreign, of_other_weights, of_another_epoch])
 def test_damaged_and_foreign_files_are_rebuilt(
     damage, victim: nn.Module, stream: Stream, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -226,6 +265,19 @@ def no_permission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AnswerStore:
     return AnswerStore(Path("/proc/undistill"))
 
 
+def unreadable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AnswerStore:
+    """As a folder of another user, into which one may not look."""
+    exists, mine = Path.exists, folder / "answers"
+
+    def refuse(path: Path) -> bool:
+        if mine in path.parents:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    return AnswerStore(mine)
+
+
 def a_file_in_its_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AnswerStore:
     (folder / "answers").touch()
     return AnswerStore(folder / "answers")
@@ -235,7 +287,7 @@ def small_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AnswerStore:
     return AnswerStore(folder, limit=4000)
 
 
-@pytest.mark.parametrize("trouble", [full_disk, no_permission, a_file_in_its_place, small_limit])
+@pytest.mark.parametrize("trouble", [full_disk, no_permission, unreadable, a_file_in_its_place, small_limit])
 def test_trouble_with_the_disk_costs_one_warning(
     trouble, victim: nn.Module, stream: Stream, tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -257,9 +309,31 @@ def test_the_limit_counts_what_was_there_before(victim: nn.Module, stream: Strea
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
 
 
+def test_past_the_limit_what_is_there_is_still_found(victim: nn.Module, stream: Stream, tmp_path: Path) -> None:
+    Answers(victim, store=AnswerStore(tmp_path)).epoch(stream, 0)
+    size = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
+    answers = Answers(victim, store=AnswerStore(tmp_path, limit=size + 10))
+    answers.epoch(stream, 1)
+    answers._held.clear()
+    answers.epoch(stream, 0)
+    assert answers.computed == len(stream.samples)
+
+
 def test_zero_keeps_nothing(victim: nn.Module, stream: Stream, tmp_path: Path) -> None:
-    Answers(victim, store=AnswerStore(tmp_path / "answers", limit=0)).epoch(stream, 0)
+    answers = Answers(victim, store=AnswerStore(tmp_path / "answers", limit=0))
+    for _student in range(2):
+        for epoch in range(3):
+            answers.epoch(stream, epoch)
+    assert answers.computed == 6 * len(stream.samples), "each student asks for itself"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_place_of_the_store_does_not_stop_a_trial(
+    victim: nn.Module, stream: Stream, tmp_path: Path
+) -> None:
+    (tmp_path / "answers").touch()
+    answers = Answers(victim, FAST, AnswerStore(tmp_path / "answers"))
+    assert len(answers.epoch(stream, 0)) == len(stream.samples)
 
 
 @pytest.mark.parametrize(("engine", "width"), [(Engine(), 4), (BF16, 2)], ids=["fp32", "bf16"])
@@ -286,7 +360,7 @@ def test_students_are_the_same_bits_with_and_without(attack: str, victim: nn.Mod
         fit = Fit(RECIPE, 3, torch.device("cpu"))
         return parsed.run(oracle, network, toy.split, fit), oracle.queries
 
-    asked, charged = student(AnswerStore())
+    asked, charged = student(AnswerStore(limit=0))
     for _ in range(2):
         remembered, also_charged = student(AnswerStore(tmp_path))
         assert same(asked, remembered)
@@ -303,7 +377,7 @@ def test_a_second_defence_asks_the_adversary_nothing(honest: Run, toy: Data, tmp
         fresh = honest.fresh(1)
         return Defence.parse(f"Nasty(omega={omega})").protect(honest.network(), fresh, toy.split, fit)
 
-    plain = protect(0.1, AnswerStore())
+    plain = protect(0.1, AnswerStore(limit=0))
     protect(0.05, AnswerStore(tmp_path))
     asked.clear()
     assert same(protect(0.1, AnswerStore(tmp_path)), plain)

@@ -85,6 +85,76 @@ def test_unequal_data_is_refused_by_all(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def script(folder: Path, program: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """Two processes that run `program` before the command."""
+    command = f"from undistill.cli import app; app({[str(word) for word in words]!r})"
+    (folder / "main.py").write_text(f"import os, sys\n{program}\n{command}\n")
+    return run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "main.py", cwd=folder)
+
+
+def test_a_full_disk_ends_the_remembering_of_all(pair: Path) -> None:
+    """Only one process writes; the others must learn of it, or they wait for answers that nobody sends."""
+    program = (
+        "from undistill import answers\n"
+        "def refuse(path, write): raise OSError(28, 'No space left on device', str(path))\n"
+        "answers.write_atomically = refuse"
+    )
+    command = ["protect", pair / "one", "--defence", NASTY, "--set", "seed=0", "--out", pair / "full"]
+    for file in (pair / "one" / "answers").rglob("*.safetensors"):
+        file.unlink()
+    done = script(pair, program, *command)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("No space left on device") == 1
+    assert_close(pair / "full", pair / "two-nasty")
+
+
+def test_out_must_be_free_and_shared(toy_file: Path, tmp_path: Path) -> None:
+    """What the first process finds is said by all, in a sentence."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").touch()
+    words = ["train", "--data", toy_file, "--model", TEACHER, *SET, "--out"]
+    done = script(tmp_path, "", *words, tmp_path / "out")
+    assert done.returncode
+    assert done.stderr.count("holds files that are no run of undistill") == 2
+    assert "StoreError" not in done.stderr, "no traceback"
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1").mkdir()
+    done = script(tmp_path, "os.chdir(os.environ['RANK'])", *words, "mine")
+    assert done.returncode
+    assert done.stderr.count("is not one folder for all processes") == 2
+
+
+ODD = """
+import torch
+from torch import nn
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+        self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)
+        self.body = nn.Sequential(self.first, self.norm, nn.ReLU(), self.second, self.norm)
+        self.again = self.norm
+        self.unused = nn.Linear(3, 3)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.again(self.body(x)).mean((2, 3)))
+
+def make():
+    return Odd()
+"""
+
+
+def test_parts_that_are_shared_or_unused_train_as_in_one_process(toy_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(ODD)
+    words = ["train", "--data", toy_file, "--model", "net.py:make", *SET[1:], "--set=recipe.epochs=2", "--out"]
+    alone, together = run("-m", "undistill", *words, "one", cwd=tmp_path), torchrun(*words, "two", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    assert together.returncode == 0, together.stderr
+    assert_close(tmp_path / "one", tmp_path / "two")
+
+
 @pytest.mark.parametrize("command", [["demo"], ["audit", "two-nasty"]], ids=["demo", "audit"])
 def test_what_is_not_one_training_is_refused(command: list[str], pair: Path) -> None:
     done = torchrun(*command, cwd=pair)

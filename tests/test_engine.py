@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tests.conftest import RECIPE, STUDENT
 from undistill import engine as engines
+from undistill import fit as fits
 from undistill.answers import Answers
 from undistill.data import Data
 from undistill.engine import EXACT, FAST, Engine, settle
@@ -147,6 +148,62 @@ def test_settings_of_the_process_are_restored() -> None:
     assert before == after
 
 
+@pytest.mark.parametrize("engine", [EXACT, Engine(precision="bf16")], ids=str)
+def test_the_backward_pass_is_computed_like_the_forward_pass(engine: Engine, toy: Data) -> None:
+    """On a GPU, else, gradients would be TF32 and not deterministic where equal bits are promised."""
+    seen: dict[str, tuple[object, ...]] = {}
+
+    def note(when: str) -> None:
+        cudnn = torch.backends.cudnn
+        seen[when] = (cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, torch.get_float32_matmul_precision())
+
+    def objective(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        logits = network(batch.images)
+        note("forward")
+        logits.register_hook(lambda _: note("backward"))
+        return {"ce": cross_entropy(logits, batch.labels)}
+
+    Fit(RECIPE.model_copy(update={"engine": engine, "epochs": 1}), 0, CPU)(network(), toy, objective)
+    assert seen["forward"] == seen["backward"]
+    assert seen["forward"][:3] == ((False, True, False) if engine == EXACT else (True, False, True))
+
+
+def test_a_refusal_without_a_message_is_passed_over() -> None:
+    class Contiguous(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Model.parse(STUDENT).build((3, 12, 12), 3, seed=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.is_contiguous()
+            return self.body(x)
+
+    found = settle(FAST, Contiguous(), lambda: IMAGES.repeat(1, 3, 1, 1), steps=1, training=True)
+    assert found.layout == "contiguous"
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"engine": "Motor()"}', '{"engine":'])
+def test_a_damaged_trial_is_measured_anew(content: str, seconds: dict[Engine, float], tmp_path: Path) -> None:
+    seconds[EAGER[0]] = 0.4
+    chosen(FAST, tmp_path)
+    next(tmp_path.glob("engine-*.json")).write_text(content)
+    assert chosen(FAST, tmp_path) == EAGER[0]
+
+
+def test_of_several_processes_one_tries(tmp_path: Path) -> None:
+    """They would else choose differently, and cells of one audit would be computed in different ways."""
+    program = (
+        "import sys, time, torch; from pathlib import Path; from undistill import engine;"
+        "from undistill.models import Model; engine._timed = lambda step: time.sleep(0.2) or time.time() % 1;"
+        "network = Model.parse('ConvNet(width=2)').build((1, 12, 12), 3, 1);"
+        "print(engine.settle(engine.FAST, network, lambda: torch.rand(4, 1, 12, 12), steps=1, training=True,"
+        "folder=Path(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert len({process.communicate(timeout=100)[0] for process in processes}) == 1
+
+
 def test_why_losses_are_taken_in_fp32() -> None:
     """From the same bf16 logits, a KL in bf16 is wrong by tens of percent where networks nearly agree; ours is not."""
     generator = torch.Generator().manual_seed(0)
@@ -221,23 +278,23 @@ def test_every_engine_learns_on_a_gpu(engine: Engine, toy: Data) -> None:
 
 
 @needs_cuda
-def test_no_step_waits_for_the_gpu(toy: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inside an epoch nothing is read back; one read at its end, for the metrics."""
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_no_step_waits_for_the_gpu(ema: float, toy: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside an epoch nothing is read back, once its views are answered; one read at its end, for the metrics."""
     victim = Answers(network().cuda())
 
     def objective(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        answers = victim(batch)
+        return {"ce": cross_entropy(network(batch.images), victim(batch).softmax(1))}
+
+    step = fits._Loop._step
+
+    def watched(loop: fits._Loop, batch: Batch, scale: float) -> dict[str, Tensor]:
+        victim(batch)
         torch.cuda.set_sync_debug_mode("error")
-        return {"ce": cross_entropy(network(batch.images), answers.softmax(1))}
+        try:
+            return step(loop, batch, scale)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
-    read = Tensor.cpu
-
-    def reads(tensor: Tensor) -> Tensor:
-        torch.cuda.set_sync_debug_mode("default")
-        return read(tensor)
-
-    monkeypatch.setattr(Tensor, "cpu", reads)
-    try:
-        Fit(RECIPE.model_copy(update={"epochs": 1}), 0, torch.device("cuda"))(network(), toy, objective)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    monkeypatch.setattr(fits._Loop, "_step", watched)
+    Fit(RECIPE.model_copy(update={"epochs": 1, "ema": ema}), 0, torch.device("cuda"))(network(), toy, objective)

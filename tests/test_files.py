@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tests.conftest import RECIPE, STUDENT, toy_arrays
-from undistill.answers import Answers
+from undistill.answers import Answers, AnswerStore
 from undistill.data import Data, Source
 from undistill.data.files import ImageFiles
 from undistill.errors import DataError
@@ -80,6 +81,25 @@ def test_training_answers_and_evaluation_are_the_same_bits(memory: Data, files: 
         trained = fit(Model.parse(STUDENT).build(data.shape, 3, 1), data.split, objective)
         logits.append(evaluate(trained, data.test))
     assert torch.equal(*logits)
+
+
+def test_streaming_and_remembering_leave_the_dropout_alone(memory: Data, files: Data, tmp_path: Path) -> None:
+    """Worker processes are started or not, according to what is remembered; a student must not notice."""
+    network = Model.parse(STUDENT).build(memory.shape, 3, 2)
+
+    def student(data: Data, store: AnswerStore) -> Tensor:
+        victim = Answers(deepcopy(network), store=store)
+
+        def objective(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+            return {"ce": cross_entropy(network(batch.images), victim(batch).softmax(1))}
+
+        fit = Fit(RECIPE.model_copy(update={"epochs": 2}), 0, torch.device("cpu"))
+        dropping = nn.Sequential(nn.Dropout(0.3), Model.parse(STUDENT).build(data.shape, 3, 1))
+        return evaluate(fit(dropping, data.split, objective), data.test)
+
+    expected = student(memory, AnswerStore(limit=0))
+    for data, store in ((files, AnswerStore(limit=0)), (files, AnswerStore(tmp_path)), (files, AnswerStore(tmp_path))):
+        assert torch.equal(student(data, store), expected)
 
 
 def test_an_image_that_breaks_during_training_is_named(folder: Path, tmp_path: Path) -> None:

@@ -25,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+import undistill
 from undistill import distributed
 from undistill.data import Samples
-from undistill.engine import EXACT, Engine, settle
+from undistill.engine import EXACT, Engine, machine, settle
 from undistill.files import sha256, write_atomically
 from undistill.models import device_of, frozen
 from undistill.stream import Batch, Stream
@@ -44,52 +45,56 @@ HELD = GIB // 4  # bytes of answers held in memory, beside those of the present 
 
 @dataclass
 class AnswerStore:
-    """Where answers are kept: files of one epoch each. After the first trouble nothing more is written or read."""
+    """Where answers are kept: files of one epoch each. After the first trouble nothing more is written."""
 
     folder: Path | None = None
     limit: float = REMEMBER * GIB
-    """Largest size of the folder in bytes; 0 keeps nothing."""
+    """Largest size of the folder in bytes; 0 keeps nothing, neither on disk nor in memory."""
 
     def __post_init__(self) -> None:
         self._trouble = ""
 
     @property
     def open(self) -> bool:
-        return self.folder is not None and self.limit > 0 and not self._trouble
+        """Whether later commands may find here what is asked now."""
+        return self.folder is not None and self.limit > 0
 
     def load(self, key: str, epoch: int) -> Tensor | None:
         """The answers of one epoch, mapped into memory; None unless they are there, whole, and those of `key`."""
         path = self._path(key, epoch)
-        if not path.exists():
-            return None
         try:
-            with safe_open(path, framework="pt") as file:
-                about: dict[str, str] = file.metadata() or {}
-                answers: Tensor = file.get_tensor("answers")
-        except (SafetensorError, OSError) as error:
+            with self.guard():
+                if not path.exists():
+                    return None
+                with safe_open(path, framework="pt") as file:
+                    about: dict[str, str] = file.metadata() or {}
+                    answers: Tensor = file.get_tensor("answers")
+                if about == _about(key, epoch, answers):
+                    return answers
+                log.warning("%s is damaged, or not of this network; those answers are asked again.", path)
+        except SafetensorError as error:
             log.warning("%s cannot be read (%s); those answers are asked again.", path, error)
-            return None
-        if about.get("key") != key or about.get("sha256") != _digest(answers):
-            log.warning("%s is damaged, or not of this network; those answers are asked again.", path)
-            return None
-        return answers
+        return None
 
     def save(self, key: str, epoch: int, answers: Tensor) -> None:
-        if self._size() + answers.nbytes > self.limit:
-            self._close(
-                f"{self.folder} would pass the limit of {self.limit / GIB:g} GiB (--remember); "
-                "recipe.views.n_views bounds it"
-            )
-            return
-        data = save({"answers": answers}, {"key": key, "sha256": _digest(answers)})
+        """Keep the answers of one epoch, if there is room and the disk takes them."""
         with self.guard():
+            if self._trouble or distributed.rank() > 0:
+                return
+            if self._size() + answers.nbytes > self.limit:
+                self._close(
+                    f"{self.folder} would pass the limit of {self.limit / GIB:g} GiB (--remember); "
+                    "recipe.views.n_views bounds it"
+                )
+                return
+            data = save({"answers": answers}, _about(key, epoch, answers))
             write_atomically(self._path(key, epoch), lambda file: file.write(data))
 
     @contextlib.contextmanager
     def alone(self, key: str) -> Iterator[None]:
         """Of several commands that lack an epoch of `key`, one makes it while the others wait."""
         with contextlib.ExitStack() as stack:
-            if self.open and distributed.rank() == 0:
+            if not self._trouble and distributed.rank() == 0:
                 with self.guard():
                     folder = self._path(key, 0).parent
                     folder.mkdir(parents=True, exist_ok=True)
@@ -105,8 +110,9 @@ class AnswerStore:
             self._close(f"{error.filename or self.folder}: {error.strerror or error}")
 
     def _close(self, why: str) -> None:
+        if not self._trouble:
+            log.warning("No more answers are remembered (%s). The work goes on and asks again.", why)
         self._trouble = why
-        log.warning("No more answers are remembered (%s). The work goes on and asks again.", why)
 
     def _path(self, key: str, epoch: int) -> Path:
         assert self.folder is not None
@@ -115,6 +121,11 @@ class AnswerStore:
     def _size(self) -> int:
         assert self.folder is not None
         return sum(path.stat().st_size for path in self.folder.glob("*/*.safetensors"))
+
+
+def _about(key: str, epoch: int, answers: Tensor) -> dict[str, str]:
+    """What a file says of itself."""
+    return {"key": key, "epoch": str(epoch), "sha256": _digest(answers)}
 
 
 class Answers:
@@ -148,7 +159,8 @@ class Answers:
         if name not in self._held:
             whole = self._found_or_made(stream, name[1])
             self._held[name] = whole.to(self.device) if whole.nbytes <= HELD else whole
-            while len(self._held) > 1 and sum(part.nbytes for part in self._held.values()) > HELD:
+            room = HELD if self.store.limit else 0
+            while len(self._held) > 1 and sum(part.nbytes for part in self._held.values()) > room:
                 self._held.popitem(last=False)
         self._held.move_to_end(name)
         return self._held[name]
@@ -160,18 +172,16 @@ class Answers:
     def _found_or_made(self, stream: Stream, epoch: int) -> Tensor:
         parts = stream.samples.parts(PART)
         engine = self._settle(lambda: to_float(stream.show(epoch, parts[0][:TRIED])[0].to(self.device)))
-        identity = self._identity if self.store.open else None
-        if identity is None or not distributed.everywhere(self.store.open):
+        key = self._key(stream, engine) if self.store.open else None
+        if not distributed.everywhere(key is not None) or key is None:
             return self._make(stream, epoch, engine)
-        key = self._key(identity, stream, engine)
         if (found := self._find(key, epoch)) is not None:
             return found
         with self.store.alone(key):
             if (found := self._find(key, epoch)) is not None:
                 return found
             made = self._make(stream, epoch, engine)
-            if self.store.open:
-                self.store.save(key, epoch, made)
+            self.store.save(key, epoch, made)
         return made
 
     def _find(self, key: str, epoch: int) -> Tensor | None:
@@ -199,14 +209,17 @@ class Answers:
             self._ready = self._engine.prepare(self.network, training=False)
         return self._engine
 
-    def _key(self, identity: list[str], stream: Stream, engine: Engine) -> str:
-        """Names all on which an epoch's answers depend, but for the epoch."""
-        parts = [*identity, stream.digest, str(engine), self.device.type, torch.__version__, PART]
+    def _key(self, stream: Stream, engine: Engine) -> str | None:
+        """Names all on which an epoch's answers depend, but for the epoch; None for code that lies in no file."""
+        if self._identity is None:
+            return None
+        where = [*machine(self.device), torch.__version__, undistill.__version__]
+        parts = [*self._identity, self._probe(stream), stream.digest, str(engine), *where, PART]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @cached_property
     def _identity(self) -> list[str] | None:
-        """Hashes of weights and code, and the architecture; None for code that lies in no file."""
+        """Hashes of weights and code, and the architecture."""
         weights = hashlib.sha256()
         for name, value in self.network.state_dict().items():
             weights.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -218,6 +231,13 @@ class Answers:
         except (TypeError, OSError):
             return None
         return [weights.hexdigest(), repr(self.network), *code]
+
+    def _probe(self, stream: Stream) -> str:
+        """Hash of the logits of two random images: shows what is neither weight nor code, such as a plain attribute."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(2, *stream.samples.images.shape[1:], generator=generator)
+        with torch.no_grad(), EXACT.active(self.device):
+            return _digest(self.network(images.to(self.device)))
 
 
 def _bytes(values: Tensor) -> memoryview:

@@ -13,7 +13,7 @@ from undistill import distributed, measure
 from undistill.answers import REMEMBER
 from undistill.attacks import Attack
 from undistill.cells import Job
-from undistill.data import Data, Source
+from undistill.data import Data, Samples, Source
 from undistill.errors import SpecError
 from undistill.fit import Recipe
 from undistill.flags import raised
@@ -189,7 +189,8 @@ def measure_costs(subjects: Sequence[Subject], pairs: Sequence[Pair]) -> Costs:
 def ms_per_query(network: nn.Module, data: Data, repeats: int = 3) -> float:
     """Median milliseconds for one image, answered in batches."""
     times = []
-    images = data.test[torch.arange(min(512, len(data.test)))]
+    some = data.test[torch.arange(min(512, len(data.test)))]
+    images = Samples(some.pixels, some.labels)
     for _ in range(repeats):
         began = time.perf_counter()
         evaluate(network, images)

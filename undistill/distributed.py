@@ -5,6 +5,7 @@ Batch norm sees the whole batch. The first process alone writes files.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from undistill.errors import DataError, LaunchError
+from undistill.errors import LaunchError
 
 T = TypeVar("T")
 
@@ -49,7 +50,11 @@ def group(device: torch.device) -> Iterator[None]:
     if not launched() or dist.is_initialized():
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where nccl works for this process
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield
     finally:
@@ -87,17 +92,6 @@ def everywhere(condition: bool) -> bool:
     return all(gathered(condition))
 
 
-def require_equal(what: str, value: object) -> None:
-    """`DataError` in every process unless all have the same."""
-    values = gathered(value)
-    for other, theirs in enumerate(values):
-        if theirs != values[0]:
-            raise DataError(
-                f"Process {other} has another {what} than process 0 ({str(theirs)[:20]} there, {str(values[0])[:20]} "
-                "here). torchrun needs the same data and settings everywhere; copy them, or share one file system."
-            )
-
-
 def mine(index: Tensor) -> Tensor:
     """This process's share of one batch."""
     return index.tensor_split(world())[rank()]
@@ -119,16 +113,32 @@ def in_turns(parts: Sequence[T], answers: Callable[[Sequence[T]], Iterable[Tenso
     return torch.cat([everyone[number % world()][number // world()] for number in range(len(parts))])
 
 
-def parallel(network: nn.Module) -> nn.Module:
-    """A module that trains `network`, whose parameters and buffers it shares, together with the other processes."""
+def parallel(network: nn.Module, sample: Callable[[], Tensor]) -> nn.Module:
+    """A module that trains `network`, whose parameters and buffers it shares, together with the other processes.
+
+    It is tried on two images of `sample`, (B, C, H, W) in [0, 1].
+    """
     if world() == 1:
         return network
+    images = sample().repeat(2, 1, 1, 1)[:2]
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    twin = _with_global_norm(deepcopy(network, shared))
-    device = next(network.parameters()).device
-    return DistributedDataParallel(
-        twin, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
-    )
+    twin = _with_global_norm(deepcopy(network, shared), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what is to replace broadcast_buffers is not there yet
+        return DistributedDataParallel(
+            twin,
+            device_ids=[images.device] if images.is_cuda else None,
+            broadcast_buffers=False,
+            find_unused_parameters=_leaves_some_unused(network, images),
+        )
+
+
+def _leaves_some_unused(network: nn.Module, images: Tensor) -> bool:
+    """Whether some trainable parameter has no part in the answer."""
+    trial = deepcopy(network).train()
+    trial.zero_grad()
+    trial(images).sum().backward()
+    return any(parameter.grad is None for parameter in trial.parameters() if parameter.requires_grad)
 
 
 def scale(size: int, whole: int) -> float:
@@ -136,10 +146,16 @@ def scale(size: int, whole: int) -> float:
     return size * world() / whole
 
 
-def _with_global_norm(module: nn.Module) -> nn.Module:
-    for name, child in module.named_children():
-        setattr(module, name, _with_global_norm(child))
-    return GlobalBatchNorm(module) if isinstance(module, _BatchNorm) else module
+def _with_global_norm(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    """Batch norms replaced below `module`; a part that is registered twice stays one part."""
+    if isinstance(module, _BatchNorm):
+        return GlobalBatchNorm(module)
+    for name, child in module._modules.items():
+        if child is not None:
+            if id(child) not in done:
+                done[id(child)] = _with_global_norm(child, done)
+            module._modules[name] = done[id(child)]
+    return module
 
 
 class GlobalBatchNorm(nn.Module):
@@ -154,8 +170,9 @@ class GlobalBatchNorm(nn.Module):
         if not (norm.training or norm.running_mean is None):
             return norm(x)  # type: ignore[no-any-return]
         values, others = x.float(), [0, *range(2, x.dim())]
-        count = summed(torch.tensor(float(values[:, 0].numel()), device=x.device))
-        mean = _global_sum(values.sum(others)) / count
+        own = torch.full((1,), float(values[:, 0].numel()), device=x.device)
+        *_, count = totals = _global_sum(torch.cat([values.sum(others), own]))
+        mean = totals[:-1] / count
         shape = (1, -1, *(1 for _ in range(x.dim() - 2)))
         centred = values - mean.view(shape)
         variance = _global_sum(centred.square().sum(others)) / count

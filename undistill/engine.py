@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from undistill import distributed
-from undistill.errors import ModelError
+from undistill.errors import ModelError, SpecError
 from undistill.files import read_json, write_json
 from undistill.losses import cross_entropy
 from undistill.models import seeded
@@ -24,6 +25,7 @@ from undistill.spec import Spec
 
 COMPILING_PAYS = 300.0  # seconds of training below which compiling is not even tried: it takes half a minute
 FAR = 1.5  # an engine whose second step takes so many times the best one's is given up
+TRIAL_LOCK = "engine.lock"
 GAIN = 0.97  # compiled code must take at most this share of the time without
 
 
@@ -41,13 +43,20 @@ class Engine(Spec):
 
     def prepare(self, network: nn.Module, training: bool = True) -> nn.Module:
         """The module to call; `network` itself gets its weights in the layout."""
+        self.lay_out(network)
+        return self.compiled(network, training)
+
+    def lay_out(self, network: nn.Module) -> None:
+        """Put the weights into the layout, in place."""
         network.to(memory_format=self._memory_format)  # type: ignore[call-overload]
+
+    def compiled(self, network: nn.Module, training: bool = True) -> nn.Module:
+        """The module to call. Each size of batch is compiled for itself: there are two, and CUDA graphs need it."""
         if not self.compile:
             return network
         on_cuda = any(parameter.is_cuda for parameter in network.parameters())
-        compiled: nn.Module = torch.compile(  # type: ignore[assignment]
-            network, mode="reduce-overhead" if on_cuda and training else None
-        )
+        mode = "reduce-overhead" if on_cuda and training else None
+        compiled: nn.Module = torch.compile(network, mode=mode, dynamic=False)  # type: ignore[assignment]
         return compiled
 
     def laid_out(self, images: Tensor) -> Tensor:
@@ -57,15 +66,24 @@ class Engine(Spec):
     @contextlib.contextmanager
     def active(self, device: torch.device) -> Iterator[None]:
         """Networks called inside are computed so."""
+        with self.backend(), self.autocast(device):
+            yield
+
+    @contextlib.contextmanager
+    def backend(self) -> Iterator[None]:
+        """How libraries compute inside, which must hold for the backward pass as well."""
         fast = self.precision == "bf16"
-        cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=fast, deterministic=not fast, allow_tf32=fast)
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if fast else "highest")
         try:
-            with cudnn, torch.autocast(device.type, torch.bfloat16, enabled=fast):
+            with torch.backends.cudnn.flags(enabled=True, benchmark=fast, deterministic=not fast, allow_tf32=fast):
                 yield
         finally:
             torch.set_float32_matmul_precision(before)
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """For the forward pass alone."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     @property
     def _memory_format(self) -> torch.memory_format:
@@ -100,14 +118,34 @@ def settle(
         return engine
     trial = _Trial(network, sample(), training)
     file = folder / f"{trial.key(engine)}.json" if folder else None
-    found = distributed.from_first(read_json(file) if file else None)
-    if found is None:
-        found = distributed.from_first(trial.record(engine, trial.fastest(engine, steps)))
-        if file:
-            with contextlib.suppress(OSError):  # what cannot be recorded is measured again
+    with _alone(file):
+        found = distributed.from_first(_recorded(file))
+        if found is None:
+            found = distributed.from_first(trial.fastest(engine, steps))
+            if file:
+                with contextlib.suppress(OSError):  # what cannot be recorded is measured again
+                    write_json(file, trial.record(engine, found))
+    return found
+
+
+def _recorded(file: Path | None) -> Engine | None:
+    """The choice of an earlier trial; None where there is none, or it is damaged."""
+    found = read_json(file) if file else None
+    try:
+        return Engine.parse(str(found["engine"])) if found else None
+    except (KeyError, SpecError):
+        return None
+
+
+@contextlib.contextmanager
+def _alone(file: Path | None) -> Iterator[None]:
+    """Of several processes that lack the same trial, one measures while the others wait for its record."""
+    with contextlib.ExitStack() as stack:
+        if file and distributed.rank() == 0:
+            with contextlib.suppress(OSError):
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_json(file, found)
-    return Engine.parse(str(found["engine"]))
+                stack.enter_context(FileLock(file.with_name(TRIAL_LOCK)))
+        yield
 
 
 class _Trial:
@@ -140,24 +178,26 @@ class _Trial:
         try:
             with seeded(0):
                 step = self._step(engine)
-                warm_up = [_timed(step) for _ in range(2)]
-                if warm_up[-1] < FAR * best:
+                # compiled code records its CUDA graphs in the steps after the first
+                warm_up = [_timed(step) for _ in range(4 if engine.compile else 2)]
+                if engine.compile or warm_up[-1] < FAR * best:
                     self.seconds[str(engine)] = statistics.median(_timed(step) for _ in range(3))
         except Exception as error:  # whatever layout or compiler cannot do with this network
-            self.refused[str(engine)] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            said = str(error).strip().splitlines()
+            self.refused[str(engine)] = ": ".join([type(error).__name__, *said[:1]])
 
     def _step(self, engine: Engine) -> "_Step":
         return _Step(engine, deepcopy(self.network), self.images, self.training)
 
     def key(self, asked: Engine) -> str:
-        parts = [str(asked), repr(self.network), list(self.images.shape), *_machine(self.images.device), self.training]
+        parts = [str(asked), repr(self.network), list(self.images.shape), *machine(self.images.device), self.training]
         return "engine-" + hashlib.sha256(json.dumps([*parts, torch.__version__]).encode()).hexdigest()[:16]
 
     def record(self, asked: Engine, chosen: Engine) -> dict[str, object]:
         return {"asked": str(asked), "engine": str(chosen), "seconds": self.seconds, "refused": self.refused} | {
             "training": self.training,
             "batch": list(self.images.shape),
-            "machine": _machine(self.images.device),
+            "machine": machine(self.images.device),
         }
 
 
@@ -170,11 +210,12 @@ class _Step:
         self.images = engine.laid_out(images)
 
     def __call__(self) -> None:
-        with torch.set_grad_enabled(self.training), self.engine.active(self.images.device):
-            logits = self.network(self.images)
-        if self.training:
-            self.network.zero_grad()
-            cross_entropy(logits, logits.argmax(1)).backward()
+        with torch.set_grad_enabled(self.training), self.engine.backend():
+            with self.engine.autocast(self.images.device):
+                logits = self.network(self.images)
+            if self.training:
+                self.network.zero_grad()
+                cross_entropy(logits, logits.argmax(1)).backward()
         if self.images.is_cuda:
             torch.cuda.synchronize(self.images.device)
 
@@ -185,7 +226,8 @@ def _timed(step: _Step) -> float:
     return time.perf_counter() - began
 
 
-def _machine(device: torch.device) -> list[str]:
+def machine(device: torch.device) -> list[str]:
+    """What bits may depend on beside the code: the processor's instructions and threads, or the GPU's model."""
     if device.type == "cuda":
         return [torch.cuda.get_device_name(device)]
     return [torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads"]

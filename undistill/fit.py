@@ -20,7 +20,6 @@ from torch.optim.lr_scheduler import (
     OneCycleLR,
     SequentialLR,
 )
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from undistill import distributed
 from undistill.answers import Answers, AnswerStore
@@ -157,11 +156,19 @@ class _Loop:
         seed = fit.seed if fit.view_seed is None else fit.view_seed
         self.stream = Stream(self.train, self.recipe.views, seed, data.num_classes)
         self.batches = self._count_batches()
-        self.engine = self._settle()
-        self.called = self.engine.prepare(distributed.parallel(self.network))
+        self.engine = settle(
+            self.recipe.engine,
+            self.network,
+            self._sample,
+            steps=epochs * self.batches,
+            training=True,
+            folder=fit.trials or fit.folder,
+        )
+        self.engine.lay_out(self.network)
         self.optimiser = build_optimiser(self.network, self.recipe)
+        self.called = self.engine.compiled(distributed.parallel(self.network, self._sample))
         self.schedule = build_schedule(self.optimiser, self.recipe, epochs * self.batches)
-        self.average = build_average(self.network, self.recipe.ema)
+        self.average = Average(self.network, self.recipe.ema) if self.recipe.ema else None
         self.best: dict[str, Tensor] | None = None
         self.epoch = 0
         self.history: list[dict[str, float]] = []
@@ -177,19 +184,10 @@ class _Loop:
             )
         return batches
 
-    def _settle(self) -> Engine:
-        def sample() -> Tensor:
-            first = distributed.mine(torch.arange(len(self.train), device=self.train.labels.device)[: self.size])
-            return to_float(self.stream.show(0, first)[0].to(self.fit.device))
-
-        return settle(
-            self.recipe.engine,
-            self.network,
-            sample,
-            steps=self.epochs * self.batches,
-            training=True,
-            folder=self.fit.trials or self.fit.folder,
-        )
+    def _sample(self) -> Tensor:
+        """This process's share of a batch (B, C, H, W) in [0, 1]."""
+        first = distributed.mine(torch.arange(len(self.train), device=self.train.labels.device)[: self.size])
+        return to_float(self.stream.show(0, first)[0].to(self.fit.device))
 
     @property
     def size(self) -> int:
@@ -203,7 +201,7 @@ class _Loop:
     def one_epoch(self) -> dict[str, float]:
         began = time.perf_counter()
         self.called.train()
-        with seeded(epoch_seed(self.fit.seed, self.epoch)):
+        with seeded(epoch_seed(self.fit.seed, self.epoch)), self.engine.backend():
             metrics = self._train_epoch()
         self._check_finite(self.network.state_dict(), "the weights after it")
         logits = evaluate(self.current, self.validation, self.engine)
@@ -248,7 +246,7 @@ class _Loop:
         """Every term and their sum, detached."""
         if self.engine.compile and self.fit.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
-        with self.engine.active(self.fit.device):
+        with self.engine.autocast(self.fit.device):
             terms = dict(self.objective(self.called, batch))
         loss = torch.stack([value.float() for value in terms.values()]).sum()
         self.optimiser.zero_grad()
@@ -258,7 +256,7 @@ class _Loop:
         self.optimiser.step()
         self.schedule.step()
         if self.average:
-            self.average.update_parameters(self.network)
+            self.average.update(self.network)
         return {name: value.detach().float() for name, value in (terms | {"loss": loss}).items()}
 
     def _check_finite(self, values: Mapping[str, Tensor], what: str) -> None:
@@ -344,9 +342,31 @@ def build_schedule(optimiser: Optimizer, recipe: Recipe, steps: int) -> LRSchedu
     return SequentialLR(optimiser, [LinearLR(optimiser, 1 / rise, total_iters=rise), main], [rise])
 
 
-def build_average(network: nn.Module, decay: float) -> AveragedModel | None:
-    if not decay:
-        return None
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    average.n_averaged = average.n_averaged.cpu()  # it is compared at every step, and must not wait for a GPU
-    return average
+class Average:
+    """Exponentially averaged weights and buffers; unlike torch's own, no update waits for a GPU."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.module = deepcopy(network)
+        self.decay = decay
+        self.started = False
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        pairs = list(zip(_tensors(self.module), _tensors(network), strict=True))
+        for own, new in pairs:
+            if self.started and own.is_floating_point():
+                own.lerp_(new, 1 - self.decay)
+            else:
+                own.copy_(new)
+        self.started = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"module": self.module.state_dict(), "started": self.started}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(state["module"])
+        self.started = state["started"]
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]

@@ -12,7 +12,7 @@ run.json              specs, parents, seed, metrics, versions, the weights' hash
 import json
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ import undistill
 from undistill import distributed
 from undistill.code import is_code
 from undistill.data import Data, Source
+from undistill.engine import TRIAL_LOCK
 from undistill.errors import NonFiniteLoss, StoreError
-from undistill.files import sha256, write_json, write_weights
+from undistill.files import read_json, sha256, write_json, write_weights
 from undistill.models import Model, load_weights
 
 Record = dict[str, Any]
@@ -47,7 +48,8 @@ class Claim:
     def give_up(self) -> None:
         """Free the folder of a run that cannot succeed, unless something in it is worth keeping."""
         self._clear_checkpoints()
-        small = [*self.folder.glob("engine-*.json"), self.folder / "metrics.jsonl", self.folder / "request.json"]
+        names = ("engine-*.json", TRIAL_LOCK, "metrics.jsonl", "request.json")
+        small = [path for name in names for path in self.folder.glob(name)]
         if set(self.folder.iterdir()) <= {self.folder / ".lock", *small}:
             for path in small:
                 path.unlink(missing_ok=True)
@@ -69,14 +71,32 @@ class Claim:
 def claim(folder: Path, request: Record) -> Iterator[Claim]:
     """Make `folder` the place of `request`, or take up the same request where it stopped.
 
-    Raises `StoreError` for a folder that holds anything else, or in which another process works.
+    Raises `StoreError` for a folder that holds anything else, or in which another process works. Of processes
+    that train together the first claims for all, and all raise what it raises.
     """
-    if distributed.rank() > 0:
-        distributed.barrier()  # the first process has claimed it by then
-        yield Claim(folder)
-        distributed.barrier()  # and has finished it by then
-        return
     request = json.loads(json.dumps(request))
+    with ExitStack() as stack:
+        refused: Exception | None = None
+        if distributed.rank() == 0:
+            try:
+                stack.enter_context(_take(folder, request))
+            except (StoreError, OSError) as error:
+                refused = error
+        if refused := distributed.from_first(refused):
+            raise refused
+        if not distributed.everywhere(read_json(folder / "request.json") == request):
+            raise StoreError(f"{folder} is not one folder for all processes; torchrun needs an --out that they share.")
+        place = Claim(folder)
+        try:
+            yield place
+        except NonFiniteLoss:
+            place.give_up()
+            raise
+        distributed.barrier()  # the first process has finished it by then
+
+
+def _take(folder: Path, request: Record) -> FileLock:
+    """The lock of `folder`, which now holds `request`; `StoreError` if it is not to be had."""
     path = folder / "request.json"
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file; choose another --out.")
@@ -84,26 +104,24 @@ def claim(folder: Path, request: Record) -> Iterator[Claim]:
     if folder.exists() and not path.exists() and set(folder.iterdir()) - ours:
         raise StoreError(f"{folder} holds files that are no run of undistill; choose another --out.")
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
+        lock.acquire()
     except Timeout:
         raise StoreError(f"Another process is working in {folder}; wait for it, or choose another --out.") from None
-    with lock:
+    try:
         if not path.exists():
             write_json(path, request)
         elif (held := _read_json(path)) != request:
+            field, there, asked = difference(held, request)
             raise StoreError(
-                f"{folder} holds another run ({_difference(held, request)}). "
+                f"{folder} holds another run ({field} is {there} there, {asked} was asked). "
                 "Choose another --out, or remove that folder."
             )
-        place = Claim(folder)
-        distributed.barrier()
-        try:
-            yield place
-        except NonFiniteLoss:
-            place.give_up()
-            raise
-        distributed.barrier()
+    except BaseException:
+        lock.release()
+        raise
+    return lock
 
 
 class Recorded(BaseModel):
@@ -236,12 +254,12 @@ def _read_json(path: Path) -> Record:
     return value
 
 
-def _difference(held: Record, asked: Record, prefix: str = "") -> str:
-    """The first field in which two requests differ."""
-    for name in sorted(held.keys() | asked.keys()):
-        old, new = held.get(name), asked.get(name)
-        if isinstance(old, dict) and isinstance(new, dict) and old != new:
-            return _difference(old, new, f"{prefix}{name}.")
-        if old != new:
-            return f"{prefix}{name} is {old} there, {new} was asked"
+def difference(one: Record, other: Record, prefix: str = "") -> tuple[str, object, object]:
+    """The first field in which two requests differ, and what it is in each."""
+    for name in sorted(one.keys() | other.keys()):
+        a, b = one.get(name), other.get(name)
+        if isinstance(a, dict) and isinstance(b, dict) and a != b:
+            return difference(a, b, f"{prefix}{name}.")
+        if a != b:
+            return f"{prefix}{name}", a, b
     raise AssertionError("called on equal requests")

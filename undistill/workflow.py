@@ -1,6 +1,5 @@
 """`train` and `protect`: from data and a network to a run folder."""
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from undistill import distributed, measure
 from undistill.answers import GIB, REMEMBER, AnswerStore
 from undistill.data import Data, Source
 from undistill.defences import Defence
-from undistill.errors import SpecError
+from undistill.errors import DataError, SpecError
 from undistill.files import sha256
 from undistill.fit import Fit, Recipe
 from undistill.losses import cross_entropy
@@ -23,7 +22,7 @@ from undistill.models import Model, load_weights, returned, seeded
 from undistill.progress import Progress
 from undistill.seeds import derive
 from undistill.spec import Spec
-from undistill.store import Record, Run, claim
+from undistill.store import Record, Run, claim, difference
 from undistill.stream import Batch
 
 
@@ -141,10 +140,19 @@ def protect(
 
 @contextmanager
 def together(device: torch.device, request: Record) -> Iterator[None]:
-    """Inside, the processes that torchrun started are one group, after they were found to want the same."""
+    """Inside, the processes that torchrun started are one group; `DataError` in all unless all want the same."""
+    own = {"data", "parent"}  # which name folders of one machine; hashes say what is in them
+    shared = {name: value for name, value in request.items() if name not in own}
+    shared["parent_sha256"] = request.get("parent", {}).get("weights_sha256")
     with distributed.group(device):
-        for name in ("data_sha256", "settings", "model"):
-            distributed.require_equal(name, json.dumps(request[name]))
+        everyone = distributed.gathered(shared)
+        for number, theirs in enumerate(everyone):
+            if theirs != everyone[0]:
+                field, ours, others = difference(everyone[0], theirs)
+                raise DataError(
+                    f"Process {number} has another {field} than process 0 ({others} there, {ours} here). torchrun "
+                    "needs the same data and settings everywhere; copy them, or share one file system."
+                )
         yield
 
 
@@ -162,11 +170,11 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     name = distributed.local_device(name)
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        tried = torch.zeros(1, device=name)
+        tried.item()
     except Exception as error:  # torch raises many kinds for a device that is not there
         raise SpecError(f"Device '{name}' cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
+    return tried.device  # cuda:0 for cuda
 
 
 def _record(request: Record, data: Data, fit: Fit, network: nn.Module) -> Record:

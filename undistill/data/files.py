@@ -83,7 +83,14 @@ def fetched(images: Tensor | ImageFiles, fetch: Callable[[Tensor], T], parts: Se
         yield from map(fetch, parts)
         return
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(parts))
-    loader = DataLoader(_Fetching(fetch), sampler=parts, batch_size=None, num_workers=workers)
+    loader = DataLoader(
+        _Fetching(fetch),
+        sampler=parts,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else it draws from the caller's, who then drops out other units
+    )
     for result in loader:
         if isinstance(result, DataError):
             raise result

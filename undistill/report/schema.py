@@ -58,9 +58,9 @@ class Cell(Part):
     seconds: float
     floor: bool
     late_gain: float
+    """Validation accuracy gained in the last fifth of the epochs: near 0 where training was long enough."""
     engine: str
     """How the student was computed."""
-    """Validation accuracy gained in the last fifth of the epochs: near 0 where training was long enough."""
 
 
 class Verdict(Part):
