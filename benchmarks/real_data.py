@@ -14,9 +14,10 @@ import numpy as np
 
 from undistill import Run, Settings, Source, TrainSettings, protect, train
 from undistill.auditor import perform, plan
-from undistill.cli import read_settings, show
+from undistill.cli import show
 from undistill.launch import Serial
 from undistill.progress import Progress
+from undistill.settings import read_settings
 from undistill.store import claim
 from undistill.subject import Asking, Subject
 

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from tests.conftest import toy_arrays
-from undistill.data import Data, Digits, Folder, Npz, Samples, Source
+from undistill.data import Data, Digits, Folder, Npz, Official, Samples, Source
 from undistill.errors import DataError
 
-SHARES = {"validation": 0.25, "test": 0.25, "seed": 5}
+SHARES = {"validation": 0.25, "test": 0.25, "count": 60, "seed": 5}
 
 
 def save_folder(root: Path, arrays: dict[str, np.ndarray]) -> Path:
@@ -220,6 +220,7 @@ def test_every_field_of_a_source_changes_the_data(source: str, field: str, value
         np.savez(tmp_path / f"{name}.npz", **toy_arrays(seed=seed))
         save_folder(tmp_path / name, toy_arrays(seed=seed))
     path = {"Digits": {}, "Npz": {"path": str(tmp_path / "one.npz")}, "Folder": {"path": str(tmp_path / "one")}}[source]
+    value = 600 if (source, field) == ("Digits", "count") else value
     change = {field: str(tmp_path / str(value)) if field == "path" else value}
     reader = Source.registry[source]
     assert reader(**path).load().digest != reader(**(path | change)).load().digest
@@ -227,4 +228,5 @@ def test_every_field_of_a_source_changes_the_data(source: str, field: str, value
 
 def test_every_field_of_every_source_is_tried() -> None:
     tried = {"Digits": set(SHARES), "Npz": {*SHARES, "path"}, "Folder": {*SHARES, "path", "size", "stream"}}
-    assert {name: set(source.model_fields) for name, source in Source.registry.items()} == tried
+    for name, source in Source.registry.items():
+        assert set(source.model_fields) == (set(SHARES) if issubclass(source, Official) else tried[name])

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from undistill.errors import SpecError, UndistillError
+from undistill.errors import UndistillError
 
 if TYPE_CHECKING:
+    from undistill.launch import Launcher
     from undistill.progress import Progress
     from undistill.report.schema import Report
 
@@ -75,6 +76,18 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as recipe.epochs=30 or seed=1; repeatable."),
 ]
+
+
+def use_data_dir(folder: Path | None) -> None:
+    """Later commands and worker processes look there, too."""
+    if folder:
+        os.environ["UNDISTILL_DATA"] = str(folder.expanduser().resolve())
+
+
+DataDir = Annotated[
+    Path | None,
+    typer.Option("--data-dir", callback=use_data_dir, help="Where public data sets lie, or are downloaded to."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Code = Annotated[
     str | None,
@@ -86,6 +99,9 @@ Fast = Annotated[
     bool,
     typer.Option("--fast", help="Choose precision, layout and compilation by a short trial (recipe.engine=auto)."),
 ]
+Where = Annotated[str, typer.Option(help="Where cells are done: serial, pool, ray, or a listed one with its fields.")]
+Workers = Annotated[int | None, typer.Option(help="Processes of the pool.")]
+Address = Annotated[str | None, typer.Option(help="Of the Ray cluster.")]
 Remember = Annotated[
     float, typer.Option(min=0, metavar="GIB", help="Disk that remembered answers may fill in a run folder; 0 is off.")
 ]
@@ -120,8 +136,10 @@ def train(
     settings: Set = None,
     fast: Fast = False,
     device: Device = "auto",
+    data_dir: DataDir = None,
 ) -> None:
     """Train a classifier normally: the honest teacher."""
+    from undistill.settings import read_settings
     from undistill.workflow import TrainSettings
     from undistill.workflow import train as run
 
@@ -142,9 +160,11 @@ def protect(
     settings: Set = None,
     fast: Fast = False,
     device: Device = "auto",
+    data_dir: DataDir = None,
     remember: Remember = 4.0,
 ) -> None:
     """Make a protected twin of a trained classifier."""
+    from undistill.settings import merge, read_settings
     from undistill.store import Run
     from undistill.workflow import Settings, recorded_settings
     from undistill.workflow import protect as work
@@ -184,16 +204,15 @@ def audit(
     settings: Set = None,
     fast: Fast = False,
     device: Device = "auto",
-    launcher: Annotated[
-        str, typer.Option(help="Where cells are done: serial, pool, ray, or a listed one with its fields.")
-    ] = "serial",
-    workers: Annotated[int | None, typer.Option(help="Processes of the pool.")] = None,
-    address: Annotated[str | None, typer.Option(help="Of the Ray cluster.")] = None,
+    launcher: Where = "serial",
+    workers: Workers = None,
+    address: Address = None,
+    data_dir: DataDir = None,
     remember: Remember = 4.0,
 ) -> None:
     """Attack a protected model and its honest twin; ends with a report."""
     from undistill.auditor import audit as work
-    from undistill.launch import Launcher
+    from undistill.settings import merge, read_settings
     from undistill.store import Run
     from undistill.subject import parent
     from undistill.workflow import AuditSettings, recorded_settings
@@ -201,9 +220,6 @@ def audit(
     victim = Run.open(run)
     recipe = recorded_settings(Run.open(honest or parent(victim))).recipe
     chosen = AuditSettings(**merge({"recipe": recipe.model_dump()}, read_settings(config, settings, fast)))
-    where = Launcher.named(launcher)
-    given = {"workers": workers, "address": address}
-    where = type(where)(**(where.model_dump() | {name: value for name, value in given.items() if value is not None}))
     out = out or beside(run, "audit")
     with working() as progress:
         report = work(
@@ -217,7 +233,7 @@ def audit(
             recipe=chosen.recipe,
             model=model,
             device=device,
-            launcher=where,
+            launcher=build_launcher(launcher, workers, address),
             remember=remember,
             progress=progress,
         )
@@ -265,45 +281,91 @@ def list_(
             console.print(Padding(row["about"], (0, 0, 0, 6)), style="dim", markup=False)
 
 
+data = typer.Typer(no_args_is_help=True, help="Look at a data set.")
+app.add_typer(data, name="data")
+
+
+@data.command("check")
+def data_check(
+    name: Annotated[str, typer.Argument(help="A listed data set, a folder, an .npz file, or a spec.")],
+    out: Annotated[Path | None, typer.Option(help="Where the sheet of samples goes, a PNG.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Read a data set whole: files, counts, classes; and show a sheet of samples."""
+    from rich.console import Console
+
+    from undistill.data import Source
+    from undistill.data.check import COLUMNS, check
+    from undistill.sheet import write_sheet
+
+    source = Source.named(name)
+    found = check(source)
+    console = Console(highlight=False)
+    channels, height, width = found.data.shape
+    console.print(f"{source.title}: {found.data.num_classes} classes, images {channels} x {height} x {width}")
+    for file, state in found.files.items():
+        console.print(f"  {file}: {state}", soft_wrap=True)
+    for part, counts in found.counts.items():
+        console.print(f"  {part}: {int(counts.sum()):,} images, {int(counts.min()):,} to {int(counts.max()):,} a class")
+    out = out or Path("runs") / f"{source.title}-samples.png"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_sheet(out, found.sheet().pixels, COLUMNS)
+    console.print(f"  {COLUMNS} images of each of the first classes: {out}", soft_wrap=True)
+
+
+@app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(help="An experiment, or 'list'.")] = "list",
+    scale: Annotated[str, typer.Option(help="smoke (digits), small (two cores) or paper (to the letter).")] = "small",
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions of everything.")] = 1,
+    cells: Annotated[str, typer.Option(help="Only figures whose name matches, such as '*CNN'.")] = "*",
+    out: Annotated[Path, typer.Option(help="Where teachers and cells are kept, for all experiments.")] = Path(
+        "runs/reproduce"
+    ),
+    launcher: Where = "serial",
+    workers: Workers = None,
+    address: Address = None,
+    device: Device = "auto",
+    data_dir: DataDir = None,
+) -> None:
+    """Measure the paper's tables and ablations, beside what it reports."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from undistill.reproduce import run as experiments
+    from undistill.reproduce.case import Workshop
+    from undistill.workflow import pick_device
+
+    console = Console(highlight=False)
+    if name == "list":
+        for known, experiment in experiments.EXPERIMENTS.items():
+            console.print(f"[bold]{known}[/] {experiments.about(experiment)}")
+        return
+    with working() as progress:
+        shop = Workshop(out, build_launcher(launcher, workers, address), pick_device(device), progress)
+        rows = experiments.reproduce(name, scale, range(seeds), cells, shop)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, header in enumerate(experiments.HEADER):
+        table.add_column(header, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row.cells())
+    console.print(table)
+    console.print(f"\nTable: {out / f'{name}-{scale}.md'}", soft_wrap=True)
+
+
+def build_launcher(text: str, workers: int | None, address: str | None) -> "Launcher":
+    from undistill.launch import Launcher
+
+    launcher = Launcher.named(text)
+    given = {"workers": workers, "address": address}
+    changed = {name: value for name, value in given.items() if value is not None}
+    return type(launcher)(**(launcher.model_dump() | changed))
+
+
 def beside(run: Path, what: str) -> Path:
     """RUN-what, next to RUN."""
     run = run if run.name not in ("", "..") else run.resolve()
     return run.with_name(f"{run.name}-{what}")
-
-
-def read_settings(config: Path | None, pairs: list[str] | None, fast: bool) -> dict[str, Any]:
-    """The settings of a YAML file, overridden by `a.b=value` pairs; `fast` leaves the engine to a trial."""
-    import yaml
-
-    engine = {"precision": "auto", "layout": "auto", "compile": "auto"}
-    settings: dict[str, Any] = {}
-    try:
-        if config:
-            settings = yaml.safe_load(config.read_text()) or {}
-        if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
-            raise SpecError(f"{config} must hold settings by name, such as 'seed: 1'.")
-        for pair in pairs or ():
-            key, equals, value = pair.partition("=")
-            if not equals:
-                raise SpecError(f"--set {pair} has no value; write --set key=value.")
-            nested: Any = yaml.safe_load(value)
-            for part in reversed(key.strip().split(".")):
-                nested = {part: nested}
-            settings = merge(settings, nested)
-        if fast:
-            settings = merge({"recipe": {"engine": engine}}, settings)
-    except (yaml.YAMLError, ValueError) as error:
-        raise SpecError(f"Settings are not readable YAML: {' '.join(str(error).split())}") from None
-    return settings
-
-
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, level by level."""
-    both = dict(base)
-    for key, value in over.items():
-        below = both.get(key)
-        both[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return both
 
 
 def show(report: "Report", folder: Path) -> None:

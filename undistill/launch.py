@@ -21,6 +21,7 @@ from pydantic import Field
 
 from undistill import code
 from undistill.cells import Job
+from undistill.data.official import VARIABLE, data_dir
 from undistill.engine import keep_freed_memory
 from undistill.errors import LaunchError
 from undistill.progress import Board, Progress, Reporter
@@ -79,7 +80,8 @@ class Pool(Launcher):
                     if lost == PATIENCE:
                         raise LaunchError(
                             f"Workers died {lost} times in a row, most likely for lack of memory; use fewer: "
-                            f"Pool(workers={max(self.workers - 1, 1)}). Finished cells are kept."
+                            f"Pool(workers={max(self.workers - 1, 1)}). A script of your own must call audit() below "
+                            "if __name__ == '__main__':, or its workers run it again. Finished cells are kept."
                         ) from None
         return [done[job.key] for job in jobs]
 
@@ -112,6 +114,11 @@ class Ray(Launcher):
     gpus: float = Field(0.0, ge=0)
 
     def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Cell]:
+        if any(job.subject.asking.device.type == "cuda" for job in jobs) and not self.gpus:
+            raise LaunchError(
+                "The cells compute on a GPU, and Ray gives them none: --launcher 'Ray(gpus=1)', or a share of one; "
+                "or --device cpu."
+            )
         ray = self._connect()
         remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=PATIENCE)(perform)
         done: dict[str, Cell] = {}
@@ -173,16 +180,18 @@ class Order:
     cells: Path
     threads: int
     cwd: Path
+    data: Path
     trusted: tuple[str, ...]
 
     @classmethod
     def of(cls, job: Job, cells: Path, threads: int) -> "Order":
-        return cls(pickle.dumps(job), cells.resolve(), threads, Path.cwd(), tuple(code.trusted()))
+        return cls(pickle.dumps(job), cells.resolve(), threads, Path.cwd(), data_dir(), tuple(code.trusted()))
 
 
 def perform(order: Order) -> Cell:
     """Do a cell in this worker; what it says of its progress lies beside it."""
     os.chdir(order.cwd)
+    os.environ[VARIABLE] = str(order.data)
     torch.set_num_threads(order.threads)
     keep_freed_memory()
     for reference in order.trusted:

@@ -20,7 +20,8 @@ class Spec(BaseModel):
     """Extra fields are refused, ranges are checked, NaN and infinity are not numbers here.
 
     A direct subclass is a family (`Attack`, `Defence`, ...); concrete subclasses of a family inside
-    this package register themselves under their class name; the user's go by `file.py:Name`.
+    this package register themselves under their class name (but for
+    those that are not `listed`); the user's go by `file.py:Name`.
     `parse(str(x)) == x` holds for every spec.
     """
 
@@ -28,12 +29,15 @@ class Spec(BaseModel):
 
     registry: ClassVar[dict[str, type[Any]]]
     origin: ClassVar[str] = ""
+    listed: ClassVar[bool] = True
+    """A common base of specs says False in its own body."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         if Spec in cls.__bases__:
             cls.registry = {}
-        if cls.__module__.startswith("undistill.") and not inspect.isabstract(cls):
+        listed = cls.__dict__.get("listed", True)
+        if listed and cls.__module__.startswith("undistill.") and not inspect.isabstract(cls):
             cls.registry[cls.__name__] = cls
 
     def __init__(self, **fields: Any) -> None:

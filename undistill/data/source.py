@@ -22,6 +22,8 @@ class Source(Spec):
     """Share of the training images kept for choices: model selection, omega, tuning."""
     test: float | None = Field(None, gt=0, lt=1)
     """Share of all images kept for the final measurement, where the source brings no test images (0.2)."""
+    count: int | None = Field(None, ge=2)
+    """How many of the training images are used, the classes in their proportions; None uses all."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Which images fall into which part."""
 
@@ -59,4 +61,12 @@ class Source(Spec):
                 f"{tuple(test.images.shape[1:])} (channels, height, width); they must agree."
             )
         share = 0.2 if self.test is None else self.test
-        return divide(pool, test, classes, test_share=share, validation_share=self.validation, seed=self.seed)
+        return divide(
+            pool,
+            test,
+            classes,
+            test_share=share,
+            validation_share=self.validation,
+            count=self.count,
+            seed=self.seed,
+        )

@@ -50,14 +50,15 @@ class Samples:
             return self
         return Samples(self.images.to(device), self.labels.to(device))
 
-    def carve(self, share: float, seed: int) -> tuple["Samples", "Samples"]:
-        """(rest, carved): a stratified random `share` of the samples, chosen by `seed`."""
+    def carve(self, share: float | int, seed: int) -> tuple["Samples", "Samples"]:
+        """(rest, carved): a stratified random `share` (or whole number) of the samples, chosen by `seed`."""
         index = np.arange(len(self))
         try:
             rest, carved = train_test_split(index, test_size=share, random_state=seed, stratify=self.labels.numpy())
         except ValueError as error:
+            part = f"{share:.0%}" if share < 1 else str(share)
             raise DataError(
-                f"Cannot carve a stratified {share:.0%} out of {len(self)} images: {error} "
+                f"Cannot carve a stratified {part} out of {len(self)} images: {error} "
                 "Add images of the rarest class, or ask for a larger share."
             ) from None
         return self[torch.from_numpy(np.sort(rest))], self[torch.from_numpy(np.sort(carved))]
@@ -101,9 +102,10 @@ class Data(Split):
         """All but the test images: what training and defences are given."""
         return Split(self.classes, self.train, self.validation)
 
-    def attackers(self, share: float, seed: int) -> Split:
-        """What an attacker with the owner's training images has, his own validation split included."""
-        return Split(self.classes, *self.train.carve(share, seed))
+    def attackers(self, validation: float, seed: int, share: float = 1.0) -> Split:
+        """What an attacker with a `share` of the owner's training images has, his own validation split included."""
+        pool = self.train if share == 1 else self.train.carve(share, seed)[1]
+        return Split(self.classes, *pool.carve(validation, seed))
 
 
 def divide(
@@ -113,13 +115,16 @@ def divide(
     *,
     test_share: float,
     validation_share: float,
+    count: int | None,
     seed: int,
 ) -> Data:
-    """Carve validation (and test, where the source has none) out of `pool`, by seed and stratified."""
+    """Carve validation (and test, where the source has none) out of `pool`, then keep `count`; by seed, stratified."""
     for samples in filter(None, (pool, test)):
         _check(samples, classes)
     if test is None:
         pool, test = pool.carve(test_share, seed)
+    if count is not None and count < len(pool):
+        _, pool = pool.carve(count, seed)
     train, validation = pool.carve(validation_share, seed)
     return Data(tuple(classes), train, validation, test)
 

@@ -1,0 +1,332 @@
+"""Readers of public data, on small files in the formats that their authors publish."""
+
+import gzip
+import hashlib
+import os
+import pickle
+import struct
+import tarfile
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+
+from undistill.data import CIFAR10, CIFAR100, KMNIST, MNIST, SVHN, FashionMNIST, Official, Source, TinyImageNet
+from undistill.data.check import check
+from undistill.data.official import VARIABLE, File, unpack
+from undistill.data.unpickle import read_batch
+from undistill.errors import DataError
+
+RANDOM = np.random.default_rng(0)
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    return tmp_path
+
+
+def small(monkeypatch: pytest.MonkeyPatch, source: type[Official], train: int, test: int) -> None:
+    monkeypatch.setattr(source, "counts", (train, test))
+
+
+def batch(rows: int, label: str, classes: int) -> dict[bytes, Any]:
+    """As Python 2 pickled it: names are bytes, labels a list, images rows of 3072."""
+    labels = [int(value) for value in np.arange(rows) % classes]
+    return {b"data": RANDOM.integers(0, 256, (rows, 3072), np.uint8), label.encode(): labels, b"batch_label": b"one"}
+
+
+def dump(path: Path, value: object, protocol: int = 2) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(value, protocol))
+
+
+def write_cifar10(folder: Path, rows: int = 20, protocol: int = 2) -> np.ndarray:
+    batches = {name: batch(rows, "labels", 10) for name in [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]}
+    for name, content in batches.items():
+        dump(folder / name, content, protocol)
+    dump(folder / "batches.meta", {b"label_names": [f"class{k}".encode() for k in range(10)]})
+    return batches["test_batch"][b"data"]
+
+
+def idx(values: np.ndarray) -> bytes:
+    header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+    return gzip.compress(header + values.astype(np.uint8).tobytes())
+
+
+def write_idx(folder: Path, source: type[Official], counts: tuple[int, int] = (40, 20)) -> None:
+    folder.mkdir(parents=True)
+    arrays = []
+    for count in counts:
+        arrays += [RANDOM.integers(0, 256, (count, 28, 28)), np.arange(count) % 10]
+    for file, values in zip(source.files, arrays, strict=True):
+        (folder / file.name).write_bytes(idx(values))
+
+
+def write_tiny(folder: Path, per_class: int = 6) -> list[str]:
+    ids = ["n01443537", "n01629819", "n01641577"]
+    colours = {name: (90 * number, 0, 200) for number, name in enumerate(ids)}
+    for name in ids:
+        (folder / "train" / name / "images").mkdir(parents=True)
+        for number in range(per_class):
+            Image.new("RGB", (64, 64), colours[name]).save(folder / "train" / name / "images" / f"{name}_{number}.JPEG")
+    (folder / "val" / "images").mkdir(parents=True)
+    rows = []
+    for number in range(6):
+        name = ids[number % 3]
+        Image.new("RGB", (64, 64), colours[name]).save(folder / "val" / "images" / f"val_{number}.JPEG")
+        rows.append(f"val_{number}.JPEG\t{name}\t0\t0\t62\t62\n")
+    (folder / "val" / "val_annotations.txt").write_text("".join(rows))
+    (folder / "wnids.txt").write_text("\n".join(reversed(ids)) + "\n")
+    (folder / "words.txt").write_text("".join(f"{name}\tthing {name}\n" for name in ids))
+    return ids
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_cifar_batches(root: Path, monkeypatch: pytest.MonkeyPatch, protocol: int) -> None:
+    small(monkeypatch, CIFAR10, 100, 20)
+    test = write_cifar10(root / "cifar-10-batches-py", protocol=protocol)
+    data = CIFAR10(validation=0.2).load()
+    assert (data.shape, len(data.train), len(data.validation), len(data.test)) == ((3, 32, 32), 80, 20, 20)
+    assert data.classes[:2] == ("class0", "class1")
+    assert np.array_equal(data.test.pixels.flatten(1).numpy(), test)
+    assert data.test.labels.tolist() == [k % 10 for k in range(20)]
+
+
+def test_cifar_100_has_its_fine_labels(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, CIFAR100, 300, 100)
+    folder = root / "cifar-100-python"
+    for name, rows in (("train", 300), ("test", 100)):
+        dump(folder / name, batch(rows, "fine_labels", 100) | {b"coarse_labels": [0] * rows})
+    dump(folder / "meta", {b"fine_label_names": [f"f{k}".encode() for k in range(100)], b"coarse_label_names": [b"c"]})
+    data = CIFAR100(validation=0.4).load()
+    assert data.num_classes == 100
+    assert data.classes[99] == "f99"
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path: Path, protocol: int) -> None:
+    dump(tmp_path / "batch", {b"data": Evil(tmp_path / "done")}, protocol)
+    with pytest.raises(DataError, match=r"mkdir.*Nothing of it was executed"):
+        read_batch(tmp_path / "batch")
+    assert not (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.array([Path()]), np.zeros(3, np.float32), np.zeros(3, "V4"), np.dtype("O"), slice(1), {1, 2}.union, 1 + 2j],
+    ids=["objects", "float32", "void", "dtype", "slice", "method", "complex"],
+)
+def test_only_plain_containers_and_number_arrays_are_built(tmp_path: Path, value: object) -> None:
+    dump(tmp_path / "batch", {b"data": value})
+    with pytest.raises(DataError, match="is not used"):
+        read_batch(tmp_path / "batch")
+
+
+def test_arrays_in_every_order_and_width(tmp_path: Path) -> None:
+    values = RANDOM.integers(0, 200, (4, 6))
+    for kind in ("u1", "<i8", ">i8"):
+        for order in (values.astype(kind), np.asfortranarray(values.astype(kind))):
+            dump(tmp_path / "batch", {b"data": order})
+            assert np.array_equal(read_batch(tmp_path / "batch")["data"], values)
+
+
+@pytest.mark.parametrize("source", [MNIST, FashionMNIST, KMNIST])
+@pytest.mark.parametrize("place", [0, 1])
+def test_idx_files_where_we_and_where_torchvision_put_them(
+    root: Path, monkeypatch: pytest.MonkeyPatch, source: type[Official], place: int
+) -> None:
+    small(monkeypatch, source, 40, 20)
+    write_idx(root / source.folders[place], source)
+    data = source(validation=0.25).load()
+    assert (data.shape, len(data.train), len(data.test), data.num_classes) == ((1, 28, 28), 30, 20, 10)
+
+
+def test_svhn_writes_zero_as_ten(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, SVHN, 40, 20)
+    for file, count in zip(SVHN.files, (40, 20), strict=True):
+        images = RANDOM.integers(0, 256, (32, 32, 3, count), np.uint8)
+        savemat(root / file.name, {"X": images, "y": (np.arange(count) % 10 + 1)[:, None]})
+    data = SVHN(validation=0.25).load()
+    assert data.test.labels.tolist() == [(k + 1) % 10 for k in range(20)]
+    assert np.array_equal(data.test.pixels[3].numpy(), images[:, :, :, 3].transpose(2, 0, 1))
+
+
+def test_tiny_imagenet_reads_the_annotations(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, TinyImageNet, 18, 6)
+    ids = write_tiny(root / "tiny-imagenet-200")
+    data = TinyImageNet(validation=0.2).load()
+    assert data.classes == tuple(f"thing {name}" for name in ids)
+    assert data.test.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    red = data.test.pixels[:, 0].float().mean((1, 2))
+    assert torch.allclose(red, 90.0 * data.test.labels, atol=4), "every image must have its own class's colour"
+
+
+def test_tiny_imagenet_sorted_by_class_is_read_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, TinyImageNet, 18, 6)
+    folder = root / "tiny-imagenet-200"
+    ids = write_tiny(folder)
+    for number, path in enumerate(sorted((folder / "val" / "images").iterdir())):
+        (folder / "val" / ids[number % 3]).mkdir(exist_ok=True)
+        path.rename(folder / "val" / ids[number % 3] / path.name)
+    (folder / "val" / "images").rmdir()
+    assert sorted(TinyImageNet(validation=0.2).load().test.labels.tolist()) == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("case", ["no list", "one class"])
+def test_tiny_imagenet_whose_validation_images_make_one_class_is_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    small(monkeypatch, TinyImageNet, 18, 6)
+    folder = root / "tiny-imagenet-200"
+    ids = write_tiny(folder)
+    annotations = folder / "val" / "val_annotations.txt"
+    if case == "no list":
+        annotations.unlink()
+    else:
+        annotations.write_text("".join(f"val_{n}.JPEG\t{ids[0]}\n" for n in range(6)))
+    with pytest.raises(DataError, match="does not say which class"):
+        TinyImageNet().load()
+
+
+def test_partial_and_foreign_folders_are_named_and_not_used(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, CIFAR10, 100, 20)
+    folder = root / "cifar-10-batches-py"
+    write_cifar10(folder)
+    (folder / "data_batch_3").rename(folder / "elsewhere")
+    with pytest.raises(DataError, match="partial CIFAR10: it lacks data_batch_3"):
+        CIFAR10().load()
+    (folder / "data_batch_3").write_bytes((folder / "elsewhere").read_bytes()[:5000])
+    with pytest.raises(DataError, match=r"data_batch_3 is not used: .*truncated"):
+        CIFAR10().load()
+    write_cifar10(folder, rows=21)
+    with pytest.raises(DataError, match="105 training images, the published data set 100"):
+        CIFAR10().load()
+
+
+def test_a_truncated_idx_file_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, MNIST, 40, 20)
+    write_idx(root / "mnist", MNIST)
+    path = root / "mnist" / MNIST.files[0].name
+    whole = gzip.decompress(path.read_bytes())
+    for content in (path.read_bytes()[:-20], gzip.compress(whole[:-5]), gzip.compress(b"\0\0\x0d\x03" + whole[4:])):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"mnist is damaged"):
+            MNIST().load()
+
+
+@pytest.fixture
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    folder = tmp_path_factory.mktemp("server")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}", folder
+        httpd.shutdown()
+
+
+def publish(folder: Path) -> File:
+    """A CIFAR-10 archive on the server."""
+    write_cifar10(folder / "cifar-10-batches-py")
+    with tarfile.open(folder / "c10.tar.gz", "w:gz") as packed:
+        packed.add(folder / "cifar-10-batches-py", "cifar-10-batches-py")
+    return File("c10.tar.gz", hashlib.md5((folder / "c10.tar.gz").read_bytes()).hexdigest())
+
+
+def test_what_is_not_there_is_downloaded_once(
+    root: Path, server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(monkeypatch, CIFAR10, 100, 20)
+    monkeypatch.setattr(CIFAR10, "home", server[0])
+    monkeypatch.setattr(CIFAR10, "archive", publish(server[1]))
+    assert len(CIFAR10().load().test) == 20
+    (server[1] / "c10.tar.gz").unlink()
+    assert len(CIFAR10().load().test) == 20
+    assert not list(root.glob("*.part"))
+
+
+def test_other_bytes_are_not_taken_for_the_published_file(
+    root: Path, server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CIFAR10, "home", server[0])
+    published = publish(server[1])
+    monkeypatch.setattr(CIFAR10, "archive", File(published.name, "0" * 32))
+    with pytest.raises(DataError, match="not the published file"):
+        CIFAR10().load()
+    assert not (root / "c10.tar.gz").exists()
+    (root / "c10.tar.gz").write_bytes(b"half of it")
+    with pytest.raises(DataError, match="partial, damaged or another file"):
+        CIFAR10().load()
+    assert (root / "c10.tar.gz").read_bytes() == b"half of it"
+
+
+def test_an_unreachable_address_says_what_to_do(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SVHN, "home", "http://127.0.0.1:9")
+    with pytest.raises(DataError, match=r"cannot be downloaded .*--data-dir"):
+        SVHN().load()
+
+
+def test_an_archive_cannot_write_outside_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "evil").write_text("x")
+    with tarfile.open(tmp_path / "e.tar.gz", "w:gz") as packed:
+        packed.add(tmp_path / "evil", "../../evil")
+    (tmp_path / "root").mkdir()
+    with pytest.raises(DataError, match="cannot be unpacked"):
+        unpack(tmp_path / "e.tar.gz", tmp_path / "root")
+    assert not list((tmp_path / "root").iterdir())
+
+
+def test_check_says_whether_files_are_the_published_ones(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, MNIST, 40, 20)
+    write_idx(root / "mnist", MNIST)
+    first = MNIST.files[0]
+    md5 = hashlib.md5((root / "mnist" / first.name).read_bytes()).hexdigest()
+    monkeypatch.setattr(MNIST, "files", (File(first.name, md5), *MNIST.files[1:]))
+    found = check(MNIST(validation=0.25))
+    assert found.files[first.name] == "as published"
+    assert "other bytes" in found.files[MNIST.files[1].name]
+    assert found.counts["train"].tolist() == [3] * 10
+    assert found.sheet(rows=2).labels.tolist() == [0] * 3 + [1] * 3
+
+
+def test_count_takes_the_classes_in_their_proportions(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, MNIST, 400, 20)
+    write_idx(root / "mnist", MNIST, (400, 20))
+    few, many = MNIST(count=100).load(), MNIST(count=1000).load()
+    assert len(few.train) + len(few.validation) == 100
+    assert len(many.train) + len(many.validation) == 400
+    assert len(few.test) == 20
+    assert torch.bincount(few.train.labels).tolist() == [9] * 10
+
+
+REAL = os.environ.get("UNDISTILL_REAL_DATA", "")
+
+
+@pytest.mark.skipif(not REAL, reason="set UNDISTILL_REAL_DATA to a folder with the unpacked public data sets")
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "FashionMNIST"])
+def test_the_real_files(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Means and first labels of the official files."""
+    monkeypatch.setenv(VARIABLE, REAL)
+    source = Source.parse(name)
+    pool, test, classes = source.read()
+    mean = {"CIFAR10": (0.4914, 0.4822, 0.4465), "CIFAR100": (0.5071, 0.4865, 0.4409), "FashionMNIST": (0.2860,)}
+    assert np.allclose(pool.pixels.double().mean((0, 2, 3)) / 255, mean[name], atol=2e-4)
+    first = {"CIFAR10": "frog", "CIFAR100": "cattle", "FashionMNIST": "ankle boot"}
+    assert classes[int(pool.labels[0])] == first[name]
+    assert (len(pool), len(test)) == source.counts

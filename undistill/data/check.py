@@ -1,0 +1,49 @@
+"""What a data set holds, checked file by file and class by class."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from undistill.data.official import Official
+from undistill.data.source import Source
+from undistill.data.split import Data, Samples
+
+COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class Check:
+    """`files`: what was found of each published file; `images`: (C * COLUMNS) sample images, by class."""
+
+    folder: Path | None
+    files: dict[str, str]
+    data: Data
+
+    @property
+    def counts(self) -> dict[str, Tensor]:
+        """Images of every class (K,), by part."""
+        parts = {"train": self.data.train, "validation": self.data.validation, "test": self.data.test}
+        return {name: torch.bincount(part.labels, minlength=self.data.num_classes) for name, part in parts.items()}
+
+    def sheet(self, rows: int = 10) -> Samples:
+        """`COLUMNS` training images of each of the first `rows` classes."""
+        labels = self.data.train.labels
+        found = [(labels == label).nonzero().flatten()[:COLUMNS] for label in range(min(rows, self.data.num_classes))]
+        return self.data.train[torch.cat(found)]
+
+
+def check(source: Source) -> Check:
+    """Read everything, and compare files with their published MD5; `DataError` if it cannot be used."""
+    data = source.load()
+    if not isinstance(source, Official):
+        return Check(None, {}, data)
+    folder = source.find()
+    return Check(
+        folder, {file.name: _compare(file.matches(folder / file.name)) for file in source.files if file.md5}, data
+    )
+
+
+def _compare(matches: bool) -> str:
+    return "as published" if matches else "other bytes than published, but complete and well-formed"

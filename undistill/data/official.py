@@ -1,0 +1,137 @@
+"""Public data sets from the files that their authors publish: found where they lie, or downloaded and checked."""
+
+import hashlib
+import os
+import shutil
+import struct
+import tarfile
+import zipfile
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from undistill.data.source import Source
+from undistill.data.split import Samples
+from undistill.errors import DataError
+
+VARIABLE = "UNDISTILL_DATA"
+AGAIN = "Remove it, and it is downloaded again."
+
+
+def data_dir() -> Path:
+    """Where public data sets lie: `UNDISTILL_DATA` (or --data-dir), else the user's cache folder."""
+    import pooch
+
+    return Path(os.environ.get(VARIABLE) or pooch.os_cache("undistill")).expanduser()
+
+
+@dataclass(frozen=True)
+class File:
+    """A published file, and the MD5 that its authors or torchvision state; empty where none is stated."""
+
+    name: str
+    md5: str = ""
+
+    def matches(self, path: Path) -> bool:
+        """Whether `path` holds the published bytes."""
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "md5").hexdigest() == self.md5
+
+
+class Official(Source):
+    """A data set with published training and test images."""
+
+    home: ClassVar[str]
+    """The address of its files."""
+    folders: ClassVar[Sequence[str]]
+    """Where in the data folder the files may lie: where we put them, then where others do."""
+    files: ClassVar[Sequence[File]]
+    """What is read."""
+    archive: ClassVar[File | None] = None
+    """What is downloaded, where the files are published in one."""
+    counts: ClassVar[tuple[int, int]]
+    """Published numbers of training and test images."""
+
+    def read(self) -> tuple[Samples, Samples, list[str]]:
+        folder = self.find()
+        try:
+            pool, test, classes = self.read_from(folder)
+        except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, struct.error) as error:
+            raise DataError(
+                f"{folder} is damaged, or does not hold the published files ({type(error).__name__}: {error}). {AGAIN}"
+            ) from None
+        for kind, samples, count in (("training", pool, self.counts[0]), ("test", test, self.counts[1])):
+            if len(samples) != count:
+                raise DataError(
+                    f"{folder} holds {len(samples):,} {kind} images, the published data set {count:,}: "
+                    f"it is partial, or another one. {AGAIN}"
+                )
+        return pool, test, classes
+
+    @abstractmethod
+    def read_from(self, folder: Path) -> tuple[Samples, Samples, list[str]]:
+        """Training images, test images and class names, from the files in `folder`."""
+
+    def find(self) -> Path:
+        """The folder in which the files lie; they are downloaded where there is none."""
+        root = data_dir()
+        found = [root / folder for folder in self.folders if any((root / folder / f.name).exists() for f in self.files)]
+        if not found:
+            self._download(root)
+        folder = (found or [root / self.folders[0]])[0]
+        if missing := [file.name for file in self.files if not (folder / file.name).exists()]:
+            others = f" and {len(missing) - 1} more" if missing[1:] else ""
+            raise DataError(f"{folder} is a partial {type(self).__name__}: it lacks {missing[0]}{others}. {AGAIN}")
+        return folder
+
+    def _download(self, root: Path) -> None:
+        if self.archive:
+            unpack(fetch(self.home, self.archive, root), root)
+            return
+        for file in self.files:
+            fetch(self.home, file, root / self.folders[0])
+
+
+def fetch(home: str, file: File, folder: Path) -> Path:
+    """The published file in `folder`, downloaded if it is not there; `DataError` where its bytes are others."""
+    import pooch
+
+    path, url = folder / file.name, f"{home}/{file.name}"
+    if path.exists():
+        if not file.matches(path):
+            raise DataError(
+                f"{path} is partial, damaged or another file: its MD5 is not the published {file.md5}. "
+                f"It is not used. {AGAIN}"
+            )
+        return path
+    try:
+        pooch.retrieve(url, f"md5:{file.md5}", file.name, folder, progressbar=True)
+    except ValueError as error:
+        raise DataError(f"What {url} delivers is not the published file ({error}); nothing of it was kept.") from None
+    except OSError as error:
+        raise DataError(
+            f"{url} cannot be downloaded ({type(error).__name__}). Get it in another way and put it into {folder}, "
+            f"or name the folder in which your data lies: --data-dir, or the variable {VARIABLE}."
+        ) from None
+    return path
+
+
+def unpack(archive: Path, root: Path) -> None:
+    """Unpack a tar or zip archive into `root`, whole or not at all; other files are left alone."""
+    part = root / f"{archive.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as packed:
+                packed.extractall(part)
+        else:
+            with tarfile.open(archive) as packed_tar:
+                packed_tar.extractall(part, filter="data")
+        for folder in part.iterdir():
+            folder.replace(root / folder.name)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+        raise DataError(f"{archive} cannot be unpacked ({error}). {AGAIN}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

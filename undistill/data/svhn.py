@@ -1,0 +1,36 @@
+"""Street View House Numbers (Netzer et al. 2011), from the MATLAB files of its authors."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.io import loadmat
+
+from undistill.data.official import File, Official
+from undistill.data.split import Samples
+
+
+class SVHN(Official):
+    """99,289 house numbers seen from the street, cropped to one digit, 32 x 32 (Netzer et al. 2011)."""
+
+    home = "http://ufldl.stanford.edu/housenumbers"
+    folders = ("svhn", "")
+    files = (
+        File("train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373"),
+        File("test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3"),
+    )
+    counts = (73_257, 26_032)
+
+    def read_from(self, folder: Path) -> tuple[Samples, Samples, list[str]]:
+        train, test = (_read(folder / file.name) for file in self.files)
+        return train, test, [str(digit) for digit in range(10)]
+
+
+def _read(path: Path) -> Samples:
+    """`X` is (H, W, C, N); in `y` the digit 0 is written as 10."""
+    arrays = loadmat(str(path), variable_names=["X", "y"])
+    images, labels = arrays["X"], arrays["y"].ravel().astype(np.int64) % 10
+    if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)):
+        raise ValueError(f"images of {images.dtype} in shape {images.shape} with {len(labels)} labels")
+    pixels = np.ascontiguousarray(images.transpose(3, 2, 0, 1))
+    return Samples(torch.from_numpy(pixels), torch.from_numpy(labels))

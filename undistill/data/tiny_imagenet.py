@@ -1,0 +1,58 @@
+"""Tiny-ImageNet-200 (Stanford CS231N), whose validation images lie in one folder beside a list of their classes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from undistill.data.files import read_picture
+from undistill.data.official import File, Official
+from undistill.data.split import Samples
+from undistill.errors import DataError
+
+SIDE = 64
+
+
+class TinyImageNet(Official):
+    """110,000 photographs of 200 kinds of things, 64 x 64; the published validation images are the test images."""
+
+    home = "http://cs231n.stanford.edu"
+    folders = ("tiny-imagenet-200",)
+    archive = File("tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
+    files = (File("wnids.txt"), File("words.txt"), File("train"), File("val"))
+    counts = (100_000, 10_000)
+
+    def read_from(self, folder: Path) -> tuple[Samples, Samples, list[str]]:
+        ids = sorted((folder / "wnids.txt").read_text().split())
+        words = dict(line.split("\t", 1) for line in (folder / "words.txt").read_text().splitlines())
+        train = [(file, name) for name in ids for file in sorted((folder / "train" / name).rglob("*.JPEG"))]
+        return _samples(train, ids), _samples(validation_files(folder / "val", ids), ids), [words[name] for name in ids]
+
+
+def validation_files(folder: Path, ids: Sequence[str]) -> list[tuple[Path, str]]:
+    """Every image with its class: by `val_annotations.txt` as published, or sorted into one folder for each class.
+
+    A folder of images whose classes are unknown, or all the same, is refused: read by folder, as many
+    readers do, it would be a test set of one class.
+    """
+    annotations = folder / "val_annotations.txt"
+    if annotations.exists() and (folder / "images").is_dir():
+        rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
+        found = [(folder / "images" / name, label) for name, label in rows]
+    else:
+        found = [(file, name) for name in ids for file in sorted((folder / name).rglob("*.JPEG"))]
+    if len({label for _, label in found}) < 2:
+        raise DataError(
+            f"{folder} does not say which class its images are of, or all are of one: as published it has images/ and "
+            "val_annotations.txt. Restore that file, or sort the images into one folder for each class."
+        )
+    return found
+
+
+def _samples(found: Sequence[tuple[Path, str]], ids: Sequence[str]) -> Samples:
+    label = {name: number for number, name in enumerate(ids)}
+    labels = torch.tensor([label[name] for _, name in found])
+    pixels = torch.empty(len(found), 3, SIDE, SIDE, dtype=torch.uint8)
+    for row, (file, _) in zip(pixels, found, strict=True):
+        row.copy_(read_picture(file, 3, (SIDE, SIDE)))
+    return Samples(pixels, labels)

@@ -1,0 +1,78 @@
+"""Pickled batches, read without executing anything that they name."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from undistill.errors import DataError
+
+
+def read_batch(path: Path) -> dict[str, Any]:
+    """A pickled dict of plain containers, text, bytes and number arrays; `DataError` for anything else.
+
+    Even numpy's own functions are not called: what they would have been told is read as plain data.
+    """
+    try:
+        with path.open("rb") as file:
+            batch = _Unpickler(file, encoding="latin1").load()
+    except pickle.UnpicklingError as error:
+        raise DataError(f"{path} is not used: {error}") from None
+    if not isinstance(batch, dict):
+        raise DataError(f"{path} is not used: it holds {type(batch).__name__}, not a batch.")
+    return {str(_plain(name)): _plain(value) for name, value in batch.items()}
+
+
+class _Array:
+    """Stands for numpy's ndarray while a pickle is read; holds bytes, shape and type."""
+
+    def __init__(self, *_: object) -> None:
+        self.values: NDArray[Any] | None = None
+
+    def __setstate__(self, state: tuple[int, tuple[int, ...], "_Type", bool, bytes]) -> None:
+        _, shape, kind, fortran, raw = state
+        if not isinstance(kind, _Type) or not isinstance(raw, bytes):
+            raise pickle.UnpicklingError("an array in it is not made of numbers.")
+        self.values = np.frombuffer(raw, kind.code).reshape(shape, order="F" if fortran else "C")
+
+
+class _Type:
+    """Stands for numpy's dtype; its state says the byte order, which one byte and our machines do not need."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        if code not in ("u1", "i8"):
+            raise pickle.UnpicklingError(f"it holds an array of type {code!r}; only u1 and i8 are read.")
+        self.code = "<" + code
+
+    def __setstate__(self, state: tuple[object, ...]) -> None:
+        if state[1] == ">":
+            self.code = ">" + self.code[1:]
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"it encodes text as {encoding!r}.")
+    return text.encode("latin1")
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return _Array
+        known = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Type, ("_codecs", "encode"): _encode}
+        if (module, name) not in known:
+            raise pickle.UnpicklingError(
+                f"it names {module}.{name}, and a batch of images has no use for that. Nothing of it was executed."
+            )
+        return known[module, name]
+
+
+def _plain(value: Any) -> Any:
+    """Arrays for their stand-ins, and text for the bytes that Python 2 called so."""
+    if isinstance(value, _Array):
+        return value.values
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value.decode("latin1") if isinstance(value, bytes) else value
