@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from undistill.code import trust
 from undistill.errors import ModelError, SpecError
 from undistill.models import Model, PlainCNN, features, load_weights, seeded
 
-BUILT_IN = [name for name in Model.registry if name != "Factory"]
+BUILT_IN = [name for name in Model.registry if name not in ("Factory", "Timm")]
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -40,29 +41,54 @@ def test_plain_cnn_is_the_papers() -> None:
     assert sum(p.numel() for p in network.parameters()) == 357_514
 
 
-def test_resnetc_20_has_the_published_size() -> None:
-    """0.27 M parameters (He et al. 2016, table 6 of the CIFAR experiments)."""
-    network = Model.parse("ResNetC(depth=20)").build((3, 32, 32), 10, 0)
-    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 2) == 0.27
-    with pytest.raises(SpecError, match="6n \\+ 2"):
-        Model.parse("ResNetC(depth=18)")
+@pytest.mark.parametrize(
+    ("spec", "shape", "classes", "parameters", "operations"),
+    [
+        # He et al. 2016, table 6 (0.27, 0.46, 0.85, 1.7 M) and the multiplications of its text for 32 x 32
+        ("ResNetC(depth=20)", (3, 32, 32), 10, 272_282, 40.8),
+        ("ResNetC(depth=32)", (3, 32, 32), 10, 466_714, 69.1),
+        ("ResNetC(depth=56)", (3, 32, 32), 10, 855_578, 125.7),
+        ("ResNetC(depth=110)", (3, 32, 32), 10, 1_730_522, 253.1),
+        # the sizes of the common public implementations; 1.8 and 4.1 G at 224 x 224 (He et al. 2016, table 1)
+        ("ResNet(depth=18)", (3, 32, 32), 10, 11_173_962, 555.4),
+        ("ResNet(depth=18)", (3, 32, 32), 100, 11_220_132, 555.5),
+        ("ResNet(depth=34)", (3, 32, 32), 10, 21_282_122, None),
+        ("ResNet(depth=50)", (3, 32, 32), 10, 23_520_842, None),
+        ("ResNet(depth=18)", (3, 224, 224), 1000, 11_689_512, 1814.1),
+        ("ResNet(depth=50)", (3, 224, 224), 1000, 25_557_032, 4089.2),
+        # Xie et al. 2017, table 7: 34.4 M
+        ("ResNeXt()", (3, 32, 32), 10, 34_426_698, None),
+        # Zagoruyko and Komodakis 2016, table 4: 2.2 M for WRN-40-2
+        ("WRN(depth=16, width=1)", (3, 32, 32), 10, 175_066, None),
+        ("WRN(depth=16, width=2)", (3, 32, 32), 10, 691_674, None),
+        ("WRN(depth=40, width=2)", (3, 32, 32), 10, 2_243_546, 327.6),
+        # Sandler et al. 2018, table 4: 3.4 M, 300 M
+        ("MobileNetV2()", (3, 224, 224), 1000, 3_504_872, 300.8),
+        ("MobileNetV2()", (3, 32, 32), 100, 2_351_972, None),
+        # Ma et al. 2018, table 8: 146 M for 1x
+        ("ShuffleNetV2()", (3, 224, 224), 1000, 2_278_604, 144.9),
+        ("ShuffleNetV2()", (3, 32, 32), 10, 1_263_854, 45.0),
+        ("VGG()", (3, 32, 32), 10, 9_228_362, 152.8),
+    ],
+)
+def test_networks_have_the_published_sizes(
+    spec: str, shape: tuple[int, int, int], classes: int, parameters: int, operations: float | None
+) -> None:
+    """Parameters, and millions of multiply-adds for one image."""
+    network = Model.parse(spec).build(shape, classes, 0).eval()
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    if operations:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(torch.zeros(1, *shape))
+        assert round(counter.get_total_flops() / 2e6, 1) == operations
 
 
 @pytest.mark.parametrize(
-    ("depth", "shape", "classes", "parameters"),
-    [
-        (18, (3, 32, 32), 10, 11_173_962),
-        (18, (3, 32, 32), 100, 11_220_132),
-        (34, (3, 32, 32), 10, 21_282_122),
-        (50, (3, 32, 32), 10, 23_520_842),
-        (50, (3, 224, 224), 1000, 25_557_032),
-    ],
+    ("spec", "family"), [("ResNetC(depth=18)", "6n + 2"), ("WRN(depth=18)", "6n + 4"), ("ResNeXt(depth=30)", "9n + 2")]
 )
-def test_resnets_have_the_sizes_of_the_common_ones(
-    depth: int, shape: tuple[int, int, int], classes: int, parameters: int
-) -> None:
-    network = Model.parse(f"ResNet(depth={depth})").build(shape, classes, 0)
-    assert sum(p.numel() for p in network.parameters()) == parameters
+def test_depths_of_no_network_are_refused(spec: str, family: str) -> None:
+    with pytest.raises(SpecError, match=re.escape(family)):
+        Model.parse(spec)
 
 
 def test_too_small_images_are_explained() -> None:
@@ -286,7 +312,28 @@ def test_seeded_restores_the_callers_generator() -> None:
 def test_every_field_of_a_model_changes_the_network(name: str, field: str) -> None:
     plain = Model.parse(name)
     value = getattr(plain, field)
-    others = get_args(Model.registry[name].model_fields[field].annotation) or (value, value + 6)
+    others = get_args(Model.registry[name].model_fields[field].annotation) or (value, value + 18)
     changed = Model.parse(f"{name}({field}={others[-1]})")
     networks = [model.build((1, 8, 8), 3, 0) for model in (plain, changed)]
     assert len({sum(p.numel() for p in network.parameters()) for network in networks}) == 2
+
+
+def test_networks_of_timm_go_by_their_name() -> None:
+    spec = Model.parse("timm:resnet18")
+    assert (str(spec), spec) == ("timm:resnet18", Model.parse(str(spec)))
+    assert spec.refers() == {}, "a library's network is not the user's code"
+
+
+def test_timm_builds_normalised_networks() -> None:
+    pytest.importorskip("timm", exc_type=ImportError)
+    network = Model.parse("timm:resnet18").build((3, 64, 64), 7, 0)
+    assert network(torch.rand(2, 3, 64, 64)).shape == (2, 7)
+    assert torch.allclose(network[0](torch.full((1, 3, 1, 1), 0.485))[0, 0], torch.zeros(1))
+    with pytest.raises(ModelError, match="did you mean 'resnet18'"):
+        Model.parse("timm:resnet-18").build((3, 64, 64), 7, 0)
+
+
+def test_without_timm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ModelError, match=r"undistill\[timm\]"):
+        Model.parse("timm:resnet18").build((3, 64, 64), 7, 0)

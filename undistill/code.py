@@ -19,8 +19,8 @@ _trusted: set[str] = set()
 
 
 def is_code(text: str) -> bool:
-    """Whether a spec's text refers to the user's code (`net.py:make(width=3)`)."""
-    return ":" in text.split("(")[0]
+    """Whether a spec's text refers to the user's code (`net.py:make(width=3)`), not to a library (`timm:resnet18`)."""
+    return ":" in text.split("(")[0] and not text.strip().startswith("timm:")
 
 
 def trust(text: str) -> None:

@@ -2,18 +2,30 @@
 
 from undistill.models.convnet import ConvNet
 from undistill.models.factory import Factory
+from undistill.models.mobilenetv2 import MobileNetV2
 from undistill.models.model import Model, device_of, features, frozen, load_weights, returned, seeded
 from undistill.models.plaincnn import PlainCNN
 from undistill.models.resnet import ResNet
 from undistill.models.resnetc import ResNetC
+from undistill.models.resnext import ResNeXt
+from undistill.models.shufflenetv2 import ShuffleNetV2
+from undistill.models.timm import Timm
+from undistill.models.vgg import VGG
+from undistill.models.wrn import WRN
 
 __all__ = [
+    "VGG",
+    "WRN",
     "ConvNet",
     "Factory",
+    "MobileNetV2",
     "Model",
     "PlainCNN",
+    "ResNeXt",
     "ResNet",
     "ResNetC",
+    "ShuffleNetV2",
+    "Timm",
     "device_of",
     "features",
     "frozen",

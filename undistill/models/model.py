@@ -25,7 +25,9 @@ class Model(Spec):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """As `Spec.parse`; `file.py:factory(...)` becomes a `Factory`."""
+        """As `Spec.parse`; `file.py:factory(...)` becomes a `Factory`, `timm:NAME` a network of timm."""
+        if text.strip().startswith("timm:"):
+            return cls._find("Timm")(name=text.strip().removeprefix("timm:"))  # type: ignore[call-arg]
         return cls._find("Factory")(call=text) if is_code(text) else super().parse(text)  # type: ignore[call-arg]
 
     @abstractmethod

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from undistill.models.model import Model, Shape
+from undistill.models.parts import conv_norm, he_normal, is_small
 
 LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
-SMALL = 64  # pixels of the shorter side, up to which the stem keeps the resolution
 
 
 class ResNet(Model):
@@ -17,9 +17,9 @@ class ResNet(Model):
     depth: Literal[18, 34, 50] = 18
 
     def network(self, shape: Shape, num_classes: int) -> nn.Module:
-        channels, height, width = shape
+        channels = shape[0]
         block = Bottleneck if self.depth == 50 else BasicBlock
-        small = min(height, width) <= SMALL
+        small = is_small(shape)
         layers: list[nn.Module] = [*conv_norm(channels, 64, 3 if small else 7, 1 if small else 2), nn.ReLU()]
         layers += [] if small else [nn.MaxPool2d(3, 2, 1)]
         inputs = 64
@@ -27,11 +27,7 @@ class ResNet(Model):
             for number in range(count):
                 layers.append(block(inputs, 64 * 2**stage, stride=2 if stage > 0 and number == 0 else 1))
                 inputs = 64 * 2**stage * block.expansion
-        network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, num_classes))
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        return network
+        return he_normal(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, num_classes)))
 
 
 class Residual(nn.Module):
@@ -64,7 +60,3 @@ class Bottleneck(Residual):
         reduce, convolve = conv_norm(inputs, width, 1), conv_norm(width, width, 3, stride)
         expand = conv_norm(width, 4 * width, 1)
         super().__init__(inputs, 4 * width, stride, *reduce, nn.ReLU(), *convolve, nn.ReLU(), *expand)
-
-
-def conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[nn.Module]:
-    return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs)]

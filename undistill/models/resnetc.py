@@ -5,6 +5,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from undistill.models.model import Model, Shape
+from undistill.models.parts import he_normal
 
 
 class ResNetC(Model):
@@ -21,25 +22,20 @@ class ResNetC(Model):
         return depth
 
     def network(self, shape: Shape, num_classes: int) -> nn.Module:
-        inputs = self.width
-        layers: list[nn.Module] = [nn.Conv2d(shape[0], inputs, 3, padding=1, bias=False)]
-        for stage in range(3):
-            for block in range(self.depth // 6):
-                outputs = self.width * 2**stage
-                layers.append(Block(inputs, outputs, stride=2 if stage > 0 and block == 0 else 1))
-                inputs = outputs
-        head = [
-            nn.BatchNorm2d(inputs),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(inputs, num_classes),
-        ]
-        network = nn.Sequential(*layers, *head)
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        return network
+        return preactivation(shape[0], self.width, self.width, self.depth // 6, num_classes)
+
+
+def preactivation(channels: int, stem: int, width: int, blocks: int, num_classes: int) -> nn.Module:
+    """A 3 x 3 stem, then three stages of `blocks` blocks with `width`, 2 and 4 times `width` channels."""
+    inputs = stem
+    layers: list[nn.Module] = [nn.Conv2d(channels, inputs, 3, padding=1, bias=False)]
+    for stage in range(3):
+        for block in range(blocks):
+            outputs = width * 2**stage
+            layers.append(Block(inputs, outputs, stride=2 if stage > 0 and block == 0 else 1))
+            inputs = outputs
+    head = [nn.BatchNorm2d(inputs), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, num_classes)]
+    return he_normal(nn.Sequential(*layers, *head))
 
 
 class Block(nn.Module):

@@ -1,0 +1,25 @@
+"""What several networks are made of."""
+
+from torch import nn
+
+from undistill.models.model import Shape
+
+SMALL = 64  # pixels of the shorter side, up to which a network keeps the resolution at first
+
+
+def is_small(shape: Shape) -> bool:
+    """Whether images of `shape` are those of CIFAR or Tiny-ImageNet rather than ImageNet."""
+    return min(shape[1:]) <= SMALL
+
+
+def conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return [convolution, nn.BatchNorm2d(outputs)]
+
+
+def he_normal(network: nn.Module) -> nn.Module:
+    """Convolutions initialised for ReLU by their fan-out (He et al., ICCV 2015)."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network

@@ -1,0 +1,52 @@
+"""Networks of the timm library, as `timm:NAME`."""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from undistill.errors import ModelError, unknown
+from undistill.models.model import Model, Shape
+
+
+class Timm(Model):
+    """`timm:NAME`, untrained, with its own normalisation; needs `pip install undistill[timm]`."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"timm:{self.name}"
+
+    __repr__ = __str__
+
+    def network(self, shape: Shape, num_classes: int) -> nn.Module:
+        timm = _timm()
+        if not timm.is_model(self.name):
+            raise ModelError(unknown("network of timm", self.name, timm.list_models()))
+        network = timm.create_model(self.name, num_classes=num_classes, in_chans=shape[0])
+        return nn.Sequential(Normalise(network.pretrained_cfg, shape[0]), network)
+
+
+class Normalise(nn.Module):
+    """(x - mean) / std of the images for which the network was designed; grey images take the mean over colours."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: dict[str, Any], channels: int) -> None:
+        super().__init__()
+        for name in ("mean", "std"):
+            colours = torch.tensor(config.get(name) or (0.5, 0.5, 0.5))
+            values = colours if channels == len(colours) else colours.mean().expand(channels)
+            self.register_buffer(name, values.view(-1, 1, 1).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+def _timm() -> Any:
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise ModelError(f"timm cannot be imported ({error}): pip install 'undistill[timm]'.") from None
