@@ -45,7 +45,7 @@ class Job:
             "none": self.subject.victim.digest,
         }
         parts = [asked[self.side], self.subject.victim.record["data_sha256"], self.side, str(self.attack)]
-        parts += [str(self.student), self.seed, str(self.recipe), undistill.__version__]
+        parts += [str(self.student), self.seed, str(self.recipe), self.subject.share, undistill.__version__]
         refers = [spec.refers() for spec in (self.attack, self.student, self.subject.model) if spec]
         parts += [sorted(names.values()) for names in refers if names]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]

@@ -46,6 +46,8 @@ class Subject:
     seeds: tuple[int, ...]
     model: Model | None = None
     asking: Asking = Asking()
+    share: float = 1.0
+    """Of the training images, what attackers hold."""
 
     def __post_init__(self) -> None:
         if self.victim.record["data_sha256"] != self.honest.record["data_sha256"]:
@@ -69,7 +71,7 @@ class Subject:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process gets the runs, not what was loaded from them, and loads each pair once."""
-        return _loaded, (self.victim, self.honest, self.seeds, self.model, self.asking)
+        return _loaded, (self.victim, self.honest, self.seeds, self.model, self.asking, self.share)
 
     @cached_property
     def data(self) -> Data:
@@ -85,8 +87,8 @@ class Subject:
     @cached_property
     def attackers(self) -> Split:
         """What every attacker has: the training images, divided anew; the same for all, so that answers are shared."""
-        share = max(VALIDATION_SHARE, self.data.num_classes / len(self.data.train))
-        return self.data.attackers(share, derive(0, "attackers"))
+        validation = max(VALIDATION_SHARE, self.data.num_classes / (self.share * len(self.data.train)))
+        return self.data.attackers(validation, derive(0, "attackers"), self.share)
 
     def network(self, side: Side) -> nn.Module:
         return self.answers[side].network
@@ -99,10 +101,12 @@ class Subject:
 _subjects: dict[tuple[object, ...], Subject] = {}
 
 
-def _loaded(victim: Run, honest: Run, seeds: tuple[int, ...], model: Model | None, asking: Asking) -> Subject:
-    key = (victim.folder, victim.digest, honest.folder, honest.digest, seeds, model, asking)
+def _loaded(
+    victim: Run, honest: Run, seeds: tuple[int, ...], model: Model | None, asking: Asking, share: float
+) -> Subject:
+    key = (victim.folder, victim.digest, honest.folder, honest.digest, seeds, model, asking, share)
     if key not in _subjects:
-        _subjects[key] = Subject(victim, honest, seeds, model, asking)
+        _subjects[key] = Subject(victim, honest, seeds, model, asking, share)
     return _subjects[key]
 
 

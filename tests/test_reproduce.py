@@ -1,0 +1,139 @@
+"""Experiments of the paper: what they hold, that they resume, and one of them on digits from the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from undistill.attacks import Attack
+from undistill.cli import app
+from undistill.data import Source
+from undistill.defences import Defence
+from undistill.errors import SpecError
+from undistill.launch import Serial
+from undistill.models import Model
+from undistill.reproduce.case import Case, Teacher, Workshop
+from undistill.reproduce.run import EXPERIMENTS, Row, about, find, reproduce
+from undistill.reproduce.scales import SCALES, Scale, setting
+from undistill.reproduce.tables import table1, table2
+
+EXISTING = [
+    (name, scale)
+    for name in EXPERIMENTS
+    for scale in SCALES
+    if not (scale == "paper" and name == "fashion") and not (scale == "small" and name == "table3")
+]
+
+
+@pytest.mark.parametrize(("name", "scale"), EXISTING)
+def test_every_experiment_is_made_of_what_there_is(name: str, scale: Scale) -> None:
+    cases = find(name)(scale)
+    assert len({case.name for case in cases}) == len(cases), "a figure's name is its row"
+    for case in cases:
+        assert Source.parse(case.teacher.data)
+        assert Model.parse(case.teacher.model)
+        assert not case.defence or Defence.parse(case.defence)
+        assert bool(case.attack) == bool(case.student)
+        if case.attack:
+            assert Attack.parse(case.attack)
+            assert Model.parse(case.student)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_says_what_it_is(name: str) -> None:
+    assert len(about(find(name))) > 30
+
+
+def test_paper_is_the_published_schedule() -> None:
+    """method.md, section 1: SGD 0.1, momentum 0.9, weight decay 5e-4, batch 128, drops in epochs."""
+    for data, epochs, drops, gamma, omega, T in (
+        ("CIFAR-10", 160, (80, 120), 0.1, 0.04, 4),
+        ("CIFAR-100", 200, (60, 120, 160), 0.2, 0.005, 20),
+        ("Tiny-ImageNet", 200, (60, 120, 160), 0.2, 0.01, 20),
+    ):
+        chosen = setting(data, "paper")
+        recipe = chosen.recipe
+        assert (recipe.epochs, recipe.lr, recipe.momentum, recipe.weight_decay) == (epochs, 0.1, 0.9, 5e-4)
+        assert (recipe.batch_size, recipe.optimiser, recipe.gamma, recipe.clip) == (128, "sgd", gamma, 0)
+        assert tuple(round(drop * epochs) for drop in recipe.drops) == drops
+        assert (chosen.omega, chosen.T, chosen.alpha, chosen.warm_start) == (omega, T, 0.9, None)
+    cnn = setting("CIFAR-10", "paper").students["CNN"].recipe
+    assert (cnn.epochs, cnn.optimiser, cnn.lr, cnn.weight_decay, cnn.drops) == (100, "adamw", 1e-3, 0, ())
+
+
+def test_the_tables_hold_the_published_figures() -> None:
+    assert {case.name: case.published for case in table1("paper")}["ResNet-18 nasty -> SoftLabels / CNN"] == 82.46
+    own = {case.name: case.published for case in table2("paper")}
+    assert own["ResNet-50 nasty -> SoftLabels / ResNet-50"] == 75.03
+    assert own["ResNet-18 normal -> SoftLabels / ResNet-18"] == 79.03
+    assert all(case.published is None for case in table1("smoke")), "digits are not what was published"
+
+
+def test_unknown_names_are_explained() -> None:
+    with pytest.raises(SpecError, match="did you mean 'table1'"):
+        find("tabel1")
+    with pytest.raises(SpecError, match="did you mean 'small'"):
+        reproduce("table1", "smal", [0], "*", Workshop(Path("unused"), Serial()))
+    with pytest.raises(SpecError, match="No figure named 'ResNet-19 nasty'"):
+        reproduce("table1", "smoke", [0], "ResNet-19 nasty", Workshop(Path("unused"), Serial()))
+    with pytest.raises(SpecError, match="Fashion-MNIST has no paper scale"):
+        find("fashion")("paper")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Table 1 at `smoke`, from the command line."""
+    out = tmp_path_factory.mktemp("reproduce")
+    words = ["reproduce", "table1", "--scale", "smoke", "--seeds", "2", "--device", "cpu", "--out", str(out)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    return out
+
+
+def test_a_table_has_every_figure(folder: Path) -> None:
+    record = json.loads((folder / "table1-smoke.json").read_text())
+    rows = {row["name"]: row for row in record["rows"]}
+    assert record["seeds"] == [0, 1]
+    assert rows.keys() == {case.name for case in table1("smoke")}
+    assert all(len(row["accuracies"]) == 2 for row in rows.values())
+    assert rows["ResNet-18 nasty"]["divergences"]
+    assert not rows["ResNet-18 normal"]["divergences"]
+    assert rows["ResNet-18 normal"]["accuracies"][0] > 80
+    assert "| ResNet-18 nasty |" in (folder / "table1-smoke.md").read_text()
+
+
+def test_what_is_measured_is_not_measured_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = json.loads((folder / "table1-smoke.json").read_text())["rows"]
+    monkeypatch.setattr("undistill.fit._Loop.one_epoch", None)
+    reproduce("table1", "smoke", [0, 1], "*", Workshop(folder, Serial()))
+    assert json.loads((folder / "table1-smoke.json").read_text())["rows"] == before
+
+
+def test_another_adversary_is_trained_and_used(toy_file: Path, tmp_path: Path) -> None:
+    recipe = find("table1")("smoke")[0].teacher.recipe
+    same, other = (Teacher(str(toy_file), f"ConvNet(width={width})", recipe) for width in (3, 2))
+    cases = [Case(name, same, "Nasty(omega=0.1)", adversary=a) for name, a in (("own", None), ("other", other))]
+    found = {case.name: measured for case, _, measured in Workshop(tmp_path, Serial()).measure(cases, [0])}
+    assert found["own"].divergence != found["other"].divergence
+    assert len(list((tmp_path / "teachers").glob("convnet-*"))) == 2
+
+
+def test_a_thief_with_fewer_images_asks_fewer_questions(toy_file: Path, tmp_path: Path) -> None:
+    recipe = find("table1")("smoke")[0].teacher.recipe
+    teacher = Teacher(str(toy_file), "ConvNet(width=3)", recipe)
+    case = Case("", teacher, attack="HardLabels()", student="ConvNet(width=2)", recipe=recipe)
+    queries = []
+    for share in (1.0, 0.5):
+        list(Workshop(tmp_path, Serial()).measure([Case(**(vars(case) | {"share": share}))], [0]))
+        queries.append({json.loads(file.read_text())["queries"] for file in (tmp_path / "cells").glob("*.json")})
+    (all_images,) = queries[0]
+    (fewer,) = queries[1] - queries[0]
+    assert fewer == pytest.approx(all_images / 2, rel=0.1)
+
+
+def test_a_row_shows_its_spread() -> None:
+    row = Row("x", 82.46, accuracies=[80.0, 81.0, 82.0], divergences=[9.0, 11.0])
+    assert row.cells() == ["x", "82.46", "81.0 ± 2.5", "3", "10.0"]
+    assert Row("x", None, accuracies=[80.0]).cells() == ["x", "-", "80.0", "1", ""]

@@ -1,0 +1,131 @@
+"""One figure of a paper, and how it is measured here: teachers are trained once, whoever asks for them."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from undistill import measure
+from undistill.attacks import Attack
+from undistill.cells import Job
+from undistill.data import Source
+from undistill.defences import Defence
+from undistill.fit import Recipe
+from undistill.launch import Launcher
+from undistill.models import Model
+from undistill.oracle import Access
+from undistill.progress import Progress
+from undistill.report.schema import Side
+from undistill.store import Run
+from undistill.subject import Asking, Subject
+from undistill.workflow import Settings, TrainSettings, protect, train
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """An honest network, and how it is trained."""
+
+    data: str
+    model: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Case:
+    """One figure: the test accuracy of a teacher, or of a student that attacked it."""
+
+    name: str
+    teacher: Teacher
+    defence: str = ""
+    """Nothing stands for the honest teacher."""
+    adversary: Teacher | None = None
+    """What a nasty teacher differs from, instead of its honest twin."""
+    attack: str = ""
+    """Nothing stands for the teacher itself."""
+    student: str = ""
+    recipe: Recipe = field(default_factory=Recipe)
+    """How the student is trained."""
+    share: float = 1.0
+    """Of the training images, what the attacker holds."""
+    published: float | None = None
+    """Percent."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A case for one seed. Accuracies are shares."""
+
+    accuracy: float
+    divergence: float | None
+    """T^2 KL of the victim's answers from the honest twin's, in nats; None for an honest teacher."""
+    validation_accuracy: float | None
+    """Of a teacher: what choices may be made by."""
+
+
+@dataclass
+class Workshop:
+    """A folder in which cases are measured; what it holds is not done again."""
+
+    folder: Path
+    launcher: Launcher
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    progress: Progress = field(default_factory=Progress.silent)
+
+    def measure(self, cases: Sequence[Case], seeds: Sequence[int]) -> Iterator[tuple[Case, int, Measured]]:
+        """Every case for every seed, as soon as it is known."""
+        subjects = dict.fromkeys(map(_subject_of, cases))
+        for seed in seeds:
+            for asked in subjects:
+                subject = self.subject(*asked, seed)
+                yield from self._measure(subject, [case for case in cases if _subject_of(case) == asked], seed)
+
+    def _measure(self, subject: Subject, cases: Sequence[Case], seed: int) -> Iterator[tuple[Case, int, Measured]]:
+        divergence = subject.victim.record["metrics"].get("divergence")
+        for case in cases:
+            if not case.attack:
+                logits, labels = subject.test_logits("victim"), subject.data.test.labels
+                own = float(subject.victim.record["metrics"]["validation_accuracy"])
+                yield case, seed, Measured(measure.accuracy(logits, labels), divergence, own)
+        students = [case for case in cases if case.attack]
+        jobs = [job(subject, case, seed) for case in students]
+        cells = self.launcher.run(jobs, self.folder / "cells", self.progress) if jobs else []
+        for case, cell in zip(students, cells, strict=True):
+            yield case, seed, Measured(cell.accuracy, divergence, None)
+
+    def subject(self, teacher: Teacher, defence: str, adversary: Teacher | None, share: float, seed: int) -> Subject:
+        """The victim beside its honest twin, which is its own twin where nothing defends it."""
+        honest = self.honest(teacher, seed)
+        victim = self.victim(honest, teacher, defence, adversary, seed) if defence else honest
+        return Subject(victim, honest, (seed,), asking=Asking(self.device, teacher.recipe.engine), share=share)
+
+    def honest(self, teacher: Teacher, seed: int) -> Run:
+        source = Source.parse(teacher.data).model_copy(update={"seed": seed})
+        settings = TrainSettings(seed=seed, recipe=teacher.recipe)
+        folder = self._folder(teacher.model, seed, str(source), teacher.model, str(settings))
+        return train(source, teacher.model, folder, settings=settings, device=str(self.device), progress=self.progress)
+
+    def victim(self, honest: Run, teacher: Teacher, defence: str, adversary: Teacher | None, seed: int) -> Run:
+        spec = Defence.parse(defence)
+        if adversary:
+            spec = type(spec)(**(spec.model_dump() | {"adversary": str(self.honest(adversary, seed).folder)}))
+        settings = Settings(seed=seed, recipe=teacher.recipe)
+        folder = self._folder(type(spec).__name__, seed, honest.folder.name, str(spec), str(settings))
+        return protect(honest, spec, folder, settings=settings, device=str(self.device), progress=self.progress)
+
+    def _folder(self, name: str, seed: int, *parts: str) -> Path:
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
+        return self.folder / "teachers" / f"{name.split('(')[0].lower()}-{digest}-seed{seed}"
+
+
+def _subject_of(case: Case) -> tuple[Teacher, str, Teacher | None, float]:
+    return case.teacher, case.defence, case.adversary, case.share
+
+
+def job(subject: Subject, case: Case, seed: int) -> Job:
+    """The student of a case, before it is trained."""
+    attack = Attack.parse(case.attack)
+    side: Side = "none" if attack.needs == Access.NONE else "victim"
+    return Job(subject, side, attack, Model.parse(case.student), seed, case.recipe)

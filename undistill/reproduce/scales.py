@@ -1,0 +1,194 @@
+"""How large an experiment is: `smoke` on digits, `small` for two cores, `paper` to the letter."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from undistill.engine import FAST
+from undistill.errors import SpecError, unknown
+from undistill.fit import Recipe
+from undistill.reproduce.case import Teacher
+from undistill.views import Views
+
+Scale = Literal["smoke", "small", "paper"]
+SCALES: tuple[Scale, ...] = get_args(Scale)
+
+PHOTOS = Views(crop=0.125, flip=True)
+CLOTHES = Views(crop=0.036, flip=True)
+TINY = Views(crop=0, rotate=20, flip=True)
+
+
+@dataclass(frozen=True)
+class Student:
+    """A thief's network, and how it is trained."""
+
+    model: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an experiment on one data set is made of, at one scale. Names are the paper's."""
+
+    data: str
+    teachers: Mapping[str, str]
+    """Networks; the first one is that of the ablations."""
+    recipe: Recipe
+    """How teachers are trained."""
+    students: Mapping[str, Student]
+    omega: float
+    T: float
+    alpha: float = 0.9
+    warm_start: float | None = None
+    """The share of the epochs in which a nasty teacher grows out of its honest twin; None starts from scratch."""
+    weaker: str = ""
+    stronger: str = ""
+    """Networks of less and of more capacity than the first teacher, for the ablations."""
+    fragile: Student | None = None
+    """The student that collapses in the paper, with the published setting of its training."""
+    own: bool = False
+    """Whether each teacher also has a student of its own architecture."""
+
+    def students_of(self, teacher: str) -> dict[str, Student]:
+        """By name; the one of the teacher's own architecture is called like the teacher."""
+        own = {teacher: Student(self.teachers[teacher], self.recipe)} if self.own else {}
+        return own | dict(self.students)
+
+    def teacher(self, name: str = "", recipe: Recipe | None = None) -> Teacher:
+        """The teacher of that name, by default the first one."""
+        return Teacher(self.data, self.teachers[name or next(iter(self.teachers))], recipe or self.recipe)
+
+    @property
+    def defence(self) -> str:
+        return f"Nasty(omega={self.omega:g}, T={self.T:g}, warm_start={self.warm_start})"
+
+    @property
+    def attack(self) -> str:
+        return f"SoftLabels(T={self.T:g}, alpha={self.alpha:g})"
+
+
+def sgd(epochs: int, drops: tuple[float, ...], gamma: float, views: Views) -> Recipe:
+    """The authors' schedule: SGD 0.1, momentum 0.9, weight decay 5e-4, batch 128, in steps (files of their code).
+
+    They keep the epoch that is best on the test images; here it is the best on validation images.
+    """
+    return Recipe(
+        epochs=epochs,
+        batch_size=128,
+        lr=0.1,
+        schedule="step",
+        warmup=0,
+        drops=drops,
+        gamma=gamma,
+        clip=0,
+        selection="best",
+        engine=FAST,
+        views=views,
+    )
+
+
+def adam(epochs: int, views: Views) -> Recipe:
+    """The authors' plain CNN: Adam 1e-3."""
+    return sgd(epochs, (), 0.1, views).model_copy(update={"optimiser": "adamw", "lr": 1e-3, "weight_decay": 0.0})
+
+
+def one_cycle(epochs: int, lr: float, views: Views, weight_decay: float = 5e-4) -> Recipe:
+    """A short schedule, for two cores."""
+    return Recipe(epochs=epochs, batch_size=128, lr=lr, weight_decay=weight_decay, engine=FAST, views=views)
+
+
+_CIFAR10_SGD = sgd(160, (0.5, 0.75), 0.1, PHOTOS)
+_CIFAR100_SGD = sgd(200, (0.3, 0.6, 0.8), 0.2, PHOTOS)
+_TINY_SGD = sgd(200, (0.3, 0.6, 0.8), 0.2, TINY)
+_LARGE = {"ResNet-18": "ResNet(depth=18)", "ResNet-50": "ResNet(depth=50)", "ResNeXt-29": "ResNeXt()"}
+
+
+def _large_students(recipe: Recipe) -> dict[str, Student]:
+    models = {"ShuffleNetV2": "ShuffleNetV2()", "MobileNetV2": "MobileNetV2()", "ResNet-18": "ResNet(depth=18)"}
+    return {name: Student(model, recipe) for name, model in models.items()}
+
+
+def _small(data: str, teacher: str, epochs: int, omega: float, T: float, views: Views) -> Setting:
+    """Two cores: part of the images, a network that fits them, half as wide students."""
+    thief = one_cycle(40, 0.1, views)
+    return Setting(
+        data=data,
+        teachers={"ResNet-18": teacher},
+        recipe=one_cycle(epochs, 0.1, views),
+        students={
+            "CNN": Student("PlainCNN(width=16)", thief),
+            "ResNetC-20": Student("ResNetC(depth=8, width=8)", thief),
+        },
+        omega=omega,
+        T=T,
+        warm_start=0.5,
+        weaker="PlainCNN(width=16)",
+        stronger="ResNetC(depth=14, width=32)",
+    )
+
+
+_SMOKE = Setting(
+    data="Digits()",
+    teachers={"ResNet-18": "ConvNet(width=8)"},
+    recipe=Recipe(epochs=6),
+    students={"CNN": Student("ConvNet(width=2)", Recipe(epochs=6))},
+    omega=0.03,
+    T=4,
+    weaker="ConvNet(width=4)",
+    stronger="ConvNet(width=12)",
+    fragile=Student("ConvNet(width=2)", Recipe(epochs=6, clip=0)),
+)
+_SMALL = {
+    "CIFAR-10": _small("CIFAR10(count=20000)", "ResNetC(depth=8, width=32)", 40, 0.04, 4, PHOTOS),
+    "CIFAR-100": replace(
+        _small("CIFAR100(count=20000)", "ResNetC(depth=8, width=32)", 40, 0.005, 20, PHOTOS),
+        fragile=Student("MobileNetV2()", sgd(15, (0.3, 0.6, 0.8), 0.2, PHOTOS)),
+    ),
+    "Fashion-MNIST": _small("FashionMNIST(count=20000)", "PlainCNN(width=32)", 30, 0.04, 4, CLOTHES),
+}
+_PAPER = {
+    "CIFAR-10": Setting(
+        data="CIFAR10()",
+        teachers={"ResNet-18": "ResNet(depth=18)"},
+        recipe=_CIFAR10_SGD,
+        students={
+            "CNN": Student("PlainCNN()", adam(100, PHOTOS)),
+            "ResNetC-20": Student("ResNetC(depth=20)", _CIFAR10_SGD),
+            "ResNetC-32": Student("ResNetC(depth=32)", _CIFAR10_SGD),
+            "ResNet-18": Student("ResNet(depth=18)", _CIFAR10_SGD),
+        },
+        omega=0.04,
+        T=4,
+        weaker="PlainCNN()",
+        stronger="ResNet(depth=50)",
+    ),
+    "CIFAR-100": Setting(
+        data="CIFAR100()",
+        teachers=_LARGE,
+        recipe=_CIFAR100_SGD,
+        students=_large_students(_CIFAR100_SGD),
+        omega=0.005,
+        T=20,
+        fragile=Student("MobileNetV2()", _CIFAR100_SGD),
+        own=True,
+    ),
+    "Tiny-ImageNet": Setting("TinyImageNet()", _LARGE, _TINY_SGD, _large_students(_TINY_SGD), 0.01, T=20, own=True),
+}
+
+
+def parse_scale(text: str) -> Scale:
+    """`SpecError` for a scale that there is not."""
+    for scale in SCALES:
+        if scale == text:
+            return scale
+    raise SpecError(unknown("scale", text, SCALES))
+
+
+def setting(data: str, scale: Scale) -> Setting:
+    """What an experiment on `data` is made of; `SpecError` where that scale has no such data set."""
+    if scale == "smoke":
+        return _SMOKE
+    known = _SMALL if scale == "small" else _PAPER
+    if data not in known:
+        raise SpecError(f"{data} has no {scale} scale here; --scale {scale} has {', '.join(known)}.")
+    return known[data]

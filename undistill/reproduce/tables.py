@@ -1,0 +1,157 @@
+"""Tables 1 to 3 of "Undistillable" (Ma et al., ICLR 2021).
+
+Published figures are quoted second-hand and unverified; a dash is a figure that is not known.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from undistill.reproduce.case import Case
+from undistill.reproduce.scales import Scale, Setting, setting
+
+HARD, SCRATCH, SMOOTHED = "HardLabels()", "Scratch()", "LabelSmoothing(smoothing=0.1)"
+Published = Mapping[str, Mapping[str, float]]
+"""Percent, by row ("none", "ResNet-18 normal", "ResNet-18 nasty") and column ("teacher", or the student)."""
+
+
+def table1(scale: Scale) -> list[Case]:
+    """Table 1: CIFAR-10, ResNet-18 as teacher; students CNN, ResNetC-20, ResNetC-32, ResNet-18.
+
+    One H100 at `paper`: hours (calculated). Two cores at `small`: see docs/results.md.
+    Expected: nasty within a point of normal; students of the nasty one 2 to 5 points below students without teacher.
+    """
+    published = {
+        "none": {"CNN": 86.64, "ResNetC-20": 92.28, "ResNetC-32": 93.04, "ResNet-18": 95.13},
+        "ResNet-18 normal": {
+            "teacher": 95.13,
+            "CNN": 87.75,
+            "ResNetC-20": 92.49,
+            "ResNetC-32": 93.31,
+            "ResNet-18": 95.39,
+        },
+        "ResNet-18 nasty": {
+            "teacher": 94.56,
+            "CNN": 82.46,
+            "ResNetC-20": 88.01,
+            "ResNetC-32": 89.69,
+            "ResNet-18": 93.41,
+        },
+    }
+    return list(table(setting("CIFAR-10", scale), {} if scale == "smoke" else published))
+
+
+def table2(scale: Scale) -> list[Case]:
+    """Table 2: CIFAR-100; ResNet-18, ResNet-50 and ResNeXt-29 as teachers.
+
+    Expected: nasty within 2 points of normal; ShuffleNetV2 loses 10 to 15 points, MobileNetV2 collapses (`collapse`).
+    """
+    published = {
+        "none": {"ShuffleNetV2": 71.17, "MobileNetV2": 69.12, "ResNet-18": 77.44},
+        "ResNet-18 normal": {"teacher": 77.44, "ShuffleNetV2": 74.24, "MobileNetV2": 73.11, "ResNet-18": 79.03},
+        "ResNet-18 nasty": {"teacher": 77.42, "ShuffleNetV2": 64.49, "MobileNetV2": 3.45, "ResNet-18": 74.81},
+        "ResNet-50 normal": {
+            "teacher": 78.12,
+            "ResNet-50": 80.02,
+            "ShuffleNetV2": 74.00,
+            "MobileNetV2": 72.81,
+            "ResNet-18": 79.65,
+        },
+        "ResNet-50 nasty": {
+            "teacher": 77.14,
+            "ResNet-50": 75.03,
+            "ShuffleNetV2": 63.16,
+            "MobileNetV2": 3.36,
+            "ResNet-18": 71.94,
+        },
+        "ResNeXt-29 normal": {
+            "teacher": 81.85,
+            "ResNeXt-29": 83.53,
+            "ShuffleNetV2": 74.50,
+            "MobileNetV2": 72.43,
+            "ResNet-18": 80.84,
+        },
+        "ResNeXt-29 nasty": {
+            "teacher": 80.26,
+            "ResNeXt-29": 75.08,
+            "ShuffleNetV2": 58.99,
+            "MobileNetV2": 1.55,
+            "ResNet-18": 68.52,
+        },
+    }
+    return list(table(setting("CIFAR-100", scale), {} if scale == "smoke" else published))
+
+
+def table3(scale: Scale) -> list[Case]:
+    """Table 3: Tiny-ImageNet; ResNet-18, ResNet-50 and ResNeXt-29 as teachers."""
+    published = {
+        "none": {"ShuffleNetV2": 55.74, "MobileNetV2": 51.72, "ResNet-18": 58.73},
+        "ResNet-18 normal": {"teacher": 58.73, "ShuffleNetV2": 58.09, "MobileNetV2": 55.99, "ResNet-18": 61.45},
+        "ResNet-18 nasty": {"teacher": 57.77, "ShuffleNetV2": 23.16, "MobileNetV2": 1.82, "ResNet-18": 44.73},
+        "ResNet-50 normal": {
+            "teacher": 62.01,
+            "ResNet-50": 63.91,
+            "ShuffleNetV2": 58.01,
+            "MobileNetV2": 54.18,
+            "ResNet-18": 62.01,
+        },
+        "ResNet-50 nasty": {
+            "teacher": 60.06,
+            "ResNet-50": 51.27,
+            "ShuffleNetV2": 41.84,
+            "MobileNetV2": 1.41,
+            "ResNet-18": 48.24,
+        },
+        "ResNeXt-29 normal": {
+            "teacher": 62.81,
+            "ResNeXt-29": 64.22,
+            "ShuffleNetV2": 57.87,
+            "MobileNetV2": 54.34,
+            "ResNet-18": 62.38,
+        },
+        "ResNeXt-29 nasty": {
+            "teacher": 60.21,
+            "ResNeXt-29": 59.54,
+            "ShuffleNetV2": 42.73,
+            "MobileNetV2": 1.09,
+            "ResNet-18": 54.53,
+        },
+    }
+    return list(table(setting("Tiny-ImageNet", scale), {} if scale == "smoke" else published))
+
+
+def fashion(scale: Scale) -> list[Case]:
+    """The columns of table 1 on Fashion-MNIST, which the paper does not have."""
+    return list(table(setting("Fashion-MNIST", scale), {}))
+
+
+def table(chosen: Setting, published: Published) -> Iterator[Case]:
+    """Students without teacher, then each teacher, normal and nasty, with its students; and labels alone.
+
+    The paper has no hard-label student; every figure is read beside it.
+    """
+    first = chosen.teacher()
+    for name, student in chosen.students.items():
+        for attack in (SCRATCH, SMOOTHED):
+            known = published.get("none", {}).get(name) if attack == SCRATCH else None
+            yield Case(
+                f"{attack.split('(')[0]} / {name}",
+                first,
+                attack=attack,
+                student=student.model,
+                recipe=student.recipe,
+                published=known,
+            )
+    for teacher in chosen.teachers:
+        for row, defence in ((f"{teacher} normal", ""), (f"{teacher} nasty", chosen.defence)):
+            figures = published.get(row, {})
+            yield Case(row, chosen.teacher(teacher), defence, published=figures.get("teacher"))
+            for name, student in chosen.students_of(teacher).items():
+                for attack in (chosen.attack, HARD):
+                    yield Case(
+                        f"{row} -> {attack.split('(')[0]} / {name}",
+                        chosen.teacher(teacher),
+                        defence,
+                        attack=attack,
+                        student=student.model,
+                        recipe=student.recipe,
+                        published=figures.get(name) if attack == chosen.attack else None,
+                    )
