@@ -79,6 +79,7 @@ class Job:
             self.name,
             view_seed=derive(0, "views"),
             trials=trials,
+            sheet=folder.with_suffix(".png"),
             carried=(oracle,),
         )
         with seeded(derive(self.seed, "attack")):

@@ -295,8 +295,8 @@ def data_check(
     from rich.console import Console
 
     from undistill.data import Source
-    from undistill.data.check import COLUMNS, check
-    from undistill.sheet import write_sheet
+    from undistill.data.check import check
+    from undistill.sheet import COLUMNS, write_sheet
 
     source = Source.named(name)
     found = check(source)
@@ -309,7 +309,7 @@ def data_check(
         console.print(f"  {part}: {int(counts.sum()):,} images, {int(counts.min()):,} to {int(counts.max()):,} a class")
     out = out or Path("runs") / f"{source.title}-samples.png"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_sheet(out, found.sheet().pixels, COLUMNS)
+    write_sheet(out, found.sheet().pixels)
     console.print(f"  {COLUMNS} images of each of the first classes: {out}", soft_wrap=True)
 
 

@@ -30,6 +30,8 @@ from undistill.files import read_tensors, write_lines, write_tensors
 from undistill.measure import accuracy, evaluate, nll
 from undistill.models import seeded
 from undistill.progress import Progress
+from undistill.seeds import derive
+from undistill.sheet import COLUMNS, write_sheet
 from undistill.spec import Spec
 from undistill.stream import Batch, Stream
 from undistill.views import Views, to_float
@@ -102,6 +104,8 @@ class Fit:
     """Where the answers of frozen networks are kept."""
     trials: Path | None = None
     """Where measured engines are recorded, `folder` by default."""
+    sheet: Path | None = None
+    """Where an attack leaves a picture of the images that it made."""
     carried: Sequence[Stateful] = ()
     """Saved and restored with every checkpoint, such as an oracle's count."""
     history: list[dict[str, float]] = field(default_factory=list)
@@ -113,6 +117,24 @@ class Fit:
     def answers(self, network: nn.Module) -> Answers:
         """`network`, frozen: it answers each view of this training once."""
         return Answers(network.to(self.device), self.recipe.engine, self.store)
+
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` makes with a seed of its own; a stopped run finds it again in its folder."""
+        file = self.folder / f"{name}.pt" if self.folder else None
+        found = read_tensors(file, self.device) if file else None
+        if found is not None:
+            made: Tensor = found[name]
+            return made
+        with seeded(derive(self.seed, name)):
+            made = make()
+        if file:
+            write_tensors(file, {name: made})
+        return made
+
+    def show(self, images: Tensor) -> None:
+        """Leave a sheet of the first of (N, C, H, W) uint8 images that an attack made."""
+        if self.sheet:
+            write_sheet(self.sheet, images[: COLUMNS * COLUMNS], COLUMNS)
 
     @property
     def seconds(self) -> float:

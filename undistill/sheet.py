@@ -11,9 +11,10 @@ from undistill.files import write_atomically
 
 SCALE = 2  # screen pixels of an image's pixel
 GAP = 2
+COLUMNS = 8
 
 
-def write_sheet(path: Path, images: Tensor, columns: int) -> None:
+def write_sheet(path: Path, images: Tensor, columns: int = COLUMNS) -> None:
     """A PNG of images (N, C, H, W) uint8, C = 1 or 3, row by row."""
     images = images.cpu().repeat_interleave(SCALE, 2).repeat_interleave(SCALE, 3)
     images = F.pad(images, (0, GAP, 0, GAP), value=255)

@@ -9,8 +9,7 @@ from torch import Tensor
 from undistill.data.official import Official
 from undistill.data.source import Source
 from undistill.data.split import Data, Samples
-
-COLUMNS = 8
+from undistill.sheet import COLUMNS
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,54 @@
+"""DAFL: data-free learning of student networks (Chen et al., ICCV 2019)."""
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from undistill.attacks.attack import Attack
+from undistill.data import Split
+from undistill.fit import Fit
+from undistill.losses import cross_entropy, distillation
+from undistill.oracle import Access, Oracle
+from undistill.stream import Batch
+from undistill.synthesis import Generator, Imagination, last_features, without_data
+
+
+class DAFL(Attack):
+    """A generator whose images the victim is sure of (one-hot), that excite it (activation) and that cover all
+    classes (information entropy); the student imitates the victim on them. Needs weights, no data."""
+
+    needs = Access.WEIGHTS
+    one_hot: float = Field(1.0, ge=0)
+    """Weight of cross-entropy against the victim's own top answer (eq. 3)."""
+    activation: float = Field(0.1, ge=0)
+    """Weight of minus the mean absolute feature (eq. 4)."""
+    entropy: float = Field(5.0, ge=0)
+    """Weight of minus the entropy of the mean answer (eq. 5)."""
+    T: float = Field(1.0, gt=0)
+    lr: float = Field(1e-3, gt=0)
+    """Of the generator, with Adam."""
+    latent: int = Field(100, ge=1)
+
+    def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
+        victim = oracle.weights
+        imagination = Imagination(Generator(data.shape, self.latent).to(fit.device), self.lr)
+        data, fit = without_data(data, fit, imagination)
+
+        def objective(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+            images = imagination.generator.sample(len(batch.images))
+            with last_features(victim) as features:
+                answers = victim(images).float()
+            imagination.learn(self._loss(answers, features))
+            return {"soft": distillation(answers.detach(), network(images.detach()), self.T)}
+
+        student = fit(student, data, objective)
+        fit.show(imagination.pictures())
+        return student
+
+    def _loss(self, answers: Tensor, features: list[Tensor]) -> Tensor:
+        mean = F.softmax(answers, 1).mean(0)
+        loss = self.one_hot * cross_entropy(answers, answers.argmax(1))
+        loss = loss + self.entropy * (mean * mean.clamp_min(1e-8).log()).sum()
+        return loss - self.activation * features[-1].float().abs().mean() if features else loss

@@ -1,0 +1,95 @@
+"""DeepInversion: images optimised until the victim recognises them (Yin et al., CVPR 2020)."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from undistill.attacks.attack import Attack
+from undistill.data import Samples, Split
+from undistill.fit import Fit
+from undistill.losses import cross_entropy, distillation
+from undistill.oracle import Access, Oracle
+from undistill.stream import Batch
+from undistill.synthesis import BatchNormStatistics, disagreement, to_bytes, total_variation, without_data
+
+BATCH = 200
+
+
+class DeepInversion(Attack):
+    """Pixels that minimise the victim's cross-entropy for given classes, the distance of its batch-norm statistics,
+    total variation and l2; in later rounds also the student's agreement (adaptive). The student then imitates
+    the victim on those images. Needs weights and batch norm, no data."""
+
+    needs = Access.WEIGHTS
+    count: int = Field(2000, ge=1)
+    """Images in all, classes in turn."""
+    steps: int = Field(200, ge=1)
+    """Of Adam, for each batch of images."""
+    lr: float = Field(0.05, gt=0)
+    statistics: float = Field(1.0, ge=0)
+    variation: float = Field(0.1, ge=0)
+    l2: float = Field(0.001, ge=0)
+    rounds: int = Field(2, ge=1)
+    """Of images; those of the first are made without the student, which then learns from all that there are."""
+    competition: float = Field(1.0, ge=0)
+    """Weight of 1 - JS(victim, student) in later rounds (eq. 7)."""
+    T: float = Field(4.0, gt=0)
+
+    def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
+        victim = oracle.weights
+        _, fit = without_data(data, fit)
+        made: list[Tensor] = []
+        for number in range(self.rounds):
+            rival = student if number else None
+            made.append(fit.once(f"images-{number}", partial(self._images, victim, rival, data, fit)))
+            pixels = torch.cat(made)
+            split = replace(data, train=Samples(pixels.cpu(), torch.zeros(len(pixels), dtype=torch.int64)))
+
+            def objective(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+                with torch.no_grad():
+                    answers = victim(batch.images)
+                return {"soft": distillation(answers, network(batch.images), self.T)}
+
+            student = fit(student, split, objective, epochs=max(fit.recipe.epochs // self.rounds, 1))
+        fit.show(pixels)
+        return student
+
+    def _images(self, victim: nn.Module, student: nn.Module | None, data: Split, fit: Fit) -> Tensor:
+        """uint8 images of one round (N, C, H, W), the classes in turn."""
+        labels = torch.arange(max(self.count // self.rounds, 1), device=fit.device) % data.num_classes
+        parts = labels.split(BATCH)
+        done = []
+        with fit.progress.task("inverting", len(parts)) as task:
+            for part in parts:
+                done.append(self._invert(victim, student, part, data.shape))
+                task.advance()
+        return torch.cat(done)
+
+    def _invert(self, victim: nn.Module, student: nn.Module | None, labels: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """uint8 images (B, C, H, W) of the classes `labels` (B,)."""
+        pixels = torch.rand(len(labels), *shape, device=labels.device).requires_grad_()
+        optimiser = torch.optim.Adam([pixels], self.lr)
+        with BatchNormStatistics(victim) as norms:
+            for _ in range(self.steps):
+                images = _shifted(pixels)
+                answers = victim(images)
+                loss = cross_entropy(answers, labels) + self.statistics * norms.distance
+                loss = loss + self.variation * total_variation(images) + self.l2 * images.flatten(1).norm(dim=1).mean()
+                if student is not None:
+                    loss = loss + self.competition * disagreement(answers, student(images))
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                with torch.no_grad():
+                    pixels.clamp_(0, 1)
+        return to_bytes(pixels)
+
+
+def _shifted(images: Tensor) -> Tensor:
+    """All rolled by up to two pixels in either direction, so that no pixel counts by its place alone."""
+    down, right = torch.randint(-2, 3, (2,)).tolist()
+    return images.roll((down, right), (2, 3))
