@@ -43,7 +43,7 @@ def test_help_does_not_wait_for_torch() -> None:
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    for command in ("demo", "train", "protect", "audit", "report", "list"):
+    for command in ("demo", "train", "protect", "audit", "report", "list", "data", "figure", "reproduce"):
         assert command in found.stdout
 
 
@@ -235,3 +235,27 @@ def test_a_full_disk_loses_nothing(toy_file: Path, tmp_path: Path) -> None:
     mended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert mended.returncode == 0, mended.stderr
     assert Run.open(tmp_path / "run").network()
+
+
+def test_data_check_shows_counts_and_a_sheet(toy_file: Path, tmp_path: Path) -> None:
+    done = call("data", "check", toy_file, "--out", tmp_path / "new" / "sheet.png")
+    assert done.exit_code == 0, done.stderr
+    assert "toy: 3 classes, images 1 x 12 x 12" in done.stdout
+    assert "test: 24 images, 8 to 8 a class" in done.stdout
+    assert (tmp_path / "new" / "sheet.png").read_bytes().startswith(b"\x89PNG")
+    refused(call("data", "check", "CIFAR11"), "did you mean 'CIFAR10'")
+
+
+def test_the_data_folder_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNDISTILL_DATA", "elsewhere")
+    (tmp_path / "mnist").mkdir()
+    (tmp_path / "mnist" / "t10k-labels-idx1-ubyte.gz").touch()
+    refused(call("data", "check", "MNIST", "--data-dir", tmp_path), f"{tmp_path / 'mnist'} is a partial MNIST")
+
+
+def test_unknown_experiments_and_scales_are_explained(tmp_path: Path) -> None:
+    assert "table1" in call("reproduce").stdout
+    refused(call("reproduce", "tabel1", "--out", tmp_path / "a"), "did you mean 'table1'")
+    refused(call("reproduce", "table1", "--scale", "papr", "--out", tmp_path / "a"), "did you mean 'paper'")
+    refused(call("reproduce", "table1", "--cells", "*CNM", "--out", tmp_path / "a"), "No figure named '*CNM'")
+    assert not (tmp_path / "a").exists()

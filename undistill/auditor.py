@@ -23,6 +23,7 @@ from undistill.models import Model
 from undistill.oracle import Access
 from undistill.progress import Progress
 from undistill.report.evidence import write_evidence
+from undistill.report.figures import label
 from undistill.report.page import write_report
 from undistill.report.schema import Cell, Costs, Interval, Pair, Report, Side, Teacher
 from undistill.store import Run, claim, environment
@@ -75,7 +76,9 @@ def perform(jobs: Sequence[Job], out: Path, suite: str, launcher: Launcher, prog
     cells = launcher.run(jobs, out / "cells", progress)
     subjects = list(dict.fromkeys(job.subject for job in jobs))
     report = summarise(subjects, cells, suite, jobs[0].recipe)
-    write_evidence(out / "evidence.npz", subjects[0].data, subjects[0].network("honest"), subjects[0].network("victim"))
+    first = subjects[0]
+    sheets = {label(job.column): sheet for job in reversed(jobs) if (sheet := job.sheet(out / "cells")).exists()}
+    write_evidence(out / "evidence.npz", first.data, first.network("honest"), first.network("victim"), sheets)
     write_report(report, out)
     return report
 

@@ -51,8 +51,17 @@ class Job:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
     @property
+    def column(self) -> tuple[Side, str, str]:
+        """What it has in common with the cells of other seeds."""
+        return self.side, str(self.attack), str(self.student)
+
+    @property
     def name(self) -> str:
         return f"{type(self.attack).__name__} on {self.side}, seed {self.seed}"
+
+    def sheet(self, cells: Path) -> Path:
+        """Where the attack leaves a picture of images that it made, if it makes any."""
+        return cells / f"{self.key}.png"
 
     def run(self, cells: Path, progress: Progress) -> Cell:
         """The cell from its file, or trained and written there; a stopped training goes on."""
@@ -79,7 +88,7 @@ class Job:
             self.name,
             view_seed=derive(0, "views"),
             trials=trials,
-            sheet=folder.with_suffix(".png"),
+            sheet=self.sheet(folder.parent),
             carried=(oracle,),
         )
         with seeded(derive(self.seed, "attack")):

@@ -1,45 +1,32 @@
 """The command line. Heavy imports wait until a command runs, so that --help answers at once."""
 
 import json
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from undistill.errors import UndistillError
+from undistill.options import (
+    Address,
+    Code,
+    Commands,
+    Config,
+    DataDir,
+    Device,
+    Fast,
+    Out,
+    Remember,
+    Set,
+    Where,
+    Workers,
+    beside,
+    build_launcher,
+    say,
+    working,
+)
 
 if TYPE_CHECKING:
-    from undistill.launch import Launcher
-    from undistill.progress import Progress
     from undistill.report.schema import Report
-
-
-# of the processes that torchrun started, the first one speaks
-FIRST = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
-
-
-class Commands(TyperGroup):
-    """What the user can mend ends in one sentence and exit code 2, never in a traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except UndistillError as error:
-            fail(str(error))
-        except OSError as error:
-            where = f" {error.filename}" if error.filename else ""
-            fail(
-                f"Cannot read or write{where}: {error.strerror or error}. What was finished is kept; "
-                "mend that and run the same command again."
-            )
-        except KeyboardInterrupt:
-            fail("Interrupted. The same command goes on from here.", 130)
-
 
 app = typer.Typer(
     cls=Commands,
@@ -47,64 +34,6 @@ app = typer.Typer(
     add_completion=False,
     help="Protect a classifier against distillation, audit it, and show the evidence.",
 )
-
-
-def fail(message: str, code: int = 2) -> None:
-    print(f"Error: {message}" if FIRST else f"Error in process {os.environ['RANK']}: {message}", file=sys.stderr)
-    raise typer.Exit(code)
-
-
-def say(message: str) -> None:
-    if FIRST:
-        print(message)
-
-
-@contextmanager
-def working() -> Iterator["Progress"]:
-    """Progress of a command that trains."""
-    from undistill.engine import keep_freed_memory
-    from undistill.progress import Progress
-
-    keep_freed_memory()
-    with Progress.to_stderr() if FIRST else Progress.silent() as progress:
-        yield progress
-
-
-Out = Annotated[Path | None, typer.Option(help="Where the result goes; the same command resumes there.")]
-Config = Annotated[Path | None, typer.Option(help="A YAML file of settings.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as recipe.epochs=30 or seed=1; repeatable."),
-]
-
-
-def use_data_dir(folder: Path | None) -> None:
-    """Later commands and worker processes look there, too."""
-    if folder:
-        os.environ["UNDISTILL_DATA"] = str(folder.expanduser().resolve())
-
-
-DataDir = Annotated[
-    Path | None,
-    typer.Option("--data-dir", callback=use_data_dir, help="Where public data sets lie, or are downloaded to."),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Code = Annotated[
-    str | None,
-    typer.Option(
-        "--model", help="Your own network again, file.py:factory; stored runs do not execute code by themselves."
-    ),
-]
-Fast = Annotated[
-    bool,
-    typer.Option("--fast", help="Choose precision, layout and compilation by a short trial (recipe.engine=auto)."),
-]
-Where = Annotated[str, typer.Option(help="Where cells are done: serial, pool, ray, or a listed one with its fields.")]
-Workers = Annotated[int | None, typer.Option(help="Processes of the pool.")]
-Address = Annotated[str | None, typer.Option(help="Of the Ray cluster.")]
-Remember = Annotated[
-    float, typer.Option(min=0, metavar="GIB", help="Disk that remembered answers may fill in a run folder; 0 is off.")
-]
 
 
 @app.command()
@@ -314,6 +243,22 @@ def data_check(
 
 
 @app.command()
+def figure(
+    name: Annotated[str, typer.Argument(help="answers, maps, students, synthesised, training or ablation.")],
+    sources: Annotated[list[Path], typer.Argument(help="An audit, runs, or a table of 'reproduce'.")],
+    out: Annotated[Path | None, typer.Option(help="Where it goes, without an ending: .svg and .png.")] = None,
+) -> None:
+    """Draw one figure as SVG and PNG."""
+    from undistill.report.drawing import draw
+    from undistill.report.figures import save
+
+    drawn = draw(name, sources)
+    beside_it = sources[0] if sources[0].is_dir() else sources[0].parent
+    for file in save(drawn, out or beside_it / name):
+        print(file)
+
+
+@app.command()
 def reproduce(
     name: Annotated[str, typer.Argument(help="An experiment, or 'list'.")] = "list",
     scale: Annotated[str, typer.Option(help="smoke (digits), small (two cores) or paper (to the letter).")] = "small",
@@ -351,21 +296,6 @@ def reproduce(
         table.add_row(*row.cells())
     console.print(table)
     console.print(f"\nTable: {out / f'{name}-{scale}.md'}", soft_wrap=True)
-
-
-def build_launcher(text: str, workers: int | None, address: str | None) -> "Launcher":
-    from undistill.launch import Launcher
-
-    launcher = Launcher.named(text)
-    given = {"workers": workers, "address": address}
-    changed = {name: value for name, value in given.items() if value is not None}
-    return type(launcher)(**(launcher.model_dump() | changed))
-
-
-def beside(run: Path, what: str) -> Path:
-    """RUN-what, next to RUN."""
-    run = run if run.name not in ("", "..") else run.resolve()
-    return run.with_name(f"{run.name}-{what}")
 
 
 def show(report: "Report", folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What the report's pictures are drawn from: answers of both teachers to the same test images."""
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
@@ -28,7 +30,8 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Evidence:
-    """images (n, C, H, W) uint8 with labels and tempered answers (n, K); t-SNE maps (m, 2) by name with labels (m,)."""
+    """images (n, C, H, W) uint8 with labels and tempered answers (n, K); t-SNE maps (m, 2) by name with labels (m,);
+    sheets of the images that attacks made, by name."""
 
     classes: list[str]
     images: Array
@@ -37,10 +40,13 @@ class Evidence:
     victim: Array
     point_labels: Array
     maps: dict[str, Array]
+    sheets: dict[str, Array]
 
 
-def write_evidence(path: Path, data: Data, honest: nn.Module, victim: nn.Module) -> None:
-    """Answer a few test images of different classes, and map many of them by t-SNE."""
+def write_evidence(
+    path: Path, data: Data, honest: nn.Module, victim: nn.Module, sheets: Mapping[str, Path] | None = None
+) -> None:
+    """Answer a few test images of different classes, map many of them by t-SNE, take in pictures of made images."""
     shown = data.test[_first_of_each(data.test.labels)[:IMAGES]]
     arrays = {
         "classes": np.array(data.classes),
@@ -57,6 +63,9 @@ def write_evidence(path: Path, data: Data, honest: nn.Module, victim: nn.Module)
         inner = features(network, to_float(points.pixels.to(device_of(network))))
         if inner is not None:
             arrays[f"map {side} features"] = _map(inner.cpu())
+    for name, file in (sheets or {}).items():
+        with Image.open(file) as picture:
+            arrays[f"sheet {name}"] = np.asarray(picture)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     write_atomically(path, lambda file: file.write(buffer.getvalue()))
@@ -65,9 +74,12 @@ def write_evidence(path: Path, data: Data, honest: nn.Module, victim: nn.Module)
 def read_evidence(path: Path) -> Evidence:
     try:
         arrays = read_arrays(path)
-        maps = {name.removeprefix("map "): arrays[name] for name in arrays if name.startswith("map ")}
+        maps, sheets = (
+            {name.removeprefix(kind): arrays[name] for name in arrays if name.startswith(kind)}
+            for kind in ("map ", "sheet ")
+        )
         fields = {name: arrays[name] for name in ("images", "labels", "honest", "victim", "point_labels")}
-        return Evidence(classes=[str(name) for name in arrays["classes"]], maps=maps, **fields)
+        return Evidence(classes=[str(name) for name in arrays["classes"]], maps=maps, sheets=sheets, **fields)
     except (OSError, ValueError, KeyError) as error:
         raise StoreError(f"{path} is missing or damaged ({error}); run the audit again.") from None
 

@@ -4,6 +4,7 @@ import io
 import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -14,12 +15,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from undistill.files import write_atomically, write_text
 from undistill.report.evidence import Evidence, T
 from undistill.report.schema import Report
 from undistill.verdict import Column, columns, interval
 
 HONEST, VICTIM, FLOOR = "#4477aa", "#cc3311", "#555555"
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "svg.hashsalt": "undistill",
@@ -33,16 +35,27 @@ _STYLE: Any = {
 def svg(figure: Figure) -> str:
     """The figure as an <svg> element, the same bytes for the same picture."""
     buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
 
-def students(report: Report, student: str) -> str:
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Write `path`.svg and `path`.png."""
+    picture = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(picture, format="png", bbox_inches="tight", dpi=150)
+    files = [path.with_name(f"{path.name}.{kind}") for kind in ("svg", "png")]
+    write_text(files[0], svg(figure))
+    write_atomically(files[1], lambda file: file.write(picture.getvalue()))
+    return files
+
+
+def students(report: Report, student: str) -> Figure:
     """Accuracy of every student of one architecture, with its spread over seeds, beside both floors."""
     rows = {column: accuracies for column, accuracies in columns(report.cells).items() if column[2] == student}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.5, 0.42 * len(rows) + 1.1))
         axes = figure.subplots()
         names = []
@@ -57,7 +70,7 @@ def students(report: Report, student: str) -> str:
                     )
         axes.set_yticks(range(len(names)), names)
         axes.set_xlabel(f"test accuracy of the student {student}, %   (· · · no teacher, - - - top answers only)")
-    return svg(figure)
+    return figure
 
 
 def _row(axes: Axes, height: int, column: Column, values: Sequence[float]) -> None:
@@ -81,10 +94,10 @@ def label(column: Column) -> str:
     )
 
 
-def answers(evidence: Evidence) -> str:
+def answers(evidence: Evidence) -> Figure:
     """Tempered answers of both teachers to the same images: the paper's bar charts."""
     count, classes = len(evidence.images), len(evidence.classes)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1.75 * count + 0.5, 4.6), layout="constrained")
         grid = figure.subplots(3, count, squeeze=False, height_ratios=(1.1, 1, 1))
         for number in range(count):
@@ -106,10 +119,10 @@ def answers(evidence: Evidence) -> str:
         grid[1, 0].set_ylabel("unprotected")
         grid[2, 0].set_ylabel("protected")
         figure.supxlabel(f"class; bars are answers softened at T = {T:g}", fontsize=9)
-    return svg(figure)
+    return figure
 
 
-def maps(evidence: Evidence) -> str:
+def maps(evidence: Evidence) -> Figure:
     """t-SNE of features and answers of both teachers, one mark for each class."""
     names = [
         name
@@ -118,7 +131,7 @@ def maps(evidence: Evidence) -> str:
     ]
     markers, shown = "osD^v<>PX*", np.unique(evidence.point_labels)
     colours = matplotlib.colormaps["tab10" if len(evidence.classes) <= 10 else "tab20"]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 4.2 * math.ceil(len(names) / 2)), layout="constrained")
         for axes, name in zip(figure.subplots(math.ceil(len(names) / 2), 2).flat, names, strict=False):
             marks = [
@@ -138,4 +151,18 @@ def maps(evidence: Evidence) -> str:
         if len(evidence.classes) <= 20:
             classes = [evidence.classes[label] for label in shown]
             figure.legend(marks, classes, loc="outside lower center", ncols=10, fontsize=8, frameon=False)
-    return svg(figure)
+    return figure
+
+
+def sheets(evidence: Evidence) -> Figure:
+    """The images that attacks made from the networks alone, a sheet for each."""
+    count = len(evidence.sheets)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.4, 4.4 * math.ceil(count / 2)), layout="constrained")
+        grid = list(figure.subplots(math.ceil(count / 2), 2, squeeze=False).flat)
+        for axes in grid:
+            axes.axis("off")
+        for axes, (name, pixels) in zip(grid, evidence.sheets.items(), strict=False):
+            axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes.set_title(name, fontsize=9)
+    return figure

@@ -5,6 +5,7 @@ from statistics import fmean
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 from pydantic import ValidationError
 
 from undistill.errors import StoreError
@@ -44,11 +45,10 @@ def render(folder: Path) -> Path:
     """Make report.html and report.md anew from report.json and evidence.npz."""
     report, evidence = read_report(folder), read_evidence(folder / "evidence.npz")
     pictures = {
-        "students": [
-            Markup(figures.students(report, name)) for name in sorted({cell.student for cell in report.cells})
-        ],
-        "answers": Markup(figures.answers(evidence)),
-        "maps": Markup(figures.maps(evidence)),
+        "students": [draw(figures.students(report, name)) for name in sorted({cell.student for cell in report.cells})],
+        "answers": draw(figures.answers(evidence)),
+        "maps": draw(figures.maps(evidence)),
+        "sheets": draw(figures.sheets(evidence)) if evidence.sheets else None,
     }
     agreement = fmean(pair.agreement for pair in report.pairs)
     context = {"report": report, "rows": table(report), "agreement": agreement, "percent": percent, "points": points}
@@ -56,6 +56,10 @@ def render(folder: Path) -> Path:
     write_text(folder / "report.md", _templates.get_template("report.md").render(context))
     write_text(folder / "report.html", html)
     return folder / "report.html"
+
+
+def draw(figure: Figure) -> Markup:
+    return Markup(figures.svg(figure))
 
 
 def table(report: Report) -> list[dict[str, str]]:

@@ -1,0 +1,106 @@
+"""Figures from runs, audits and tables, on the command line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from tests.conftest import RECIPE, STUDENT
+from undistill.auditor import audit
+from undistill.cli import app
+from undistill.report.curves import ablation, training
+from undistill.report.evidence import read_evidence
+from undistill.sheet import write_sheet
+from undistill.store import Run
+
+
+def figure(*words: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["figure", *map(str, words)])
+    return done.exit_code, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(victim: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An audit with an attack that makes images."""
+    out = tmp_path_factory.mktemp("audits") / "audit"
+    attack = "DeepInversion(count=20, steps=3)"
+    audit(victim, out, attacks=[attack], students=[STUDENT], seeds=1, recipe=RECIPE, device="cpu")
+    return out
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tables") / "omega-small.json"
+    rows = [
+        {"name": f"omega={value}: {who}", "accuracies": [base - 100 * value, base - 90 * value]}
+        for value in (0, 0.01, 0.1)
+        for who, base in (("teacher", 99.0), ("student", 80.0))
+    ]
+    path.write_text(json.dumps({"rows": [*rows, {"name": "no teacher", "accuracies": [70.0]}]}))
+    return path
+
+
+@pytest.mark.parametrize("name", ["answers", "maps", "students", "synthesised"])
+def test_figures_of_an_audit(name: str, folder: Path) -> None:
+    code, said = figure(name, folder)
+    assert code == 0, said
+    assert (folder / f"{name}.svg").read_text().startswith("<svg")
+    with Image.open(folder / f"{name}.png") as picture:
+        assert min(picture.size) > 200
+
+
+def test_made_images_are_in_the_report(folder: Path) -> None:
+    sheets = read_evidence(folder / "evidence.npz").sheets
+    assert [name.split(" from ")[1] for name in sheets] == ["the unprotected", "the protected"]
+    assert "Images that were made from the networks alone" in (folder / "report.html").read_text()
+
+
+def test_training_shows_accuracy_and_the_divergence_of_what_undermines(honest: Run, victim: Run) -> None:
+    above, below = training([honest, victim]).axes
+    assert [line.get_label() for line in above.lines] == ["honest", "victim"]
+    assert len(above.lines[0].get_xdata()) == RECIPE.epochs
+    (drawn,) = below.lines
+    rows = [json.loads(line) for line in (victim.folder / "metrics.jsonl").read_text().splitlines()]
+    assert drawn.get_ydata()[-1] == pytest.approx(-rows[-1]["undermining"] / 0.05)
+
+
+def test_an_ablation_has_a_line_for_each_series(table: Path) -> None:
+    (axes,) = ablation(table).axes
+    assert axes.get_xlabel() == "omega"
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines.keys() == {"teacher", "student", "no teacher"}
+    assert np.allclose(lines["student"].get_ydata(), [80, 79.05, 70.5])
+    assert np.allclose(lines["student"].get_xdata(), [0, 0.01, 0.1])
+    assert len(axes.collections) == 2, "bands"
+
+
+def test_shares_are_values_too(tmp_path: Path) -> None:
+    rows = [{"name": f"{share} %: KD from nasty".replace(" %", "%"), "accuracies": [share]} for share in (10, 90)]
+    (tmp_path / "samples.json").write_text(json.dumps({"rows": rows}))
+    (axes,) = ablation(tmp_path / "samples.json").axes
+    assert (axes.get_xlabel(), axes.lines[0].get_label()) == ("share of the images, %", "KD from nasty")
+
+
+def test_bad_words_are_explained(folder: Path, honest: Run, tmp_path: Path) -> None:
+    for words, said in {
+        ("answer", folder): "did you mean 'answers'",
+        ("answers", folder, folder): "shows one audit",
+        ("answers", honest.folder): "run the audit again",
+        ("training", folder): "is the folder of another command (audit)",
+        ("ablation", tmp_path / "no.json"): "is no table of 'undistill reproduce'",
+    }.items():
+        code, answer = figure(*words)
+        assert (code, said in answer) == (2, True), answer
+
+
+def test_a_sheet_shows_images_in_rows(tmp_path: Path) -> None:
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 3, 4) * 50
+    write_sheet(tmp_path / "sheet.png", images, columns=2)
+    with Image.open(tmp_path / "sheet.png") as picture:
+        pixels = np.asarray(picture)
+    assert pixels.shape == (3 * (2 * 3 + 2), 2 * (2 * 4 + 2))
+    assert [pixels[8 * (n // 2), 10 * (n % 2)] for n in range(6)] == [0, 50, 100, 150, 200, 255]
