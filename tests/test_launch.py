@@ -187,6 +187,16 @@ def test_ray_that_is_not_installed_is_named(victim: Run, tmp_path: Path, monkeyp
         cells(victim, tmp_path / "a", Ray(), [])
 
 
+@pytest.mark.ray
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "auto"])
+def test_a_cluster_that_does_not_answer_is_named(address: str, victim: Run, tmp_path: Path) -> None:
+    """Tested before there is a cluster here, which `auto` would find."""
+    pytest.importorskip("ray")
+    with pytest.raises(LaunchError, match=r"No Ray cluster answers at.*Nothing was lost"):
+        cells(victim, tmp_path / "a", Ray(address=address), [])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[object]:
     """Two workers of one core each, beside a head that does no work."""
@@ -224,11 +234,3 @@ def test_ray_runs_the_users_code_and_its_errors(victim: Run, cluster, tmp_path: 
     done = cells(victim, tmp_path / "a", where, [mine("die once")])
     assert (tmp_path / "marker").exists(), "a worker died"
     assert done == cells(victim, tmp_path / "serial", "Serial", [mine("die once")])
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "auto"])
-def test_a_cluster_that_does_not_answer_is_named(address: str, victim: Run, tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match=r"No Ray cluster answers at.*Nothing was lost"):
-        cells(victim, tmp_path / "a", Ray(address=address), [])
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
