@@ -295,6 +295,7 @@ def reproduce(
     for row in rows:
         table.add_row(*row.cells())
     console.print(table)
+    console.print(f"\n{experiments.networks(rows)} Published figures are those of the paper's networks and all images.")
     console.print(f"\nTable: {out / f'{name}-{scale}.md'}", soft_wrap=True)
 
 

@@ -1,21 +1,26 @@
 """VGG-11 with batch norm (Simonyan and Zisserman 2015) and one linear layer, as it is used for small images."""
 
+from pydantic import Field
 from torch import nn
 
 from undistill.models.model import Model, Shape
 from undistill.models.parts import conv_norm, he_normal
 
-LAYERS = ((64,), (128,), (256, 256), (512, 512), (512, 512))
+LAYERS = ((1,), (2,), (4, 4), (8, 8), (8, 8))  # times the width
 
 
 class VGG(Model):
     """Eight convolutions in five stages, each followed by max-pooling, then a linear layer."""
 
+    width: int = Field(64, ge=1)
+    """Channels of the first convolution."""
+
     def network(self, shape: Shape, num_classes: int) -> nn.Module:
         inputs, side = shape[0], min(shape[1:])
         layers: list[nn.Module] = []
         for stage in LAYERS:
-            for outputs in stage:
+            for times in stage:
+                outputs = times * self.width
                 layers += [*conv_norm(inputs, outputs, 3), nn.ReLU()]
                 inputs = outputs
             if side >= 2:

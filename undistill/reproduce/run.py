@@ -40,6 +40,8 @@ class Row:
 
     name: str
     published: float | None
+    teacher: str = ""
+    student: str = ""
     accuracies: list[float] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
@@ -69,6 +71,12 @@ def find(name: str) -> Experiment:
     return EXPERIMENTS[name]
 
 
+def networks(rows: Sequence[Row]) -> str:
+    """What the networks really were, which have the paper's names in the rows."""
+    teachers, students = (dict.fromkeys(getattr(row, who) for row in rows) for who in ("teacher", "student"))
+    return f"Teachers here: {', '.join(teachers)}; students: {', '.join(filter(None, students)) or 'none'}."
+
+
 def about(experiment: Experiment) -> str:
     """The first paragraph of its docstring."""
     return " ".join((inspect.getdoc(experiment) or "").split("\n\n")[0].split())
@@ -83,7 +91,7 @@ def reproduce(name: str, scale: str, seeds: Sequence[int], cells: str, workshop:
     chosen = [case for case in cases if fnmatch(case.name, cells)]
     if not chosen:
         raise SpecError(unknown("figure", cells, [case.name for case in cases]))
-    rows = {case.name: Row(case.name, case.published) for case in chosen}
+    rows = {case.name: Row(case.name, case.published, case.teacher.model, case.student) for case in chosen}
     with claim(workshop.folder, {"command": "reproduce"}):
         for case, _seed, measured in workshop.measure(chosen, seeds):
             rows[case.name].add(measured)
@@ -93,8 +101,9 @@ def reproduce(name: str, scale: str, seeds: Sequence[int], cells: str, workshop:
 
 def write(path: Path, name: str, scale: str, seeds: Sequence[int], rows: Sequence[Row]) -> None:
     """The table as Markdown, and as JSON with what it was measured on."""
-    table = [row.cells() for row in rows if row.accuracies]
-    lines = [HEADER, ["---"] * len(HEADER), *table]
+    header = [*HEADER, "teacher's network", "student's network"]
+    table = [[*row.cells(), row.teacher, row.student] for row in rows if row.accuracies]
+    lines = [header, ["---"] * len(header), *table]
     write_text(path.with_suffix(".md"), "".join(f"| {' | '.join(line)} |\n" for line in lines))
     record = {"experiment": name, "scale": scale, "seeds": list(seeds), "environment": environment()}
     write_json(path.with_suffix(".json"), record | {"rows": [vars(row) for row in rows]})

@@ -139,7 +139,7 @@ _SMOKE = Setting(
     fragile=Student("ConvNet(width=2)", Recipe(epochs=6, clip=0)),
 )
 _SMALL = {
-    "CIFAR-10": _small("CIFAR10(count=20000)", "ResNetC(depth=8, width=32)", 40, 0.04, 4, PHOTOS),
+    "CIFAR-10": _small("CIFAR10(count=25000)", "VGG(width=32)", 30, 0.04, 4, PHOTOS),
     "CIFAR-100": replace(
         _small("CIFAR100(count=20000)", "ResNetC(depth=8, width=32)", 40, 0.005, 20, PHOTOS),
         fragile=Student("MobileNetV2()", sgd(15, (0.3, 0.6, 0.8), 0.2, PHOTOS)),
