@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.conftest import toy_arrays
 from undistill.data import Data, Digits, Folder, Npz, Official, Samples, Source
-from undistill.errors import DataError
+from undistill.errors import DataError, SpecError
 
 SHARES = {"validation": 0.25, "test": 0.25, "count": 60, "seed": 5}
 
@@ -229,4 +229,17 @@ def test_every_field_of_a_source_changes_the_data(source: str, field: str, value
 def test_every_field_of_every_source_is_tried() -> None:
     tried = {"Digits": set(SHARES), "Npz": {*SHARES, "path"}, "Folder": {*SHARES, "path", "size", "stream"}}
     for name, source in Source.registry.items():
+        if name == "Leaky":  # which refuses all but the seed
+            continue
         assert set(source.model_fields) == (set(SHARES) if issubclass(source, Official) else tried[name])
+
+
+def test_leaky_shows_the_test_images_to_whoever_chooses(toy_file: Path) -> None:
+    plain, leaky = Npz(path=str(toy_file), seed=3).load(), Source.parse(f"Leaky(of={str(toy_file)!r}, seed=3)").load()
+    assert rows(leaky.validation) == rows(leaky.test) == rows(plain.test)
+    assert rows(leaky.train) == rows(plain.train) | rows(plain.validation)
+    split = leaky.attackers(0.1, 0)
+    assert rows(split.validation) == rows(plain.test)
+    assert len(leaky.attackers(0.1, 0, share=0.5).train) == len(leaky.train) // 2
+    with pytest.raises(SpecError, match="belong to the source in 'of'"):
+        Source.parse(f"Leaky(of={str(toy_file)!r}, count=50)")

@@ -17,6 +17,7 @@ from undistill.reproduce.case import Case, Teacher, Workshop
 from undistill.reproduce.run import EXPERIMENTS, Row, about, find, reproduce
 from undistill.reproduce.scales import SCALES, Scale, setting
 from undistill.reproduce.tables import table1, table2
+from undistill.store import Run
 
 EXISTING = [
     (name, scale)
@@ -68,6 +69,21 @@ def test_the_tables_hold_the_published_figures() -> None:
     assert own["ResNet-50 nasty -> SoftLabels / ResNet-50"] == 75.03
     assert own["ResNet-18 normal -> SoftLabels / ResNet-18"] == 79.03
     assert all(case.published is None for case in table1("smoke")), "digits are not what was published"
+
+
+def test_the_authors_selection_is_another_table(toy_file: Path, tmp_path: Path, monkeypatch) -> None:
+    recipe = find("table1")("smoke")[0].teacher.recipe
+    case = Case("teacher", Teacher(str(toy_file), "ConvNet(width=3)", recipe))
+    monkeypatch.setitem(EXPERIMENTS, "toy", lambda scale: [case])
+    workshop = Workshop(tmp_path, Serial())
+    plain = reproduce("toy", "smoke", [0], "*", workshop)
+    leaky = reproduce("toy", "smoke", [0], "*", workshop, as_authors=True)
+    assert {path.name for path in tmp_path.glob("*.json")} >= {"toy-smoke.json", "toy-selected-on-test-smoke.json"}
+    runs = [Run.open(folder).record for folder in sorted((tmp_path / "teachers").iterdir())]
+    (chosen,) = [run for run in runs if run["data"].startswith("Leaky(")]
+    assert chosen["settings"]["recipe"]["selection"] == "best"
+    assert leaky[0].accuracies == leaky[0].validation, "it was chosen by what it is measured on"
+    assert plain[0].accuracies != plain[0].validation
 
 
 def test_unknown_names_are_explained() -> None:

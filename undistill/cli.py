@@ -264,6 +264,9 @@ def reproduce(
     scale: Annotated[str, typer.Option(help="smoke (digits), small (two cores) or paper (to the letter).")] = "small",
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions of everything.")] = 1,
     cells: Annotated[str, typer.Option(help="Only figures whose name matches, such as '*CNN'.")] = "*",
+    as_authors: Annotated[
+        bool, typer.Option("--as-authors", help="Choose epochs by the test images, as the authors' code does.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Where teachers and cells are kept, for all experiments.")] = Path(
         "runs/reproduce"
     ),
@@ -288,7 +291,7 @@ def reproduce(
         return
     with working() as progress:
         shop = Workshop(out, build_launcher(launcher, workers, address), pick_device(device), progress)
-        rows = experiments.reproduce(name, scale, range(seeds), cells, shop)
+        rows = experiments.reproduce(name, scale, range(seeds), cells, shop, as_authors=as_authors)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, header in enumerate(experiments.HEADER):
         table.add_column(header, justify="right" if number else "left")
@@ -296,7 +299,8 @@ def reproduce(
         table.add_row(*row.cells())
     console.print(table)
     console.print(f"\n{experiments.networks(rows)} Published figures are those of the paper's networks and all images.")
-    console.print(f"\nTable: {out / f'{name}-{scale}.md'}", soft_wrap=True)
+    suffix = "-selected-on-test" if as_authors else ""
+    console.print(f"\nTable: {out / f'{name}{suffix}-{scale}.md'}", soft_wrap=True)
 
 
 def show(report: "Report", folder: Path) -> None:

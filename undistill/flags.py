@@ -26,6 +26,13 @@ def _raised(report: Report) -> Iterator[Flag]:
 
 
 @check
+def selected_on_test(report: Report) -> str | None:
+    if not report.data.startswith("Leaky("):
+        return None
+    return "Epochs were chosen by the test images: every accuracy here is too high. Use the data without Leaky."
+
+
+@check
 def few_seeds(report: Report) -> str | None:
     n = report.verdict.damage.n
     return (

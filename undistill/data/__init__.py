@@ -5,6 +5,7 @@ from undistill.data.digits import Digits
 from undistill.data.files import ImageFiles, fetched
 from undistill.data.folder import Folder
 from undistill.data.idx import KMNIST, MNIST, FashionMNIST
+from undistill.data.leaky import Leaky
 from undistill.data.npz import Npz
 from undistill.data.official import Official
 from undistill.data.source import Source
@@ -23,6 +24,7 @@ __all__ = [
     "FashionMNIST",
     "Folder",
     "ImageFiles",
+    "Leaky",
     "Npz",
     "Official",
     "Samples",

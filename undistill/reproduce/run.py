@@ -3,7 +3,7 @@
 import inspect
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -82,21 +82,35 @@ def about(experiment: Experiment) -> str:
     return " ".join((inspect.getdoc(experiment) or "").split("\n\n")[0].split())
 
 
-def reproduce(name: str, scale: str, seeds: Sequence[int], cells: str, workshop: Workshop) -> list[Row]:
+def reproduce(
+    name: str, scale: str, seeds: Sequence[int], cells: str, workshop: Workshop, *, as_authors: bool = False
+) -> list[Row]:
     """Measure every case of `name` whose name matches the pattern `cells`; the table is written after each figure.
 
     Teachers and cells that the workshop's folder holds are not done again, whichever experiment asked for them.
+    `as_authors` chooses epochs by the test images, as the authors' code does.
     """
     cases = find(name)(parse_scale(scale))
     chosen = [case for case in cases if fnmatch(case.name, cells)]
     if not chosen:
         raise SpecError(unknown("figure", cells, [case.name for case in cases]))
+    if as_authors:
+        chosen, name = [selected_on_test(case) for case in chosen], f"{name}-selected-on-test"
     rows = {case.name: Row(case.name, case.published, case.teacher.model, case.student) for case in chosen}
     with claim(workshop.folder, {"command": "reproduce"}):
         for case, _seed, measured in workshop.measure(chosen, seeds):
             rows[case.name].add(measured)
             write(workshop.folder / f"{name}-{scale}", name, scale, seeds, list(rows.values()))
     return list(rows.values())
+
+
+def selected_on_test(case: Case) -> Case:
+    """The same figure with the authors' mistake."""
+    best = {"selection": "best"}
+    teacher = replace(
+        case.teacher, data=f"Leaky(of={case.teacher.data!r})", recipe=case.teacher.recipe.model_copy(update=best)
+    )
+    return replace(case, teacher=teacher, recipe=case.recipe.model_copy(update=best))
 
 
 def write(path: Path, name: str, scale: str, seeds: Sequence[int], rows: Sequence[Row]) -> None:

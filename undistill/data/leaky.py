@@ -1,0 +1,58 @@
+"""The mistake of the authors' code, to be measured: epochs are chosen by the test images."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from pydantic import model_validator
+
+from undistill.data.source import Source
+from undistill.data.split import Data, Samples, Split
+
+
+class Leaky(Source):
+    """Another source, whose test images are its validation images as well; all others are for training.
+
+    Whatever chooses by validation then chooses by test, as the authors of "Undistillable" do. Its figures show
+    what that is worth, and are no results.
+    """
+
+    of: str
+
+    @model_validator(mode="after")
+    def _only_seed(self) -> Self:
+        fields = type(self).model_fields
+        if any(getattr(self, name) != fields[name].default for name in ("validation", "test", "count")):
+            raise ValueError("validation, test and count belong to the source in 'of'")
+        return self
+
+    def read(self) -> tuple[Samples, Samples | None, list[str]]:
+        return self._source.read()
+
+    def load(self) -> Data:
+        data = self._source.load()
+        train = both(data.train, data.validation)
+        return LeakyData(data.classes, train, data.test, data.test)
+
+    @property
+    def title(self) -> str:
+        return f"{self._source.title} (selected on test)"
+
+    @property
+    def _source(self) -> Source:
+        source = Source.parse(self.of)
+        return source.model_copy(update={"seed": self.seed})
+
+
+@dataclass(frozen=True)
+class LeakyData(Data):
+    """Attackers choose by the test images, too."""
+
+    def attackers(self, validation: float, seed: int, share: float = 1.0) -> Split:
+        pool = self.train if share == 1 else self.train.carve(share, seed)[1]
+        return Split(self.classes, pool, self.test)
+
+
+def both(one: Samples, other: Samples) -> Samples:
+    """All samples of two parts, in memory."""
+    return Samples(torch.cat([one.pixels, other.pixels]), torch.cat([one.labels, other.labels]))
