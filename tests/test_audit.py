@@ -276,6 +276,7 @@ def test_a_file_dropped_into_the_folder_is_found(tmp_path: Path, monkeypatch) ->
 
 # What to change in a sound report so that each flag must fire.
 LIES = {
+    "diverged": lambda r: cells_with(r, diverged="the term 'soft' is NaN"),
     "selected_on_test": lambda r: r.model_copy(update={"data": f"Leaky(of={r.data!r})"}),
     "few_seeds": lambda r: r.model_copy(update={"verdict": verdict_with(r, damage=1)}),
     "one_teacher": lambda r: r.model_copy(update={"pairs": r.pairs[:1]}),

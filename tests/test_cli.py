@@ -248,9 +248,10 @@ def test_data_check_shows_counts_and_a_sheet(toy_file: Path, tmp_path: Path) -> 
 
 def test_the_data_folder_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNDISTILL_DATA", "elsewhere")
-    (tmp_path / "mnist").mkdir()
-    (tmp_path / "mnist" / "t10k-labels-idx1-ubyte.gz").touch()
-    refused(call("data", "check", "MNIST", "--data-dir", tmp_path), f"{tmp_path / 'mnist'} is a partial MNIST")
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "test_batch").touch()
+    done = call("data", "check", "CIFAR10", "--data-dir", tmp_path)
+    refused(done, f"CIFAR10 in {tmp_path / 'cifar-10-batches-py'} (data_batch_1 ...) is partial")
 
 
 def test_unknown_experiments_and_scales_are_explained(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tests.conftest import RECIPE, STUDENT
 from undistill.attacks import Attack
 from undistill.data import Data
 from undistill.defences import Defence
-from undistill.errors import BudgetExceeded
+from undistill.errors import BudgetExceeded, ModelError
 from undistill.fit import Fit, Recipe
 from undistill.measure import accuracy, evaluate
 from undistill.models import Model, seeded
@@ -154,6 +154,14 @@ def test_no_more_access_than_declared(attack: Attack, toy: Data, honest: Run) ->
 
     student(toy, attack, honest.network(), Watching(honest.network(), Access.WEIGHTS))
     assert max(asked, default=Access.NONE) == attack.needs
+
+
+def test_data_free_attacks_that_read_statistics_need_some(toy: Data) -> None:
+    victim = nn.Sequential(nn.Flatten(), nn.Linear(144, 3))
+    with pytest.raises(ModelError, match="the victim has none"):
+        student(toy, Attack.parse("DeepInversion(count=12, steps=2)"), victim)
+    untracked = nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), nn.Flatten(), nn.Linear(144, 3))
+    student(toy, Attack.parse("Fast()"), untracked)
 
 
 @attacks

@@ -168,6 +168,16 @@ def test_the_backward_pass_is_computed_like_the_forward_pass(engine: Engine, toy
     assert seen["forward"][:3] == ((False, True, False) if engine == EXACT else (True, False, True))
 
 
+def test_a_network_that_is_stepped_inside_an_objective_has_its_new_weights() -> None:
+    """Autocast would else go on with bf16 copies of the old ones, and a generator would not learn."""
+    layer, images = nn.Linear(4, 3), torch.rand(2, 4)
+    with Engine(precision="bf16").active(CPU):
+        before = layer(images)
+        with torch.no_grad():
+            layer.weight.mul_(2)
+        assert not torch.equal(layer(images), before)
+
+
 def test_a_refusal_without_a_message_is_passed_over() -> None:
     class Contiguous(nn.Module):
         def __init__(self) -> None:

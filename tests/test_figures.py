@@ -1,6 +1,7 @@
 """Figures from runs, audits and tables, on the command line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from tests.conftest import RECIPE, STUDENT
 from undistill.auditor import audit
 from undistill.cli import app
+from undistill.errors import StoreError
 from undistill.report.curves import ablation, training
 from undistill.report.evidence import read_evidence
 from undistill.sheet import write_sheet
@@ -83,6 +85,29 @@ def test_shares_are_values_too(tmp_path: Path) -> None:
     (tmp_path / "samples.json").write_text(json.dumps({"rows": rows}))
     (axes,) = ablation(tmp_path / "samples.json").axes
     assert (axes.get_xlabel(), axes.lines[0].get_label()) == ("share of the images, %", "KD from nasty")
+
+
+def test_runs_of_one_name_are_told_apart(honest: Run, victim: Run, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(victim.folder, tmp_path / "honest"))
+    above = training([honest, Run.open(copy)]).axes[0]
+    assert [line.get_label() for line in above.lines] == [str(honest.folder), str(copy)]
+    assert above.lines[0].get_ydata()[-1] == pytest.approx(100 * honest.record["metrics"]["validation_accuracy"])
+
+
+@pytest.mark.parametrize(
+    "name", ["ResNet-18 nasty -> SoftLabels / CNN", "lr / 10: normal", "PlainCNN(width=16): student"]
+)
+def test_a_digit_in_a_name_is_no_value(name: str, tmp_path: Path) -> None:
+    (tmp_path / "table.json").write_text(json.dumps({"rows": [{"name": name, "accuracies": [50.0]}]}))
+    with pytest.raises(StoreError, match="holds no ablation"):
+        ablation(tmp_path / "table.json")
+
+
+@pytest.mark.parametrize("row", [{}, {"name": 3}, {"name": "omega=1: a", "accuracies": ["x"]}], ids=str)
+def test_a_damaged_table_is_named(row: object, tmp_path: Path) -> None:
+    (tmp_path / "table.json").write_text(json.dumps({"rows": [row]}))
+    with pytest.raises(StoreError, match="is no table"):
+        ablation(tmp_path / "table.json")
 
 
 def test_bad_words_are_explained(folder: Path, honest: Run, tmp_path: Path) -> None:

@@ -139,6 +139,40 @@ def test_only_plain_containers_and_number_arrays_are_built(tmp_path: Path, value
         read_batch(tmp_path / "batch")
 
 
+def test_bytes_as_python_2_wrote_them(tmp_path: Path) -> None:
+    """The authors' own files: protocol 2, where the bytes of an array are a BINSTRING."""
+    values = RANDOM.integers(0, 256, (2, 3), np.uint8)
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+        b"(I1\n(I2\nI3\ntcnumpy\ndtype\n(S'u1'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntbI00\nU\x06"
+        + values.tobytes()
+        + b"tb"
+    )
+    (tmp_path / "batch").write_bytes(b"\x80\x02}(U\x04data" + array + b"U\x06labels](I6\nI9\neu.")
+    batch = read_batch(tmp_path / "batch")
+    assert np.array_equal(batch["data"], values)
+    assert batch["labels"] == [6, 9]
+
+
+CRAFTED = {
+    "the stand-in itself": b"\x80\x02}(U\x01acnumpy\nndarray\nu.",
+    "the encoder itself": b"\x80\x02}(U\x01ac_codecs\nencode\nu.",
+    "changes the encoder": b"\x80\x02c_codecs\nencode\nN}U\x0c__defaults__(U\x05utf-8ts\x86b0}.",
+    "a set": pickle.dumps({"a": {1, 2}}, 4),
+    "without init": b"\x80\x02}(U\x01acnumpy\nndarray\n)\x81u.",
+    "a list that holds itself": b"\x80\x02}(U\x01a]q\x00h\x00au.",
+    "a huge number": b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",
+    "a huge memo": b"\x80\x02}r\xff\xff\xff\xff.",
+}
+
+
+@pytest.mark.parametrize("content", CRAFTED.values(), ids=CRAFTED)
+def test_crafted_pickles_are_refused_in_a_sentence(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "batch").write_bytes(content)
+    with pytest.raises(DataError, match="is not used"):
+        read_batch(tmp_path / "batch")
+
+
 def test_arrays_in_every_order_and_width(tmp_path: Path) -> None:
     values = RANDOM.integers(0, 200, (4, 6))
     for kind in ("u1", "<i8", ">i8"):
@@ -210,13 +244,13 @@ def test_partial_and_foreign_folders_are_named_and_not_used(root: Path, monkeypa
     folder = root / "cifar-10-batches-py"
     write_cifar10(folder)
     (folder / "data_batch_3").rename(folder / "elsewhere")
-    with pytest.raises(DataError, match="partial CIFAR10: it lacks data_batch_3"):
+    with pytest.raises(DataError, match=r"CIFAR10 in .* is partial: it lacks data_batch_3"):
         CIFAR10().load()
     (folder / "data_batch_3").write_bytes((folder / "elsewhere").read_bytes()[:5000])
     with pytest.raises(DataError, match=r"data_batch_3 is not used: .*truncated"):
         CIFAR10().load()
     write_cifar10(folder, rows=21)
-    with pytest.raises(DataError, match="105 training images, the published data set 100"):
+    with pytest.raises(DataError, match=r"105 training images, the published data set 100.*Remove those files"):
         CIFAR10().load()
 
 
@@ -225,10 +259,24 @@ def test_a_truncated_idx_file_is_named(root: Path, monkeypatch: pytest.MonkeyPat
     write_idx(root / "mnist", MNIST)
     path = root / "mnist" / MNIST.files[0].name
     whole = gzip.decompress(path.read_bytes())
-    for content in (path.read_bytes()[:-20], gzip.compress(whole[:-5]), gzip.compress(b"\0\0\x0d\x03" + whole[4:])):
+    flipped = bytearray(path.read_bytes())
+    flipped[len(flipped) // 2] ^= 0xFF
+    other_type = gzip.compress(b"\0\0\x0d\x03" + whole[4:])
+    for content in (path.read_bytes()[:-20], gzip.compress(whole[:-5]), other_type, bytes(flipped)):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=r"mnist is damaged"):
+        with pytest.raises(DataError, match=r"MNIST in .*mnist .* is damaged"):
             MNIST().load()
+
+
+@pytest.mark.parametrize("content", [b"", b"no matlab file", b"\x89HDF" * 40], ids=["empty", "text", "newer"])
+def test_a_damaged_svhn_does_not_ask_for_the_whole_folder(
+    content: bytes, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(monkeypatch, SVHN, 40, 20)
+    for file in SVHN.files:
+        (root / file.name).write_bytes(content)
+    with pytest.raises(DataError, match=r"SVHN in .*train_32x32.mat.* is damaged.*Remove those files"):
+        SVHN().load()
 
 
 @pytest.fixture
@@ -274,6 +322,30 @@ def test_other_bytes_are_not_taken_for_the_published_file(
     with pytest.raises(DataError, match="partial, damaged or another file"):
         CIFAR10().load()
     assert (root / "c10.tar.gz").read_bytes() == b"half of it"
+
+
+def test_an_interrupted_download_goes_on(root: Path, server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, MNIST, 40, 20)
+    write_idx(server[1] / "files", MNIST)
+    contents = {file.name: (server[1] / "files" / file.name).read_bytes() for file in MNIST.files}
+    published = tuple(File(name, hashlib.md5(content).hexdigest()) for name, content in contents.items())
+    monkeypatch.setattr(MNIST, "files", published)
+    monkeypatch.setattr(MNIST, "home", f"{server[0]}/files")
+    (root / "mnist").mkdir()
+    (root / "mnist" / published[0].name).write_bytes(contents[published[0].name])
+    assert len(MNIST(validation=0.25).load().train) == 30
+
+
+def test_what_is_in_the_way_of_an_archive_is_named(
+    root: Path, server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CIFAR10, "home", server[0])
+    monkeypatch.setattr(CIFAR10, "archive", publish(server[1]))
+    (root / "cifar-10-batches-py").mkdir()
+    (root / "cifar-10-batches-py" / "readme.html").touch()
+    with pytest.raises(DataError, match="cifar-10-batches-py is in the way"):
+        CIFAR10().load()
+    assert [path.name for path in (root / "cifar-10-batches-py").iterdir()] == ["readme.html"]
 
 
 def test_an_unreachable_address_says_what_to_do(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,10 @@ from undistill.cli import app
 from undistill.data import Source
 from undistill.defences import Defence
 from undistill.errors import SpecError
+from undistill.fit import Recipe
 from undistill.launch import Serial
 from undistill.models import Model
-from undistill.reproduce.case import Case, Teacher, Workshop
+from undistill.reproduce.case import Case, Measured, Teacher, Workshop
 from undistill.reproduce.run import EXPERIMENTS, Row, about, find, reproduce
 from undistill.reproduce.scales import SCALES, Scale, setting
 from undistill.reproduce.tables import table1, table2
@@ -82,8 +83,8 @@ def test_the_authors_selection_is_another_table(toy_file: Path, tmp_path: Path, 
     runs = [Run.open(folder).record for folder in sorted((tmp_path / "teachers").iterdir())]
     (chosen,) = [run for run in runs if run["data"].startswith("Leaky(")]
     assert chosen["settings"]["recipe"]["selection"] == "best"
-    assert leaky[0].accuracies == leaky[0].validation, "it was chosen by what it is measured on"
-    assert plain[0].accuracies != plain[0].validation
+    assert leaky[0].measured[0].accuracy == leaky[0].measured[0].validation_accuracy, "chosen by what it is measured on"
+    assert plain[0].measured[0].accuracy != plain[0].measured[0].validation_accuracy
 
 
 def test_unknown_names_are_explained() -> None:
@@ -112,11 +113,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_table_has_every_figure(folder: Path) -> None:
     record = json.loads((folder / "table1-smoke.json").read_text())
     rows = {row["name"]: row for row in record["rows"]}
-    assert record["seeds"] == [0, 1]
     assert rows.keys() == {case.name for case in table1("smoke")}
-    assert all(len(row["accuracies"]) == 2 for row in rows.values())
-    assert rows["ResNet-18 nasty"]["divergences"]
-    assert not rows["ResNet-18 normal"]["divergences"]
+    assert all(row["measured"].keys() == {"0", "1"} for row in rows.values())
+    assert rows["ResNet-18 nasty"]["measured"]["0"]["divergence"]
+    assert rows["ResNet-18 normal"]["measured"]["0"]["divergence"] is None
     assert rows["ResNet-18 normal"]["accuracies"][0] > 80
     assert "| ResNet-18 nasty |" in (folder / "table1-smoke.md").read_text()
 
@@ -150,7 +150,32 @@ def test_a_thief_with_fewer_images_asks_fewer_questions(toy_file: Path, tmp_path
     assert fewer == pytest.approx(all_images / 2, rel=0.1)
 
 
-def test_a_row_shows_its_spread() -> None:
-    row = Row("x", 82.46, accuracies=[80.0, 81.0, 82.0], divergences=[9.0, 11.0])
-    assert row.cells() == ["x", "82.46", "81.0 ± 2.5", "3", "10.0"]
-    assert Row("x", None, accuracies=[80.0]).cells() == ["x", "-", "80.0", "1", ""]
+def test_a_row_shows_its_spread_and_what_diverged() -> None:
+    case = Case("x", Teacher("Digits()", "ConvNet()", Recipe()), published=82.46)
+    measured = {seed: Measured(80.0 + seed, 9.0 + seed) for seed in range(3)}
+    assert Row(case, measured).cells() == ["x", "82.46", "81.0 ± 2.5", "3", "10.0"]
+    assert Row(case, {0: Measured(80.0)}).cells() == ["x", "82.46", "80.0", "1", ""]
+    assert Row(case, {0: Measured(80.0), 1: Measured(0.0, diverged="NaN")}).cells()[2] == "80.0, 1 diverged"
+    assert Row(case, {0: Measured(0.0, diverged="NaN")}).cells()[2] == "1 diverged"
+
+
+def test_a_narrower_call_keeps_what_the_table_holds(folder: Path) -> None:
+    before = json.loads((folder / "table1-smoke.json").read_text())["rows"]
+    rows = reproduce("table1", "smoke", [0], "ResNet-18 nasty", Workshop(folder, Serial()))
+    assert [len(row.measured) for row in rows] == [2]
+    assert json.loads((folder / "table1-smoke.json").read_text())["rows"] == before
+
+
+def test_what_diverges_is_a_result_and_stops_nothing(toy_file: Path, tmp_path: Path) -> None:
+    recipe = find("table1")("smoke")[0].teacher.recipe
+    wild = recipe.model_copy(update={"lr": 1e30, "clip": 0.0})
+    sane, mad = (Teacher(str(toy_file), "ConvNet(width=3)", how) for how in (recipe, wild))
+    cases = [
+        Case("bad student", sane, attack="SoftLabels()", student="ConvNet(width=2)", recipe=wild),
+        Case("good student", sane, attack="SoftLabels()", student="ConvNet(width=2)", recipe=recipe),
+        Case("bad teacher", mad),
+    ]
+    for _again in range(2):
+        found = {case.name: one for case, _, one in Workshop(tmp_path, Serial()).measure(cases, [0])}
+        assert [bool(one.diverged) for one in found.values()] == [True, False, True]
+        assert found["good student"].accuracy > 30

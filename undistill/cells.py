@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import undistill
 from undistill import measure
 from undistill.attacks import Attack
+from undistill.errors import NonFiniteLoss
 from undistill.files import write_json
 from undistill.fit import Fit, Recipe
 from undistill.measure import evaluate
@@ -91,9 +94,13 @@ class Job:
             sheet=self.sheet(folder.parent),
             carried=(oracle,),
         )
-        with seeded(derive(self.seed, "attack")):
-            student = returned(self.attack.run(oracle, student, subject.attackers, fit), self.attack)
-        logits = evaluate(student, data.test).cpu()
+        diverged = ""
+        try:
+            with seeded(derive(self.seed, "attack")):
+                student = returned(self.attack.run(oracle, student, subject.attackers, fit), self.attack)
+            logits = evaluate(student, data.test).cpu()
+        except NonFiniteLoss as error:
+            logits, diverged = torch.zeros(len(data.test), data.num_classes), str(error)
         return Cell(
             side=self.side,
             attack=str(self.attack),
@@ -106,6 +113,7 @@ class Job:
             floor=self.attack.floor,
             late_gain=late_gain(fit.history),
             engine=", ".join(dict.fromkeys(fit.engines)),
+            diverged=diverged,
         )
 
 

@@ -261,7 +261,7 @@ def figure(
 @app.command()
 def reproduce(
     name: Annotated[str, typer.Argument(help="An experiment, or 'list'.")] = "list",
-    scale: Annotated[str, typer.Option(help="smoke (digits), small (two cores) or paper (to the letter).")] = "small",
+    scale: Annotated[str, typer.Option(help="smoke (digits), small (two cores) or paper (as published).")] = "small",
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions of everything.")] = 1,
     cells: Annotated[str, typer.Option(help="Only figures whose name matches, such as '*CNN'.")] = "*",
     as_authors: Annotated[

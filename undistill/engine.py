@@ -82,8 +82,8 @@ class Engine(Spec):
             torch.set_float32_matmul_precision(before)
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """For the forward pass alone."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        """For the forward pass alone. Casts are not kept: an attack may step its own network inside."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False)
 
     @property
     def _memory_format(self) -> torch.memory_format:
@@ -117,11 +117,13 @@ def settle(
     if engine.exact:
         return engine
     trial = _Trial(network, sample(), training)
-    file = folder / f"{trial.key(engine)}.json" if folder else None
+    file = folder / f"{trial.key(engine, steps)}.json" if folder else None
     with _alone(file):
         found = distributed.from_first(_recorded(file))
         if found is None:
-            found = distributed.from_first(trial.fastest(engine, steps))
+            found = trial.fastest(engine, steps) if distributed.rank() == 0 else None
+            found = distributed.from_first(found)
+            assert found is not None
             if file:
                 with contextlib.suppress(OSError):  # what cannot be recorded is measured again
                     write_json(file, trial.record(engine, found))
@@ -189,8 +191,16 @@ class _Trial:
     def _step(self, engine: Engine) -> "_Step":
         return _Step(engine, deepcopy(self.network), self.images, self.training)
 
-    def key(self, asked: Engine) -> str:
-        parts = [str(asked), repr(self.network), list(self.images.shape), *machine(self.images.device), self.training]
+    def key(self, asked: Engine, steps: int) -> str:
+        """Names what the choice depends on; how long the training is, where compiling may not be worth it."""
+        parts = [
+            str(asked),
+            steps if asked.compile == "auto" else 0,
+            repr(self.network),
+            list(self.images.shape),
+            *machine(self.images.device),
+            self.training,
+        ]
         return "engine-" + hashlib.sha256(json.dumps([*parts, torch.__version__]).encode()).hexdigest()[:16]
 
     def record(self, asked: Engine, chosen: Engine) -> dict[str, object]:

@@ -111,6 +111,17 @@ def student_at_chance(report: Report) -> str | None:
 
 
 @check
+def diverged(report: Report) -> str | None:
+    lost = [cell for cell in report.cells if cell.diverged]
+    if not lost:
+        return None
+    return (
+        f"{len(lost)} student{'s' * (len(lost) > 1)} left the finite numbers ({lost[0].attack}) and count as useless; "
+        "a careful thief lowers the learning rate or clips the gradient (recipe.lr, recipe.clip)."
+    )
+
+
+@check
 def adopted_weights(report: Report) -> str | None:
     if not any(pair.adopted_weights for pair in report.pairs):
         return None

@@ -47,6 +47,8 @@ class Claim:
 
     def give_up(self) -> None:
         """Free the folder of a run that cannot succeed, unless something in it is worth keeping."""
+        if distributed.rank() > 0:
+            return
         self._clear_checkpoints()
         names = ("engine-*.json", TRIAL_LOCK, "metrics.jsonl", "request.json")
         small = [path for name in names for path in self.folder.glob(name)]

@@ -43,10 +43,12 @@ class Generator(nn.Module):
         images: Tensor = self.body(self.expand(noise).view(-1, *self.start))
         return images.float()
 
+    def noise(self, count: int) -> Tensor:
+        return torch.randn(count, self.latent, device=self.expand.weight.device)
+
     def sample(self, count: int) -> Tensor:
         """Images of fresh noise."""
-        device = self.expand.weight.device
-        images: Tensor = self(torch.randn(count, self.latent, device=device))
+        images: Tensor = self(self.noise(count))
         return images
 
 
@@ -57,6 +59,7 @@ class Imagination:
         self.generator = generator
         self.optimiser = torch.optim.Adam(generator.parameters(), lr)
         self.steps = 0
+        self.noise = generator.noise(0)
 
     def learn(self, loss: Tensor) -> None:
         self.optimiser.zero_grad()
@@ -73,12 +76,13 @@ class Imagination:
             "generator": self.generator.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "steps": self.steps,
+            "noise": self.noise,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.load_state_dict(state["generator"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.steps = state["steps"]
+        self.steps, self.noise = state["steps"], state["noise"]
 
 
 def without_data(data: Split, fit: Fit, *carried: Stateful) -> tuple[Split, Fit]:
@@ -114,7 +118,10 @@ class BatchNormStatistics:
 
     def __init__(self, network: nn.Module) -> None:
         self._distances: dict[nn.Module, Tensor] = {}
-        norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+        norms = [
+            module for module in network.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None
+        ]
+        self.found = bool(norms)
         self._handles = [norm.register_forward_pre_hook(self._look) for norm in norms]
 
     def _look(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -23,9 +23,9 @@ class DAFL(Attack):
     one_hot: float = Field(1.0, ge=0)
     """Weight of cross-entropy against the victim's own top answer (eq. 3)."""
     activation: float = Field(0.1, ge=0)
-    """Weight of minus the mean absolute feature (eq. 4)."""
+    """Weight of minus the mean absolute feature (eq. 4, which sums), for networks that end in a linear layer."""
     entropy: float = Field(5.0, ge=0)
-    """Weight of minus the entropy of the mean answer (eq. 5)."""
+    """Weight of minus the entropy of the mean answer, in nats (eq. 5, which divides by the number of classes)."""
     T: float = Field(1.0, gt=0)
     lr: float = Field(1e-3, gt=0)
     """Of the generator, with Adam."""

@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from undistill.attacks.attack import Attack
 from undistill.data import Samples, Split
+from undistill.errors import ModelError
 from undistill.fit import Fit
 from undistill.losses import cross_entropy, distillation
 from undistill.oracle import Access, Oracle
@@ -21,11 +23,11 @@ BATCH = 200
 
 class DeepInversion(Attack):
     """Pixels that minimise the victim's cross-entropy for given classes, the distance of its batch-norm statistics,
-    total variation and l2; in later rounds also the student's agreement (adaptive). The student then imitates
-    the victim on those images. Needs weights and batch norm, no data."""
+    total variation (absolute, in two directions) and l2; in later rounds also the student's agreement (adaptive).
+    The student then imitates the victim on those images. Needs weights and batch norm, no data."""
 
     needs = Access.WEIGHTS
-    count: int = Field(2000, ge=1)
+    count: int = Field(2000, ge=2)
     """Images in all, classes in turn."""
     steps: int = Field(200, ge=1)
     """Of Adam, for each batch of images."""
@@ -39,13 +41,19 @@ class DeepInversion(Attack):
     """Weight of 1 - JS(victim, student) in later rounds (eq. 7)."""
     T: float = Field(4.0, gt=0)
 
+    @model_validator(mode="after")
+    def _something_in_each_round(self) -> Self:
+        if self.count < 2 * self.rounds:
+            raise ValueError(f"{self.rounds} rounds need at least {2 * self.rounds} images (count)")
+        return self
+
     def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
         victim = oracle.weights
         _, fit = without_data(data, fit)
         made: list[Tensor] = []
         for number in range(self.rounds):
             rival = student if number else None
-            made.append(fit.once(f"images-{number}", partial(self._images, victim, rival, data, fit)))
+            made.append(fit.once(f"images-{number}", partial(self._images, victim, rival, number, data, fit)))
             pixels = torch.cat(made)
             split = replace(data, train=Samples(pixels.cpu(), torch.zeros(len(pixels), dtype=torch.int64)))
 
@@ -54,14 +62,15 @@ class DeepInversion(Attack):
                     answers = victim(batch.images)
                 return {"soft": distillation(answers, network(batch.images), self.T)}
 
-            student = fit(student, split, objective, epochs=max(fit.recipe.epochs // self.rounds, 1))
+            student = fit(student, split, objective, epochs=share(fit.recipe.epochs, number, self.rounds))
         fit.show(pixels)
         return student
 
-    def _images(self, victim: nn.Module, student: nn.Module | None, data: Split, fit: Fit) -> Tensor:
+    def _images(self, victim: nn.Module, student: nn.Module | None, number: int, data: Split, fit: Fit) -> Tensor:
         """uint8 images of one round (N, C, H, W), the classes in turn."""
-        labels = torch.arange(max(self.count // self.rounds, 1), device=fit.device) % data.num_classes
-        parts = labels.split(BATCH)
+        first = sum(share(self.count, earlier, self.rounds) for earlier in range(number))
+        labels = torch.arange(first, first + share(self.count, number, self.rounds), device=fit.device)
+        parts = (labels % data.num_classes).split(BATCH)
         done = []
         with fit.progress.task("inverting", len(parts)) as task:
             for part in parts:
@@ -74,6 +83,8 @@ class DeepInversion(Attack):
         pixels = torch.rand(len(labels), *shape, device=labels.device).requires_grad_()
         optimiser = torch.optim.Adam([pixels], self.lr)
         with BatchNormStatistics(victim) as norms:
+            if not norms.found:
+                raise ModelError("DeepInversion reads the statistics of batch norms, and the victim has none.")
             for _ in range(self.steps):
                 images = _shifted(pixels)
                 answers = victim(images)
@@ -87,6 +98,11 @@ class DeepInversion(Attack):
                 with torch.no_grad():
                     pixels.clamp_(0, 1)
         return to_bytes(pixels)
+
+
+def share(whole: int, number: int, parts: int) -> int:
+    """What part `number` of `parts` gets of `whole` things."""
+    return whole * (number + 1) // parts - whole * number // parts
 
 
 def _shifted(images: Tensor) -> Tensor:

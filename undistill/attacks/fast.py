@@ -26,8 +26,8 @@ from undistill.views import to_float
 
 class Fast(Attack):
     """Every few steps a copy of a meta-generator and its noise are fitted in `inner` steps to the victim's classes, its
-    batch-norm statistics and the student's disagreement; the meta-generator moves towards the copy (Reptile), and
-    the images go into a memory bank, from which the student learns. Needs weights, no data."""
+    batch-norm statistics and the student's disagreement (1 - JS); the meta-generator moves towards the copy (Reptile),
+    and the images go into a memory bank, from which the student learns. Needs weights, no data."""
 
     needs = Access.WEIGHTS
     inner: int = Field(5, ge=1)
@@ -67,14 +67,14 @@ class Fast(Attack):
     def _imagine(
         self, victim: nn.Module, student: nn.Module, generator: Generator, count: int, num_classes: int
     ) -> Tensor:
-        """uint8 images (B, C, H, W), the best of `inner` steps; moves the meta-generator."""
+        """uint8 images (B, C, H, W), those of the `inner` steps with the lowest loss; moves the meta-generator."""
         device = next(generator.parameters()).device
         labels = torch.randint(num_classes, (count,), device=device)
         noise = torch.randn(count, generator.latent, device=device).requires_grad_()
         copy = deepcopy(generator).train()
         groups: list[dict[str, Any]] = [{"params": copy.parameters()}, {"params": [noise], "lr": 10 * self.lr}]
         optimiser = torch.optim.Adam(groups, self.lr)
-        training = student.training
+        training, lowest = student.training, float("inf")
         student.eval()
         with BatchNormStatistics(victim) as norms:
             for _ in range(self.inner):
@@ -82,6 +82,8 @@ class Fast(Attack):
                 answers = victim(images)
                 loss = self.one_hot * cross_entropy(answers, labels) + self.statistics * norms.distance
                 loss = loss + self.adversarial * disagreement(answers, student(images))
+                if loss.item() < lowest:
+                    lowest, best = loss.item(), to_bytes(images)
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
@@ -89,7 +91,7 @@ class Fast(Attack):
         with torch.no_grad():
             for own, new in zip(generator.parameters(), copy.parameters(), strict=True):
                 own.lerp_(new, self.outer)
-            return to_bytes(copy(noise))
+        return best
 
 
 class _Memory:
@@ -101,10 +103,11 @@ class _Memory:
         self.steps = 0
 
     def keep(self, images: Tensor) -> None:
-        self.images = torch.cat([self.images.to(images.device), images])[-self.size :] if len(self.images) else images
+        held = [self.images.to(images.device)] if len(self.images) else []
+        self.images = torch.cat([*held, images])[-self.size :]
 
     def draw(self, count: int) -> Tensor:
-        """Random images (B, C, H, W) in [0, 1]; those just made among them."""
+        """Random images (B, C, H, W) in [0, 1]."""
         index = torch.randint(len(self.images), (count,), device=self.images.device)
         return to_float(self.images[index])
 

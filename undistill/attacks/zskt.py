@@ -17,7 +17,8 @@ from undistill.synthesis import Generator, Imagination, without_data
 
 class ZSKT(Attack):
     """A generator that looks for images on which the student disagrees with the victim, `KL(victim || student)`, and
-    a student that gives way. Without attention transfer, for which both need the same feature maps. Needs weights."""
+    a student that gives way on the same noise (algorithm 1). Without attention transfer, for which both need the
+    same feature maps. Needs weights, no data."""
 
     needs = Access.WEIGHTS
     student_steps: int = Field(10, ge=1)
@@ -33,11 +34,12 @@ class ZSKT(Attack):
 
         def objective(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
             if imagination.steps % self.student_steps == 0:
-                images = imagination.generator.sample(len(batch.images))
+                imagination.noise = imagination.generator.noise(len(batch.images))
+                images = imagination.generator(imagination.noise)
                 imagination.learn(-kl(victim(images), network(images)))
             imagination.steps += 1
             with torch.no_grad():
-                images = imagination.generator.sample(len(batch.images))
+                images = imagination.generator(imagination.noise)[: len(batch.images)]
                 answers = victim(images)
             return {"belief": kl(answers, network(images))}
 

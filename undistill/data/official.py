@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-import struct
 import tarfile
 import zipfile
 from abc import abstractmethod
@@ -17,7 +16,7 @@ from undistill.data.split import Samples
 from undistill.errors import DataError
 
 VARIABLE = "UNDISTILL_DATA"
-AGAIN = "Remove it, and it is downloaded again."
+AGAIN = "Remove those files, and they are downloaded again."
 
 
 def data_dir() -> Path:
@@ -58,14 +57,16 @@ class Official(Source):
         folder = self.find()
         try:
             pool, test, classes = self.read_from(folder)
-        except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, struct.error) as error:
+        except DataError:
+            raise
+        except Exception as error:  # gzip, zlib, struct, scipy and pillow raise many kinds for damaged files
             raise DataError(
-                f"{folder} is damaged, or does not hold the published files ({type(error).__name__}: {error}). {AGAIN}"
+                f"{self._what(folder)} is damaged, or not the published one ({type(error).__name__}: {error}). {AGAIN}"
             ) from None
         for kind, samples, count in (("training", pool, self.counts[0]), ("test", test, self.counts[1])):
             if len(samples) != count:
                 raise DataError(
-                    f"{folder} holds {len(samples):,} {kind} images, the published data set {count:,}: "
+                    f"{self._what(folder)} holds {len(samples):,} {kind} images, the published data set {count:,}: "
                     f"it is partial, or another one. {AGAIN}"
                 )
         return pool, test, classes
@@ -78,20 +79,19 @@ class Official(Source):
         """The folder in which the files lie; they are downloaded where there is none."""
         root = data_dir()
         found = [root / folder for folder in self.folders if any((root / folder / f.name).exists() for f in self.files)]
-        if not found:
-            self._download(root)
         folder = (found or [root / self.folders[0]])[0]
-        if missing := [file.name for file in self.files if not (folder / file.name).exists()]:
+        if self.archive and not found:
+            unpack(fetch(self.home, self.archive, root), root)
+        missing = [file for file in self.files if not (folder / file.name).exists()]
+        if self.archive and missing:
             others = f" and {len(missing) - 1} more" if missing[1:] else ""
-            raise DataError(f"{folder} is a partial {type(self).__name__}: it lacks {missing[0]}{others}. {AGAIN}")
+            raise DataError(f"{self._what(folder)} is partial: it lacks {missing[0].name}{others}. {AGAIN}")
+        for file in missing:
+            fetch(self.home, file, folder)
         return folder
 
-    def _download(self, root: Path) -> None:
-        if self.archive:
-            unpack(fetch(self.home, self.archive, root), root)
-            return
-        for file in self.files:
-            fetch(self.home, file, root / self.folders[0])
+    def _what(self, folder: Path) -> str:
+        return f"{type(self).__name__} in {folder} ({self.files[0].name} ...)"
 
 
 def fetch(home: str, file: File, folder: Path) -> Path:
@@ -130,6 +130,8 @@ def unpack(archive: Path, root: Path) -> None:
             with tarfile.open(archive) as packed_tar:
                 packed_tar.extractall(part, filter="data")
         for folder in part.iterdir():
+            if (root / folder.name).exists():
+                raise DataError(f"{root / folder.name} is in the way of what {archive.name} holds; move it away.")
             folder.replace(root / folder.name)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         raise DataError(f"{archive} cannot be unpacked ({error}). {AGAIN}") from None

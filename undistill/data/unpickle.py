@@ -17,12 +17,14 @@ def read_batch(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
-            batch = _Unpickler(file, encoding="latin1").load()
-    except pickle.UnpicklingError as error:
-        raise DataError(f"{path} is not used: {error}") from None
+            batch = _plain(_Unpickler(file, encoding="latin1").load())
+    except OSError:
+        raise
+    except Exception as error:  # a crafted or damaged pickle can raise any kind, MemoryError and RecursionError too
+        raise DataError(f"{path} is not used: {error or type(error).__name__}") from None
     if not isinstance(batch, dict):
         raise DataError(f"{path} is not used: it holds {type(batch).__name__}, not a batch.")
-    return {str(_plain(name)): _plain(value) for name, value in batch.items()}
+    return batch
 
 
 class _Array:
@@ -31,8 +33,10 @@ class _Array:
     def __init__(self, *_: object) -> None:
         self.values: NDArray[Any] | None = None
 
-    def __setstate__(self, state: tuple[int, tuple[int, ...], "_Type", bool, bytes]) -> None:
+    def __setstate__(self, state: tuple[int, tuple[int, ...], "_Type", bool, bytes | str]) -> None:
         _, shape, kind, fortran, raw = state
+        if isinstance(raw, str):  # Python 2 wrote bytes as text
+            raw = raw.encode("latin1")
         if not isinstance(kind, _Type) or not isinstance(raw, bytes):
             raise pickle.UnpicklingError("an array in it is not made of numbers.")
         self.values = np.frombuffer(raw, kind.code).reshape(shape, order="F" if fortran else "C")
@@ -51,17 +55,22 @@ class _Type:
             self.code = ">" + self.code[1:]
 
 
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"it encodes text as {encoding!r}.")
-    return text.encode("latin1")
+class _Encode:
+    """Stands for `_codecs.encode`, with which Python 3 writes bytes into old pickles; a pickle cannot change it."""
+
+    __slots__ = ()
+
+    def __call__(self, text: str, encoding: str = "latin1") -> bytes:
+        if encoding not in ("latin1", "latin-1"):
+            raise pickle.UnpicklingError(f"it encodes text as {encoding!r}.")
+        return text.encode("latin1")
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
             return _Array
-        known = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Type, ("_codecs", "encode"): _encode}
+        known = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Type, ("_codecs", "encode"): _Encode()}
         if (module, name) not in known:
             raise pickle.UnpicklingError(
                 f"it names {module}.{name}, and a batch of images has no use for that. Nothing of it was executed."
@@ -70,9 +79,16 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _plain(value: Any) -> Any:
-    """Arrays for their stand-ins, and text for the bytes that Python 2 called so."""
-    if isinstance(value, _Array):
+    """Arrays for their stand-ins, text for the bytes that Python 2 called so; `UnpicklingError` for what is neither."""
+    kind = type(value)
+    if kind is _Array and value.values is not None:
         return value.values
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    return value.decode("latin1") if isinstance(value, bytes) else value
+    if kind is dict:
+        return {_plain(name): _plain(held) for name, held in value.items()}
+    if kind in (list, tuple):
+        return kind(_plain(held) for held in value)
+    if kind is bytes:
+        return value.decode("latin1")
+    if value is None or kind in (str, int, float, bool):
+        return value
+    raise pickle.UnpicklingError(f"it holds {kind.__name__.lstrip('_')}, which a batch of images has no use for.")

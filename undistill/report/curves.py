@@ -11,6 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from undistill.code import is_code
 from undistill.defences import Defence
 from undistill.errors import StoreError
 from undistill.report.figures import STYLE
@@ -19,21 +20,24 @@ from undistill.verdict import interval
 
 LINES = ("-", "--", ":", "-.")
 MARKS = "osD^v<>P"
-VALUE = re.compile(r"(?P<what>[^:]*?)=?(?P<value>\d+(\.\d+)?)(?P<percent>%?)(?P<rest>.*)")
+NUMBER = r"(?P<value>[-+]?\d+(\.\d+)?(e[-+]?\d+)?)"
+POINT = re.compile(rf"((?P<what>\w+)={NUMBER}|(?P<share>\d+)%): (?P<line>.+)")
 
 
 def training(runs: Sequence[Run]) -> Figure:
     """Validation accuracy of each run by epoch; below it the divergence of those that undermine."""
-    histories = {run.folder.name: _history(run) for run in runs}
+    names = [run.folder.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.folder) for run in runs]
+    histories = [_history(run) for run in runs]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.5, 5.2), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
-        for line, run in zip(LINES * len(runs), runs, strict=False):
-            rows = histories[run.folder.name]
+        for line, name, run, rows in zip(LINES * len(runs), names, runs, histories, strict=False):
             epochs = [row["epoch"] for row in rows]
             accuracies = [100 * row["validation_accuracy"] for row in rows]
-            (drawn,) = above.plot(epochs, accuracies, line, label=run.folder.name)
-            omega = getattr(Defence.parse(run.record["defence"]), "omega", 0) if "defence" in run.record else 0
+            (drawn,) = above.plot(epochs, accuracies, line, label=name)
+            omega = _omega(run)
             if omega and "undermining" in rows[0]:
                 below.plot(epochs, [-row["undermining"] / omega for row in rows], line, color=drawn.get_color())
         above.set_ylabel("validation accuracy, %")
@@ -43,9 +47,18 @@ def training(runs: Sequence[Run]) -> Figure:
     return figure
 
 
+def _omega(run: Run) -> float:
+    """The weight of its undermining term; 0 where there is none, or the user's own code would have to say."""
+    defence = str(run.record.get("defence", ""))
+    return getattr(Defence.parse(defence), "omega", 0.0) if defence and not is_code(defence) else 0.0
+
+
 def _history(run: Run) -> list[dict[str, float]]:
     file = run.folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    try:
+        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    except ValueError:
+        raise StoreError(f"{file} is damaged.") from None
     if not rows:
         raise StoreError(f"{run.folder} has no epochs to draw: it took its weights as they were.")
     return rows
@@ -60,12 +73,12 @@ def ablation(table: Path) -> Figure:
     flat: dict[str, list[float]] = {}
     what = ""
     for row in _read(table):
-        found = VALUE.fullmatch(row["name"])
-        if found:
-            what = found["what"].strip() or "share of the images, %"
-            lines[found["rest"].strip(": ") or "accuracy"].append((float(found["value"]), row["accuracies"]))
+        name, accuracies = row["name"], row["accuracies"]
+        if found := POINT.fullmatch(name):
+            what = found["what"] or "share of the images, %"
+            lines[found["line"]].append((float(found["value"] or found["share"]), accuracies))
         else:
-            flat[row["name"]] = row["accuracies"]
+            flat[name] = accuracies
     if not lines:
         raise StoreError(f"{table} holds no ablation over a number; 'undistill reproduce omega' writes one.")
     with matplotlib.rc_context(STYLE):
@@ -91,8 +104,10 @@ def _line(axes: Axes, name: str, points: Sequence[tuple[float, list[float]]], nu
 
 
 def _read(table: Path) -> list[dict[str, Any]]:
+    """Names and accuracies of the measured rows, in percent."""
     try:
         rows = json.loads(table.read_text())["rows"]
-        return [row for row in rows if row["accuracies"]]
+        measured = [{"name": str(row["name"]), "accuracies": list(map(float, row["accuracies"]))} for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{table} is no table of 'undistill reproduce' ({type(error).__name__}).") from None
+    return [row for row in measured if row["accuracies"]]

@@ -61,6 +61,8 @@ class Cell(Part):
     """Validation accuracy gained in the last fifth of the epochs: near 0 where training was long enough."""
     engine: str
     """How the student was computed."""
+    diverged: str = ""
+    """Why training ended without a student, which then counts as one that always gives the first class."""
 
 
 class Verdict(Part):

@@ -123,7 +123,7 @@ def _attacks(chosen: Setting, attacks: dict[str, str]) -> Iterator[Case]:
     student = next(iter(chosen.students.values()))
     for name, attack in attacks.items():
         for side, defence in (("normal", ""), ("nasty", chosen.defence)):
-            yield Case(f"{name} from {side}", chosen.teacher(), defence, None, attack, student.model, student.recipe)
+            yield Case(f"{name}: {side}", chosen.teacher(), defence, None, attack, student.model, student.recipe)
 
 
 def _scratch(chosen: Setting) -> Case:

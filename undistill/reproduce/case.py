@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+import undistill
 from undistill import measure
 from undistill.attacks import Attack
 from undistill.cells import Job
 from undistill.data import Source
 from undistill.defences import Defence
+from undistill.errors import NonFiniteLoss
 from undistill.fit import Recipe
 from undistill.launch import Launcher
 from undistill.models import Model
@@ -56,13 +58,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """A case for one seed. Accuracies are shares."""
+    """A case for one seed. Accuracies are in percent."""
 
     accuracy: float
-    divergence: float | None
+    divergence: float | None = None
     """T^2 KL of the victim's answers from the honest twin's, in nats; None for an honest teacher."""
-    validation_accuracy: float | None
+    validation_accuracy: float | None = None
     """Of a teacher: what choices may be made by."""
+    diverged: str = ""
+    """Why training ended without a network."""
 
 
 @dataclass
@@ -75,25 +79,31 @@ class Workshop:
     progress: Progress = field(default_factory=Progress.silent)
 
     def measure(self, cases: Sequence[Case], seeds: Sequence[int]) -> Iterator[tuple[Case, int, Measured]]:
-        """Every case for every seed, as soon as it is known."""
+        """Every case for every seed; those of one teacher are known together. A training that diverges is a result."""
         subjects = dict.fromkeys(map(_subject_of, cases))
         for seed in seeds:
             for asked in subjects:
-                subject = self.subject(*asked, seed)
-                yield from self._measure(subject, [case for case in cases if _subject_of(case) == asked], seed)
+                own = [case for case in cases if _subject_of(case) == asked]
+                try:
+                    subject = self.subject(*asked, seed)
+                except NonFiniteLoss as error:
+                    yield from ((case, seed, Measured(0.0, diverged=str(error))) for case in own)
+                else:
+                    yield from self._measure(subject, own, seed)
 
     def _measure(self, subject: Subject, cases: Sequence[Case], seed: int) -> Iterator[tuple[Case, int, Measured]]:
-        divergence = subject.victim.record["metrics"].get("divergence")
+        metrics = subject.victim.record["metrics"]
+        divergence = metrics.get("divergence")
         for case in cases:
             if not case.attack:
                 logits, labels = subject.test_logits("victim"), subject.data.test.labels
-                own = float(subject.victim.record["metrics"]["validation_accuracy"])
-                yield case, seed, Measured(measure.accuracy(logits, labels), divergence, own)
+                accuracy = 100 * measure.accuracy(logits, labels)
+                yield case, seed, Measured(accuracy, divergence, 100 * metrics["validation_accuracy"])
         students = [case for case in cases if case.attack]
         jobs = [job(subject, case, seed) for case in students]
         cells = self.launcher.run(jobs, self.folder / "cells", self.progress) if jobs else []
         for case, cell in zip(students, cells, strict=True):
-            yield case, seed, Measured(cell.accuracy, divergence, None)
+            yield case, seed, Measured(100 * cell.accuracy, divergence, diverged=cell.diverged)
 
     def subject(self, teacher: Teacher, defence: str, adversary: Teacher | None, share: float, seed: int) -> Subject:
         """The victim beside its honest twin, which is its own twin where nothing defends it."""
@@ -110,13 +120,15 @@ class Workshop:
     def victim(self, honest: Run, teacher: Teacher, defence: str, adversary: Teacher | None, seed: int) -> Run:
         spec = Defence.parse(defence)
         if adversary:
-            spec = type(spec)(**(spec.model_dump() | {"adversary": str(self.honest(adversary, seed).folder)}))
+            other = self.honest(adversary, seed).folder.resolve()
+            spec = type(spec)(**(spec.model_dump() | {"adversary": str(other)}))
         settings = Settings(seed=seed, recipe=teacher.recipe)
-        folder = self._folder(type(spec).__name__, seed, honest.folder.name, str(spec), str(settings))
+        folder = self._folder(type(spec).__name__, seed, honest.folder.name, defence, str(adversary), str(settings))
         return protect(honest, spec, folder, settings=settings, device=str(self.device), progress=self.progress)
 
     def _folder(self, name: str, seed: int, *parts: str) -> Path:
-        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
+        named = [*parts, self.device.type, undistill.__version__]
+        digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:10]
         return self.folder / "teachers" / f"{name.split('(')[0].lower()}-{digest}-seed{seed}"
 
 

@@ -3,12 +3,12 @@
 import inspect
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
 from undistill.errors import SpecError, unknown
-from undistill.files import write_json, write_text
+from undistill.files import read_json, write_json, write_text
 from undistill.reproduce import ablations, tables
 from undistill.reproduce.case import Case, Measured, Workshop
 from undistill.reproduce.scales import Scale, parse_scale
@@ -36,30 +36,44 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 @dataclass
 class Row:
-    """One figure, over seeds. Percent."""
+    """One figure, by seed."""
 
-    name: str
-    published: float | None
-    teacher: str = ""
-    student: str = ""
-    accuracies: list[float] = field(default_factory=list)
-    divergences: list[float] = field(default_factory=list)
-    validation: list[float] = field(default_factory=list)
+    case: Case
+    measured: dict[int, Measured] = field(default_factory=dict)
 
-    def add(self, measured: Measured) -> None:
-        self.accuracies.append(100 * measured.accuracy)
-        if measured.divergence is not None:
-            self.divergences.append(measured.divergence)
-        if measured.validation_accuracy is not None:
-            self.validation.append(100 * measured.validation_accuracy)
+    @property
+    def accuracies(self) -> list[float]:
+        """Percent, of the seeds whose training did not diverge."""
+        return [one.accuracy for _, one in sorted(self.measured.items()) if not one.diverged]
 
     def cells(self) -> list[str]:
         """Name, published, measured with its 95 % interval, n, divergence."""
+        known = [one.divergence for one in self.measured.values() if one.divergence is not None]
+        divergence = f"{statistics.fmean(known):.1f}" if known else ""
+        published = "-" if self.case.published is None else f"{self.case.published:.2f}"
+        return [self.case.name, published, self._accuracy(), str(len(self.measured)), divergence]
+
+    def _accuracy(self) -> str:
+        lost = len(self.measured) - len(self.accuracies)
+        said = f"{lost} diverged" if lost else ""
+        if not self.accuracies:
+            return said
         spread = interval(self.accuracies)
         half = f" ± {spread.high - spread.mean:.1f}" if spread.high is not None else ""
-        divergence = f"{statistics.fmean(self.divergences):.1f}" if self.divergences else ""
-        published = "-" if self.published is None else f"{self.published:.2f}"
-        return [self.name, published, f"{spread.mean:.1f}{half}", str(spread.n), divergence]
+        return f"{spread.mean:.1f}{half}" + (f", {said}" if said else "")
+
+    def record(self) -> dict[str, object]:
+        """What a later call finds again, and what curves are drawn from."""
+        case = self.case
+        return {
+            "name": case.name,
+            "published": case.published,
+            "teacher": case.teacher.model,
+            "student": case.student,
+            "accuracies": self.accuracies,
+            "measured": {str(seed): asdict(one) for seed, one in sorted(self.measured.items())},
+            "case": repr(case),
+        }
 
 
 HEADER = ["figure", "published (unverified)", "measured", "n", "T²KL"]
@@ -73,8 +87,9 @@ def find(name: str) -> Experiment:
 
 def networks(rows: Sequence[Row]) -> str:
     """What the networks really were, which have the paper's names in the rows."""
-    teachers, students = (dict.fromkeys(getattr(row, who) for row in rows) for who in ("teacher", "student"))
-    return f"Teachers here: {', '.join(teachers)}; students: {', '.join(filter(None, students)) or 'none'}."
+    teachers = ", ".join(dict.fromkeys(row.case.teacher.model for row in rows))
+    students = ", ".join(dict.fromkeys(row.case.student for row in rows if row.case.student))
+    return f"Teachers here: {teachers}; students: {students or 'none'}."
 
 
 def about(experiment: Experiment) -> str:
@@ -85,7 +100,8 @@ def about(experiment: Experiment) -> str:
 def reproduce(
     name: str, scale: str, seeds: Sequence[int], cells: str, workshop: Workshop, *, as_authors: bool = False
 ) -> list[Row]:
-    """Measure every case of `name` whose name matches the pattern `cells`; the table is written after each figure.
+    """Measure every case of `name` whose name matches the pattern `cells`, for these seeds, beside what the table
+    holds of others already; it is written after each figure.
 
     Teachers and cells that the workshop's folder holds are not done again, whichever experiment asked for them.
     `as_authors` chooses epochs by the test images, as the authors' code does.
@@ -94,14 +110,25 @@ def reproduce(
     chosen = [case for case in cases if fnmatch(case.name, cells)]
     if not chosen:
         raise SpecError(unknown("figure", cells, [case.name for case in cases]))
+    names = {case.name for case in chosen}
     if as_authors:
-        chosen, name = [selected_on_test(case) for case in chosen], f"{name}-selected-on-test"
-    rows = {case.name: Row(case.name, case.published, case.teacher.model, case.student) for case in chosen}
+        cases, name = [selected_on_test(case) for case in cases], f"{name}-selected-on-test"
+    chosen = [case for case in cases if case.name in names]
+    path = workshop.folder / f"{name}-{scale}"
     with claim(workshop.folder, {"command": "reproduce"}):
-        for case, _seed, measured in workshop.measure(chosen, seeds):
-            rows[case.name].add(measured)
-            write(workshop.folder / f"{name}-{scale}", name, scale, seeds, list(rows.values()))
-    return list(rows.values())
+        rows = {case.name: Row(case, earlier(path, case)) for case in cases}
+        for case, seed, measured in workshop.measure(chosen, seeds):
+            rows[case.name].measured[seed] = measured
+            write(path, list(rows.values()))
+    return [rows[case.name] for case in chosen]
+
+
+def earlier(path: Path, case: Case) -> dict[int, Measured]:
+    """What the table holds already of this very case, by seed."""
+    for row in (read_json(path.with_suffix(".json")) or {}).get("rows", []):
+        if row.get("case") == repr(case):
+            return {int(seed): Measured(**one) for seed, one in row["measured"].items()}
+    return {}
 
 
 def selected_on_test(case: Case) -> Case:
@@ -113,11 +140,11 @@ def selected_on_test(case: Case) -> Case:
     return replace(case, teacher=teacher, recipe=case.recipe.model_copy(update=best))
 
 
-def write(path: Path, name: str, scale: str, seeds: Sequence[int], rows: Sequence[Row]) -> None:
+def write(path: Path, rows: Sequence[Row]) -> None:
     """The table as Markdown, and as JSON with what it was measured on."""
+    done = [row for row in rows if row.measured]
     header = [*HEADER, "teacher's network", "student's network"]
-    table = [[*row.cells(), row.teacher, row.student] for row in rows if row.accuracies]
+    table = [[*row.cells(), row.case.teacher.model, row.case.student] for row in done]
     lines = [header, ["---"] * len(header), *table]
     write_text(path.with_suffix(".md"), "".join(f"| {' | '.join(line)} |\n" for line in lines))
-    record = {"experiment": name, "scale": scale, "seeds": list(seeds), "environment": environment()}
-    write_json(path.with_suffix(".json"), record | {"rows": [vars(row) for row in rows]})
+    write_json(path.with_suffix(".json"), {"environment": environment(), "rows": [row.record() for row in done]})
