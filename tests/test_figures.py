@@ -57,7 +57,7 @@ def test_figures_of_an_audit(name: str, folder: Path) -> None:
 
 def test_made_images_are_in_the_report(folder: Path) -> None:
     sheets = read_evidence(folder / "evidence.npz").sheets
-    assert [name.split(" from ")[1] for name in sheets] == ["the unprotected", "the protected"]
+    assert [name.split(" from ")[1] for name in sheets] == ["the protected", "the unprotected"]
     assert "Images that were made from the networks alone" in (folder / "report.html").read_text()
 
 

@@ -77,7 +77,10 @@ def perform(jobs: Sequence[Job], out: Path, suite: str, launcher: Launcher, prog
     subjects = list(dict.fromkeys(job.subject for job in jobs))
     report = summarise(subjects, cells, suite, jobs[0].recipe)
     first = subjects[0]
-    sheets = {label(job.column): sheet for job in reversed(jobs) if (sheet := job.sheet(out / "cells")).exists()}
+    sheets: dict[str, Path] = {}
+    for job in jobs:
+        if (sheet := job.sheet(out / "cells")).exists():
+            sheets.setdefault(label(job.column), sheet)
     write_evidence(out / "evidence.npz", first.data, first.network("honest"), first.network("victim"), sheets)
     write_report(report, out)
     return report

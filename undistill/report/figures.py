@@ -5,6 +5,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -56,19 +57,19 @@ def students(report: Report, student: str) -> Figure:
     """Accuracy of every student of one architecture, with its spread over seeds, beside both floors."""
     rows = {column: accuracies for column, accuracies in columns(report.cells).items() if column[2] == student}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.5, 0.42 * len(rows) + 1.1))
+        names = [fill(label(column), 42) for column in reversed(list(rows))]
+        lines = max(name.count("\n") + 1 for name in names)
+        figure = Figure(figsize=(8.5, (0.28 + 0.14 * lines) * len(rows) + 1.1))
         axes = figure.subplots()
-        names = []
         for height, (column, accuracies) in enumerate(reversed(list(rows.items()))):
             _row(axes, height, column, [100 * value for value in accuracies.values()])
-            names.append(label(column))
         for side, name, dashes in (("victim", "HardLabels", "--"), ("none", "Scratch", ":")):
             for column, accuracies in rows.items():
                 if column[0] == side and column[1].startswith(name + "("):
                     axes.axvline(
                         100 * statistics.fmean(accuracies.values()), color=FLOOR, linestyle=dashes, linewidth=1
                     )
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), names, fontsize=10 if lines == 1 else 8)
         axes.set_xlabel(f"test accuracy of the student {student}, %   (· · · no teacher, - - - top answers only)")
     return figure
 
@@ -164,5 +165,5 @@ def sheets(evidence: Evidence) -> Figure:
             axes.axis("off")
         for axes, (name, pixels) in zip(grid, evidence.sheets.items(), strict=False):
             axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axes.set_title(name, fontsize=9)
+            axes.set_title(fill(name, 46), fontsize=8)
     return figure
