@@ -12,18 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import undistill
-from tests.conftest import NASTY, RECIPE, STUDENT
 from undistill import files
 from undistill.answers import Answers, AnswerStore, _digest
-from undistill.attacks import Attack
-from undistill.auditor import audit
 from undistill.data import Data
-from undistill.defences import Defence
 from undistill.engine import FAST, Engine
-from undistill.fit import Fit
 from undistill.models import Model
-from undistill.oracle import Oracle
-from undistill.store import Run
 from undistill.stream import Batch, Stream
 from undistill.views import Views, to_float
 
@@ -47,11 +40,6 @@ def batch_of(stream: Stream, epoch: int, index: Tensor) -> Batch:
 
 def everything(stream: Stream) -> Tensor:
     return torch.arange(len(stream.samples))
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("engine", [Engine(), BF16], ids=str)
@@ -347,54 +335,6 @@ def test_the_size_of_the_store_is_its_formula(
     sizes = [file.stat().st_size for file in tmp_path.rglob("*.safetensors")]
     assert len(sizes) == 3
     assert all(0 < size - len(stream.samples) * 3 * width < 400 for size in sizes)
-
-
-@pytest.mark.parametrize("attack", ["SoftLabels", "HardLabels"])
-def test_students_are_the_same_bits_with_and_without(attack: str, victim: nn.Module, toy: Data, tmp_path: Path) -> None:
-    """And the attack is charged the same."""
-
-    def student(store: AnswerStore) -> tuple[nn.Module, int]:
-        parsed = Attack.parse(attack)
-        oracle = Oracle(Answers(victim, store=store), parsed.needs)
-        network = Model.parse(STUDENT).build(toy.shape, toy.num_classes, 5)
-        fit = Fit(RECIPE, 3, torch.device("cpu"))
-        return parsed.run(oracle, network, toy.split, fit), oracle.queries
-
-    asked, charged = student(AnswerStore(limit=0))
-    for _ in range(2):
-        remembered, also_charged = student(AnswerStore(tmp_path))
-        assert same(asked, remembered)
-        assert charged == also_charged == RECIPE.epochs * len(toy.train)
-
-
-def test_a_second_defence_asks_the_adversary_nothing(honest: Run, toy: Data, tmp_path: Path, monkeypatch) -> None:
-    asked = []
-    compute = Answers._compute
-    monkeypatch.setattr(Answers, "_compute", lambda *words: asked.append(words) or compute(*words))
-
-    def protect(omega: float, store: AnswerStore) -> nn.Module:
-        fit = Fit(RECIPE, 3, torch.device("cpu"), store=store)
-        fresh = honest.fresh(1)
-        return Defence.parse(f"Nasty(omega={omega})").protect(honest.network(), fresh, toy.split, fit)
-
-    plain = protect(0.1, AnswerStore(limit=0))
-    protect(0.05, AnswerStore(tmp_path))
-    asked.clear()
-    assert same(protect(0.1, AnswerStore(tmp_path)), plain)
-    assert not asked
-
-
-def test_an_audit_is_the_same_with_and_without(honest: Run, toy_file: Path, tmp_path: Path) -> None:
-    from undistill.workflow import Settings, protect
-
-    victim = protect(honest, NASTY, tmp_path / "victim", settings=Settings(recipe=RECIPE), device="cpu", remember=0)
-
-    def cells(out: str, remember: float) -> list[dict[str, object]]:
-        report = audit(victim, tmp_path / out, students=[STUDENT], seeds=1, device="cpu", remember=remember)
-        return [cell.model_dump(exclude={"seconds"}) for cell in report.cells]
-
-    assert cells("plain", 0) == cells("remembered", 1)
-    assert list((victim.folder / "answers").glob("*/*.safetensors"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="shows what is mapped")

@@ -22,7 +22,6 @@ from scipy.io import savemat
 from undistill.data import CIFAR10, CIFAR100, KMNIST, MNIST, SVHN, FashionMNIST, Official, Source, TinyImageNet
 from undistill.data.check import check
 from undistill.data.official import VARIABLE, File, unpack
-from undistill.data.unpickle import read_batch
 from undistill.errors import DataError
 
 RANDOM = np.random.default_rng(0)
@@ -110,75 +109,6 @@ def test_cifar_100_has_its_fine_labels(root: Path, monkeypatch: pytest.MonkeyPat
     data = CIFAR100(validation=0.4).load()
     assert data.num_classes == 100
     assert data.classes[99] == "f99"
-
-
-class Evil:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
-def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path: Path, protocol: int) -> None:
-    dump(tmp_path / "batch", {b"data": Evil(tmp_path / "done")}, protocol)
-    with pytest.raises(DataError, match=r"mkdir.*Nothing of it was executed"):
-        read_batch(tmp_path / "batch")
-    assert not (tmp_path / "done").exists()
-
-
-@pytest.mark.parametrize(
-    "value",
-    [np.array([Path()]), np.zeros(3, np.float32), np.zeros(3, "V4"), np.dtype("O"), slice(1), {1, 2}.union, 1 + 2j],
-    ids=["objects", "float32", "void", "dtype", "slice", "method", "complex"],
-)
-def test_only_plain_containers_and_number_arrays_are_built(tmp_path: Path, value: object) -> None:
-    dump(tmp_path / "batch", {b"data": value})
-    with pytest.raises(DataError, match="is not used"):
-        read_batch(tmp_path / "batch")
-
-
-def test_bytes_as_python_2_wrote_them(tmp_path: Path) -> None:
-    """The authors' own files: protocol 2, where the bytes of an array are a BINSTRING."""
-    values = RANDOM.integers(0, 256, (2, 3), np.uint8)
-    array = (
-        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
-        b"(I1\n(I2\nI3\ntcnumpy\ndtype\n(S'u1'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntbI00\nU\x06"
-        + values.tobytes()
-        + b"tb"
-    )
-    (tmp_path / "batch").write_bytes(b"\x80\x02}(U\x04data" + array + b"U\x06labels](I6\nI9\neu.")
-    batch = read_batch(tmp_path / "batch")
-    assert np.array_equal(batch["data"], values)
-    assert batch["labels"] == [6, 9]
-
-
-CRAFTED = {
-    "the stand-in itself": b"\x80\x02}(U\x01acnumpy\nndarray\nu.",
-    "the encoder itself": b"\x80\x02}(U\x01ac_codecs\nencode\nu.",
-    "changes the encoder": b"\x80\x02c_codecs\nencode\nN}U\x0c__defaults__(U\x05utf-8ts\x86b0}.",
-    "a set": pickle.dumps({"a": {1, 2}}, 4),
-    "without init": b"\x80\x02}(U\x01acnumpy\nndarray\n)\x81u.",
-    "a list that holds itself": b"\x80\x02}(U\x01a]q\x00h\x00au.",
-    "a huge number": b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",
-    "a huge memo": b"\x80\x02}r\xff\xff\xff\xff.",
-}
-
-
-@pytest.mark.parametrize("content", CRAFTED.values(), ids=CRAFTED)
-def test_crafted_pickles_are_refused_in_a_sentence(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "batch").write_bytes(content)
-    with pytest.raises(DataError, match="is not used"):
-        read_batch(tmp_path / "batch")
-
-
-def test_arrays_in_every_order_and_width(tmp_path: Path) -> None:
-    values = RANDOM.integers(0, 200, (4, 6))
-    for kind in ("u1", "<i8", ">i8"):
-        for order in (values.astype(kind), np.asfortranarray(values.astype(kind))):
-            dump(tmp_path / "batch", {b"data": order})
-            assert np.array_equal(read_batch(tmp_path / "batch")["data"], values)
 
 
 @pytest.mark.parametrize("source", [MNIST, FashionMNIST, KMNIST])
