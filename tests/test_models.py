@@ -329,7 +329,7 @@ def test_timm_builds_normalised_networks() -> None:
     network = Model.parse("timm:resnet18").build((3, 64, 64), 7, 0)
     assert network(torch.rand(2, 3, 64, 64)).shape == (2, 7)
     assert torch.allclose(network[0](torch.full((1, 3, 1, 1), 0.485))[0, 0], torch.zeros(1))
-    with pytest.raises(ModelError, match="did you mean 'resnet18'"):
+    with pytest.raises(ModelError, match=r"timm has no network 'resnet-18'; .*resnet18"):
         Model.parse("timm:resnet-18").build((3, 64, 64), 7, 0)
 
 

@@ -1,12 +1,13 @@
 """Networks of the timm library, as `timm:NAME`."""
 
 import importlib
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from undistill.errors import ModelError, unknown
+from undistill.errors import ModelError
 from undistill.models.model import Model, Shape
 
 
@@ -23,7 +24,10 @@ class Timm(Model):
     def network(self, shape: Shape, num_classes: int) -> nn.Module:
         timm = _timm()
         if not timm.is_model(self.name):
-            raise ModelError(unknown("network of timm", self.name, timm.list_models()))
+            near = get_close_matches(self.name, timm.list_models(), n=3) or timm.list_models()[:3]
+            raise ModelError(
+                f"timm has no network '{self.name}'; {', '.join(near)} ... (timm.list_models() names all)."
+            )
         network = timm.create_model(self.name, num_classes=num_classes, in_chans=shape[0])
         return nn.Sequential(Normalise(network.pretrained_cfg, shape[0]), network)
 
