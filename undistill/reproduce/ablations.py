@@ -1,6 +1,6 @@
 """The paper's ablations, each over one field; and what our own log asks for.
 
-The paper shows curves, not tables: what it reports is said in words.
+The paper shows curves, not tables: what it reports is said in words, from memory and unverified.
 """
 
 from collections.abc import Iterator
