@@ -21,6 +21,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "table1": tables.table1,
     "table2": tables.table2,
     "table3": tables.table3,
+    "data-free": tables.data_free,
     "fashion": tables.fashion,
     "omega": ablations.omega,
     "published-omegas": ablations.published_omegas,

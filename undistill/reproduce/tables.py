@@ -4,9 +4,10 @@ Published figures are quoted second-hand and unverified; a dash is a figure that
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from undistill.reproduce.case import Case
-from undistill.reproduce.scales import Scale, Setting, setting
+from undistill.reproduce.scales import Scale, Setting, Student, setting
 
 HARD, SCRATCH, SMOOTHED = "HardLabels()", "Scratch()", "LabelSmoothing(smoothing=0.1)"
 Published = Mapping[str, Mapping[str, float]]
@@ -116,6 +117,45 @@ def table3(scale: Scale) -> list[Case]:
         },
     }
     return list(table(setting("Tiny-ImageNet", scale), {} if scale == "smoke" else published))
+
+
+def data_free(scale: Scale) -> list[Case]:
+    """Thieves without data, who have the weights: DAFL as in the paper (ResNet-34 teaches ResNet-18), and Fast.
+
+    `small` is on Fashion-MNIST. At `paper` 240,000 steps of batch 1,024, as DAFL's authors take (from memory).
+    Expected: the normal teacher's student is useful, the nasty one's some points worse.
+    """
+    if scale != "paper":
+        return list(_data_free("", setting("Fashion-MNIST", scale), {}))
+    cases: list[Case] = []
+    for data, figures in {
+        "CIFAR-10": {"normal": 95.42, "normal -> DAFL": 92.49, "nasty": 94.54, "nasty -> DAFL": 86.15},
+        "CIFAR-100": {"normal": 76.97, "normal -> DAFL": 71.06, "nasty": 76.12, "nasty -> DAFL": 65.67},
+    }.items():
+        chosen = setting(data, scale)
+        long = {"epochs": 6000, "batch_size": 1024, "drops": (0.4, 0.8), "gamma": 0.1}
+        thief = Student("ResNet(depth=18)", chosen.recipe.model_copy(update=long))
+        cases += _data_free(
+            f"{data}: ", replace(chosen, teachers={"ResNet-34": "ResNet(depth=34)"}, students={"": thief}), figures
+        )
+    return cases
+
+
+def _data_free(prefix: str, chosen: Setting, figures: Mapping[str, float]) -> Iterator[Case]:
+    student = next(iter(chosen.students.values()))
+    for side, defence in (("normal", ""), ("nasty", chosen.defence)):
+        yield Case(f"{prefix}{side}", chosen.teacher(), defence, published=figures.get(side))
+        for attack in ("DAFL", "Fast"):
+            name = f"{side} -> {attack}"
+            yield Case(
+                f"{prefix}{name}",
+                chosen.teacher(),
+                defence,
+                attack=f"{attack}()",
+                student=student.model,
+                recipe=student.recipe,
+                published=figures.get(name),
+            )
 
 
 def fashion(scale: Scale) -> list[Case]:
