@@ -1,8 +1,6 @@
 """Images made from a network alone, for attacks that have its weights and no data."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -94,19 +92,6 @@ def without_data(data: Split, fit: Fit, *carried: Stateful) -> tuple[Split, Fit]
     train = Samples(blank, torch.zeros_like(data.train.labels))
     recipe = fit.recipe.model_copy(update={"selection": "last"})
     return replace(data, train=train), replace(fit, recipe=recipe, carried=(*fit.carried, *carried))
-
-
-@contextmanager
-def last_features(network: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that holds, after each call of the network, the inputs (B, D) of its last linear layer."""
-    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    seen: list[Tensor] = []
-    handles = [layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))] if layers else []
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class BatchNormStatistics:

@@ -10,9 +10,10 @@ from undistill.attacks.attack import Attack
 from undistill.data import Split
 from undistill.fit import Fit
 from undistill.losses import cross_entropy, distillation
+from undistill.models import last_features
 from undistill.oracle import Access, Oracle
 from undistill.stream import Batch
-from undistill.synthesis import Generator, Imagination, last_features, without_data
+from undistill.synthesis import Generator, Imagination, without_data
 
 
 class DAFL(Attack):

@@ -140,16 +140,21 @@ def device_of(network: nn.Module) -> torch.device:
     return next((tensor.device for tensor in (*network.parameters(), *network.buffers())), torch.device("cpu"))
 
 
+@contextlib.contextmanager
+def last_features(network: nn.Module) -> Iterator[list[Tensor]]:
+    """A list that holds, after each call of the network, the inputs of its last linear layer, if it has one."""
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    seen: list[Tensor] = []
+    handles = [layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))] if layers else []
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def features(network: nn.Module, images: Tensor) -> Tensor | None:
     """Inputs (B, D) of the network's last linear layer, or None where there are none, one row per image."""
-    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    if not layers:
-        return None
-    seen: list[Tensor] = []
-    handle = layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        with torch.no_grad():
-            network(images)
-    finally:
-        handle.remove()
+    with last_features(network) as seen, torch.no_grad():
+        network(images)
     return seen[-1].flatten(1) if seen and len(seen[-1]) == len(images) else None
