@@ -16,7 +16,7 @@ from undistill.fit import Fit, Stateful
 class Generator(nn.Module):
     """Noise (B, latent) -> images (B, C, H, W) in [0, 1]: as in DAFL (Chen et al., ICCV 2019), ending in a sigmoid."""
 
-    def __init__(self, shape: tuple[int, int, int], latent: int, width: int = 64) -> None:
+    def __init__(self, shape: tuple[int, int, int], latent: int, width: int) -> None:
         super().__init__()
         channels, height, width_ = shape
         self.latent, self.start = latent, (2 * width, math.ceil(height / 4), math.ceil(width_ / 4))

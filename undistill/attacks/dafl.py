@@ -31,10 +31,12 @@ class DAFL(Attack):
     lr: float = Field(1e-3, gt=0)
     """Of the generator, with Adam."""
     latent: int = Field(100, ge=1)
+    width: int = Field(64, ge=1)
+    """Channels of the generator."""
 
     def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
         victim = oracle.weights
-        imagination = Imagination(Generator(data.shape, self.latent).to(fit.device), self.lr)
+        imagination = Imagination(Generator(data.shape, self.latent, self.width).to(fit.device), self.lr)
         data, fit = without_data(data, fit, imagination)
 
         def objective(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:

@@ -43,12 +43,14 @@ class Fast(Attack):
     adversarial: float = Field(1.0, ge=0)
     T: float = Field(4.0, gt=0)
     latent: int = Field(100, ge=1)
+    width: int = Field(64, ge=1)
+    """Channels of the generator."""
     bank: int = Field(20_000, ge=1)
     """Images that are remembered, the latest ones."""
 
     def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
         victim = oracle.weights
-        memory = _Memory(Generator(data.shape, self.latent).to(fit.device), self.bank)
+        memory = _Memory(Generator(data.shape, self.latent, self.width).to(fit.device), self.bank)
         data, fit = without_data(data, fit, memory)
 
         def objective(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:

@@ -1,5 +1,6 @@
 """MobileNetV2 (Sandler et al., CVPR 2018)."""
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from undistill.models.model import Model, Shape
@@ -18,19 +19,26 @@ STAGES = (
 
 
 class MobileNetV2(Model):
-    """Width 1; for images up to 64 pixels the stem and the first wide stage keep the resolution."""
+    """For images up to 64 pixels the stem and the first wide stage keep the resolution."""
+
+    width: float = Field(1.0, gt=0)
+    """Multiplies all channels, which stay multiples of 8; the last 1280 only above 1."""
 
     def network(self, shape: Shape, num_classes: int) -> nn.Module:
         small = is_small(shape)
-        layers: list[nn.Module] = [*conv_norm(shape[0], 32, 3, 1 if small else 2), nn.ReLU6()]
-        inputs = 32
-        for expansion, outputs, blocks, stride in STAGES:
+        inputs, last = self._scaled(32), max(self._scaled(1280), 1280)
+        layers: list[nn.Module] = [*conv_norm(shape[0], inputs, 3, 1 if small else 2), nn.ReLU6()]
+        for expansion, channels, blocks, stride in STAGES:
+            outputs = self._scaled(channels)
             for number in range(blocks):
-                first = number == 0 and not (small and outputs == 24)
+                first = number == 0 and not (small and channels == 24)
                 layers.append(InvertedResidual(inputs, outputs, expansion, stride if first else 1))
                 inputs = outputs
-        layers += [*conv_norm(inputs, 1280, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        return he_normal(nn.Sequential(*layers, nn.Linear(1280, num_classes)))
+        layers += [*conv_norm(inputs, last, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        return he_normal(nn.Sequential(*layers, nn.Linear(last, num_classes)))
+
+    def _scaled(self, channels: int) -> int:
+        return max(8, 8 * int(channels * self.width / 8 + 0.5))
 
 
 class InvertedResidual(nn.Module):

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from undistill.models.model import Model, Shape
@@ -15,18 +16,21 @@ class ResNet(Model):
     """ResNet-18, 34 or 50; a 3 x 3 stem without pooling for images up to 64 pixels, 7 x 7 above."""
 
     depth: Literal[18, 34, 50] = 18
+    width: int = Field(64, ge=1)
+    """Channels of the first stage."""
 
     def network(self, shape: Shape, num_classes: int) -> nn.Module:
         channels = shape[0]
         block = Bottleneck if self.depth == 50 else BasicBlock
         small = is_small(shape)
-        layers: list[nn.Module] = [*conv_norm(channels, 64, 3 if small else 7, 1 if small else 2), nn.ReLU()]
+        layers: list[nn.Module] = [*conv_norm(channels, self.width, 3 if small else 7, 1 if small else 2), nn.ReLU()]
         layers += [] if small else [nn.MaxPool2d(3, 2, 1)]
-        inputs = 64
+        inputs = self.width
         for stage, count in enumerate(LAYERS[self.depth]):
+            width = self.width * 2**stage
             for number in range(count):
-                layers.append(block(inputs, 64 * 2**stage, stride=2 if stage > 0 and number == 0 else 1))
-                inputs = 64 * 2**stage * block.expansion
+                layers.append(block(inputs, width, stride=2 if stage > 0 and number == 0 else 1))
+                inputs = width * block.expansion
         return he_normal(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, num_classes)))
 
 

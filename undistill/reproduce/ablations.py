@@ -111,6 +111,24 @@ def collapse(scale: Scale) -> list[Case]:
     return cases
 
 
+def nan(scale: Scale) -> list[Case]:
+    """Nasty teachers that end in NaN for users of the authors' code: ResNet-50 on CIFAR-100, batch 512 on CIFAR-10.
+
+    Each from scratch with the published schedule, and again with its gradients clipped. Expected: an accuracy, or a
+    training that stopped as soon as it was lost.
+    """
+    cases = []
+    for data in ("CIFAR-100", "CIFAR-10"):
+        chosen = setting(data, scale)
+        teacher = chosen.breaking
+        assert teacher is not None
+        for how, clip in (("as published", 0.0), ("clip 5", 5.0)):
+            trained = replace(teacher, recipe=teacher.recipe.model_copy(update={"clip": clip}))
+            for side, defence in (("normal", ""), ("nasty", replace(chosen, warm_start=None).defence)):
+                cases.append(Case(f"{data}, {how}: {side}", trained, defence))
+    return cases
+
+
 def _nasty(chosen: Setting, name: str, defence: str) -> Iterator[Case]:
     """A nasty teacher and its first student."""
     student = next(iter(chosen.students.values()))

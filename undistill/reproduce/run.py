@@ -32,6 +32,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "samples": ablations.samples,
     "stronger-student": ablations.stronger_student,
     "collapse": ablations.collapse,
+    "nan": ablations.nan,
 }
 
 

@@ -46,6 +46,8 @@ class Setting:
     """Networks of less and of more capacity than the first teacher, for the ablations."""
     fragile: Student | None = None
     """The student that collapses in the paper, with the published setting of its training."""
+    breaking: Teacher | None = None
+    """The nasty teacher that ends in NaN for users of the authors' code."""
     own: bool = False
     """Whether each teacher also has a student of its own architecture."""
 
@@ -94,6 +96,10 @@ def adam(epochs: int, views: Views) -> Recipe:
     return sgd(epochs, (), 0.1, views).model_copy(update={"optimiser": "adamw", "lr": 1e-3, "weight_decay": 0.0})
 
 
+def batch_512(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"batch_size": 512})
+
+
 def one_cycle(epochs: int, lr: float, views: Views, weight_decay: float = 5e-4) -> Recipe:
     """A short schedule, for two cores."""
     return Recipe(epochs=epochs, batch_size=128, lr=lr, weight_decay=weight_decay, engine=FAST, views=views)
@@ -110,16 +116,16 @@ def _large_students(recipe: Recipe) -> dict[str, Student]:
     return {name: Student(model, recipe) for name, model in models.items()}
 
 
-def _small(data: str, teacher: str, epochs: int, omega: float, T: float, views: Views) -> Setting:
-    """Two cores: part of the images, a network that fits them, half as wide students."""
+def _small(data: str, teacher: str, omega: float, T: float, views: Views, width: tuple[int, int]) -> Setting:
+    """Two cores: part of the images, a network that fits them, narrow students (of `width`)."""
     thief = one_cycle(40, 0.1, views)
     return Setting(
         data=data,
         teachers={"ResNet-18": teacher},
-        recipe=one_cycle(epochs, 0.1, views),
+        recipe=one_cycle(30, 0.1, views),
         students={
-            "CNN": Student("PlainCNN(width=16)", thief),
-            "ResNetC-20": Student("ResNetC(depth=8, width=8)", thief),
+            "CNN": Student(f"PlainCNN(width={width[0]})", thief),
+            "ResNetC-20": Student(f"ResNetC(depth=8, width={width[1]})", thief),
         },
         omega=omega,
         T=T,
@@ -139,14 +145,21 @@ _SMOKE = Setting(
     weaker="ConvNet(width=4)",
     stronger="ConvNet(width=12)",
     fragile=Student("ConvNet(width=2)", Recipe(epochs=6, clip=0)),
+    breaking=Teacher("Digits()", "ConvNet(width=4)", Recipe(epochs=6, clip=0)),
 )
 _SMALL = {
-    "CIFAR-10": _small("CIFAR10(count=25000)", "VGG(width=32)", 30, 0.04, 4, PHOTOS),
-    "CIFAR-100": replace(
-        _small("CIFAR100(count=20000)", "ResNetC(depth=8, width=32)", 40, 0.005, 20, PHOTOS),
-        fragile=Student("MobileNetV2()", sgd(15, (0.3, 0.6, 0.8), 0.2, PHOTOS)),
+    "CIFAR-10": replace(
+        _small("CIFAR10(count=25000)", "VGG(width=32)", 0.04, 4, PHOTOS, (16, 8)),
+        breaking=Teacher("CIFAR10(count=10000)", "ResNet(width=16)", batch_512(sgd(20, (0.5, 0.75), 0.1, PHOTOS))),
     ),
-    "Fashion-MNIST": _small("FashionMNIST(count=20000)", "PlainCNN(width=32)", 30, 0.04, 4, CLOTHES),
+    "CIFAR-100": replace(
+        _small("CIFAR100(count=25000)", "VGG(width=32)", 0.005, 20, PHOTOS, (16, 8)),
+        fragile=Student("MobileNetV2(width=0.25)", sgd(15, (0.3, 0.6, 0.8), 0.2, PHOTOS)),
+        breaking=Teacher(
+            "CIFAR100(count=10000)", "ResNet(depth=50, width=16)", sgd(10, (0.3, 0.6, 0.8), 0.2, PHOTOS)
+        ),
+    ),
+    "Fashion-MNIST": _small("FashionMNIST(count=20000)", "PlainCNN(width=32)", 0.04, 4, CLOTHES, (4, 4)),
 }
 _PAPER = {
     "CIFAR-10": Setting(
@@ -163,6 +176,7 @@ _PAPER = {
         T=4,
         weaker="PlainCNN()",
         stronger="ResNet(depth=50)",
+        breaking=Teacher("CIFAR10()", "ResNet(depth=18)", batch_512(_CIFAR10_SGD)),
     ),
     "CIFAR-100": Setting(
         data="CIFAR100()",
@@ -172,6 +186,7 @@ _PAPER = {
         omega=0.005,
         T=20,
         fragile=Student("MobileNetV2()", _CIFAR100_SGD),
+        breaking=Teacher("CIFAR100()", "ResNet(depth=50)", _CIFAR100_SGD),
         own=True,
     ),
     "Tiny-ImageNet": Setting("TinyImageNet()", _LARGE, _TINY_SGD, _large_students(_TINY_SGD), 0.01, T=20, own=True),
