@@ -33,7 +33,7 @@ class DeepInversion(Attack):
     """Of Adam, for each batch of images."""
     lr: float = Field(0.05, gt=0)
     statistics: float = Field(1.0, ge=0)
-    variation: float = Field(0.1, ge=0)
+    variation: float = Field(1.0, ge=0)
     l2: float = Field(0.001, ge=0)
     rounds: int = Field(2, ge=1)
     """Of images; those of the first are made without the student, which then learns from all that there are."""

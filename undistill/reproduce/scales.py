@@ -1,7 +1,7 @@
 """How large an experiment is: `smoke` on digits, `small` for two cores, `paper` as published."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from undistill.engine import FAST
@@ -48,6 +48,10 @@ class Setting:
     """The student that collapses in the paper, with the published setting of its training."""
     breaking: Teacher | None = None
     """The nasty teacher that ends in NaN for users of the authors' code."""
+    thief: Student | None = None
+    """The student of attacks without data."""
+    data_free: Mapping[str, str] = field(default_factory=lambda: {"DAFL": "DAFL()", "Fast": "Fast()"})
+    """These attacks."""
     own: bool = False
     """Whether each teacher also has a student of its own architecture."""
 
@@ -146,10 +150,11 @@ _SMOKE = Setting(
     stronger="ConvNet(width=12)",
     fragile=Student("ConvNet(width=2)", Recipe(epochs=6, clip=0)),
     breaking=Teacher("Digits()", "ConvNet(width=4)", Recipe(epochs=6, clip=0)),
+    thief=Student("ConvNet(width=8)", Recipe(epochs=6)),
 )
 _SMALL = {
     "CIFAR-10": replace(
-        _small("CIFAR10(count=25000)", "VGG(width=32)", 0.04, 4, PHOTOS, (16, 8)),
+        _small("CIFAR10(count=25000)", "VGG(width=32)", 0.08, 4, PHOTOS, (16, 8)),
         breaking=Teacher("CIFAR10(count=10000)", "ResNet(width=16)", batch_512(sgd(20, (0.5, 0.75), 0.1, PHOTOS))),
     ),
     "CIFAR-100": replace(
@@ -159,7 +164,11 @@ _SMALL = {
             "CIFAR100(count=10000)", "ResNet(depth=50, width=16)", sgd(10, (0.3, 0.6, 0.8), 0.2, PHOTOS)
         ),
     ),
-    "Fashion-MNIST": _small("FashionMNIST(count=20000)", "PlainCNN(width=32)", 0.04, 4, CLOTHES, (4, 4)),
+    "Fashion-MNIST": replace(
+        _small("FashionMNIST(count=20000)", "PlainCNN(width=32)", 0.04, 4, CLOTHES, (4, 4)),
+        thief=Student("PlainCNN(width=16)", one_cycle(60, 0.1, CLOTHES)),
+        data_free={"DAFL": "DAFL(width=32)", "Fast": "Fast(width=32)"},
+    ),
 }
 _PAPER = {
     "CIFAR-10": Setting(

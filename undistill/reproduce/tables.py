@@ -126,7 +126,9 @@ def data_free(scale: Scale) -> list[Case]:
     Expected: the normal teacher's student is useful, the nasty one's some points worse.
     """
     if scale != "paper":
-        return list(_data_free("", setting("Fashion-MNIST", scale), {}))
+        chosen = setting("Fashion-MNIST", scale)
+        assert chosen.thief is not None
+        return list(_data_free("", chosen, chosen.thief, {}))
     cases: list[Case] = []
     for data, figures in {
         "CIFAR-10": {"normal": 95.42, "normal -> DAFL": 92.49, "nasty": 94.54, "nasty -> DAFL": 86.15},
@@ -135,25 +137,23 @@ def data_free(scale: Scale) -> list[Case]:
         chosen = setting(data, scale)
         long = {"epochs": 6000, "batch_size": 1024, "drops": (0.4, 0.8), "gamma": 0.1}
         thief = Student("ResNet(depth=18)", chosen.recipe.model_copy(update=long))
-        cases += _data_free(
-            f"{data}: ", replace(chosen, teachers={"ResNet-34": "ResNet(depth=34)"}, students={"": thief}), figures
-        )
+        larger = replace(chosen, teachers={"ResNet-34": "ResNet(depth=34)"})
+        cases += _data_free(f"{data}: ", larger, thief, figures)
     return cases
 
 
-def _data_free(prefix: str, chosen: Setting, figures: Mapping[str, float]) -> Iterator[Case]:
-    student = next(iter(chosen.students.values()))
+def _data_free(prefix: str, chosen: Setting, thief: Student, figures: Mapping[str, float]) -> Iterator[Case]:
     for side, defence in (("normal", ""), ("nasty", chosen.defence)):
         yield Case(f"{prefix}{side}", chosen.teacher(), defence, published=figures.get(side))
-        for attack in ("DAFL", "Fast"):
-            name = f"{side} -> {attack}"
+        for known, attack in chosen.data_free.items():
+            name = f"{side} -> {known}"
             yield Case(
                 f"{prefix}{name}",
                 chosen.teacher(),
                 defence,
-                attack=f"{attack}()",
-                student=student.model,
-                recipe=student.recipe,
+                attack=attack,
+                student=thief.model,
+                recipe=thief.recipe,
                 published=figures.get(name),
             )
 
