@@ -179,3 +179,11 @@ def test_what_diverges_is_a_result_and_stops_nothing(toy_file: Path, tmp_path: P
         found = {case.name: one for case, _, one in Workshop(tmp_path, Serial()).measure(cases, [0])}
         assert [bool(one.diverged) for one in found.values()] == [True, False, True]
         assert found["good student"].accuracy > 30
+
+
+def test_thieves_without_data_are_measured_on_digits(tmp_path: Path) -> None:
+    rows = reproduce("data-free", "smoke", [0], "*", Workshop(tmp_path, Serial()))
+    measured = {row.case.name: row.measured[0] for row in rows}
+    assert set(measured) == {"normal", "normal -> DAFL", "normal -> Fast", "nasty", "nasty -> DAFL", "nasty -> Fast"}
+    assert measured["normal"].accuracy > 80
+    assert len(list((tmp_path / "cells").glob("*.png"))) == 4, "a sheet of images for each student"

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from undistill.attacks.attack import Attack
-from undistill.data import Split
+from undistill.data import Samples, Split
 from undistill.fit import Fit
 from undistill.losses import cross_entropy, distillation
 from undistill.oracle import Access, Oracle
@@ -21,13 +21,13 @@ from undistill.synthesis import (
     to_bytes,
     without_data,
 )
-from undistill.views import to_float
+from undistill.views import Views, to_float
 
 
 class Fast(Attack):
     """Every few steps a copy of a meta-generator and its noise are fitted in `inner` steps to the victim's classes, its
     batch-norm statistics and the student's disagreement (1 - JS); the meta-generator moves towards the copy (Reptile),
-    and the images go into a memory bank, from which the student learns. Needs weights, no data."""
+    and the images go into a memory bank, from whose views the student learns. Needs weights, no data."""
 
     needs = Access.WEIGHTS
     inner: int = Field(5, ge=1)
@@ -57,7 +57,7 @@ class Fast(Attack):
             if memory.steps % self.every == 0:
                 memory.keep(self._imagine(victim, network, memory.generator, len(batch.images), data.num_classes))
             memory.steps += 1
-            images = memory.draw(len(batch.images))
+            images = memory.draw(len(batch.images), fit.recipe.views, fit.seed)
             with torch.no_grad():
                 answers = victim(images)
             return {"soft": distillation(answers, network(images), self.T)}
@@ -108,10 +108,11 @@ class _Memory:
         held = [self.images.to(images.device)] if len(self.images) else []
         self.images = torch.cat([*held, images])[-self.size :]
 
-    def draw(self, count: int) -> Tensor:
-        """Random images (B, C, H, W) in [0, 1]."""
+    def draw(self, count: int, views: Views, seed: int) -> Tensor:
+        """Views of random images (B, C, H, W) in [0, 1]."""
         index = torch.randint(len(self.images), (count,), device=self.images.device)
-        return to_float(self.images[index])
+        blank = torch.zeros(len(self.images), dtype=torch.int64, device=index.device)
+        return to_float(views(Samples(self.images, blank), seed, self.steps, index, num_classes=1)[0])
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.state_dict(), "images": self.images, "steps": self.steps}

@@ -165,7 +165,7 @@ _SMALL = {
         ),
     ),
     "Fashion-MNIST": replace(
-        _small("FashionMNIST(count=20000)", "PlainCNN(width=32)", 0.04, 4, CLOTHES, (4, 4)),
+        _small("FashionMNIST(count=20000)", "PlainCNN(width=32)", 0.08, 4, CLOTHES, (4, 4)),
         thief=Student("PlainCNN(width=16)", one_cycle(60, 0.1, CLOTHES)),
         data_free={"DAFL": "DAFL(width=32)", "Fast": "Fast(width=32)"},
     ),
