@@ -38,7 +38,11 @@ def folder(victim: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tables") / "omega-small.json"
     rows = [
-        {"name": f"omega={value}: {who}", "accuracies": [base - 100 * value, base - 90 * value]}
+        {
+            "name": f"omega={value}: {who}",
+            "accuracies": [base - 100 * value, base - 90 * value],
+            "measured": {str(seed): {"divergence": 200 * value + seed} for seed in (0, 1)},
+        }
         for value in (0, 0.01, 0.1)
         for who, base in (("teacher", 99.0), ("student", 80.0))
     ]
@@ -71,8 +75,9 @@ def test_training_shows_accuracy_and_the_divergence_of_what_undermines(honest: R
 
 
 def test_an_ablation_has_a_line_for_each_series(table: Path) -> None:
-    (axes,) = ablation(table).axes
-    assert axes.get_xlabel() == "omega"
+    axes, below = ablation(table).axes
+    assert below.get_xlabel() == "omega"
+    assert np.allclose(below.lines[0].get_ydata(), [0.5, 2.5, 20.5]), "divergence, mean of the seeds"
     lines = {line.get_label(): line for line in axes.lines}
     assert lines.keys() == {"teacher", "student", "no teacher"}
     assert np.allclose(lines["student"].get_ydata(), [80, 79.05, 70.5])
@@ -103,7 +108,7 @@ def test_a_digit_in_a_name_is_no_value(name: str, tmp_path: Path) -> None:
         ablation(tmp_path / "table.json")
 
 
-@pytest.mark.parametrize("row", [{}, {"name": 3}, {"name": "omega=1: a", "accuracies": ["x"]}], ids=str)
+@pytest.mark.parametrize("row", [{}, {"name": 3}, {"name": "omega=1: a", "accuracies": ["x"]}, 3], ids=str)
 def test_a_damaged_table_is_named(row: object, tmp_path: Path) -> None:
     (tmp_path / "table.json").write_text(json.dumps({"rows": [row]}))
     with pytest.raises(StoreError, match="is no table"):

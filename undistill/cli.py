@@ -246,7 +246,7 @@ def data_check(
 def figure(
     name: Annotated[str, typer.Argument(help="answers, maps, students, synthesised, training or ablation.")],
     sources: Annotated[list[Path], typer.Argument(help="An audit, runs, or a table of 'reproduce'.")],
-    out: Annotated[Path | None, typer.Option(help="Where it goes, without an ending: .svg and .png.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where it goes: both .svg and .png.")] = None,
 ) -> None:
     """Draw one figure as SVG and PNG."""
     from undistill.report.drawing import draw

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,32 +66,40 @@ def _history(run: Run) -> list[dict[str, float]]:
 
 
 def ablation(table: Path) -> Figure:
-    """Accuracy over the ablation's value, with 95 % bands where there are several seeds.
+    """Accuracy over the ablation's value, with 95 % bands where there are several seeds; below it the divergence that
+    teachers reached, where it depends on the value.
 
     `table` is the JSON of `undistill reproduce`; its figure 'omega=0.04: student' is a point of the line 'student'.
     """
     lines: dict[str, list[tuple[float, list[float]]]] = defaultdict(list)
     flat: dict[str, list[float]] = {}
+    reached: dict[float, float] = {}
     what = ""
     for row in _read(table):
         name, accuracies = row["name"], row["accuracies"]
         if found := POINT.fullmatch(name):
             what = found["what"] or "share of the images, %"
-            lines[found["line"]].append((float(found["value"] or found["share"]), accuracies))
+            value = float(found["value"] or found["share"])
+            lines[found["line"]].append((value, accuracies))
+            reached |= {value: row["divergence"]} if row["divergence"] is not None else {}
         else:
             flat[name] = accuracies
     if not lines:
         raise StoreError(f"{table} holds no ablation over a number; 'undistill reproduce omega' writes one.")
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-        axes = figure.subplots()
+        varies = len(set(reached.values())) > 1
+        axes, *below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1)) if varies else [figure.subplots()]
         for number, (name, points) in enumerate(lines.items()):
             _line(axes, name, sorted(points), number)
         for name, values in flat.items():
             axes.axhline(interval(values).mean, color="#555555", linestyle=":", linewidth=1, label=name)
-        axes.set_xlabel(what)
         axes.set_ylabel("test accuracy, %")
         axes.legend(frameon=False, fontsize=8)
+        for under in below:
+            under.plot(*zip(*sorted(reached.items()), strict=True), "-o", color="#555555", markersize=4)
+            under.set_ylabel("T² KL, nats")
+        figure.axes[-1].set_xlabel(what)
     return figure
 
 
@@ -104,10 +113,22 @@ def _line(axes: Axes, name: str, points: Sequence[tuple[float, list[float]]], nu
 
 
 def _read(table: Path) -> list[dict[str, Any]]:
-    """Names and accuracies of the measured rows, in percent."""
+    """Names, accuracies in percent and mean divergence of the measured rows."""
     try:
         rows = json.loads(table.read_text())["rows"]
-        measured = [{"name": str(row["name"]), "accuracies": list(map(float, row["accuracies"]))} for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        measured = [
+            {
+                "name": str(row["name"]),
+                "accuracies": list(map(float, row["accuracies"])),
+                "divergence": _divergence(row.get("measured", {})),
+            }
+            for row in rows
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{table} is no table of 'undistill reproduce' ({type(error).__name__}).") from None
     return [row for row in measured if row["accuracies"]]
+
+
+def _divergence(measured: dict[str, dict[str, Any]]) -> float | None:
+    known = [one["divergence"] for one in measured.values() if one["divergence"] is not None]
+    return statistics.fmean(known) if known else None

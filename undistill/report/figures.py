@@ -43,7 +43,8 @@ def svg(figure: Figure) -> str:
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
-    """Write `path`.svg and `path`.png."""
+    """Write `path`.svg and `path`.png; an ending of these two is not doubled."""
+    path = path.with_suffix("") if path.suffix in (".svg", ".png") else path
     picture = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(picture, format="png", bbox_inches="tight", dpi=150)

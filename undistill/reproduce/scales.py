@@ -160,9 +160,7 @@ _SMALL = {
     "CIFAR-100": replace(
         _small("CIFAR100(count=25000)", "VGG(width=32)", 0.005, 20, PHOTOS, (16, 8)),
         fragile=Student("MobileNetV2(width=0.25)", sgd(15, (0.3, 0.6, 0.8), 0.2, PHOTOS)),
-        breaking=Teacher(
-            "CIFAR100(count=10000)", "ResNet(depth=50, width=16)", sgd(10, (0.3, 0.6, 0.8), 0.2, PHOTOS)
-        ),
+        breaking=Teacher("CIFAR100(count=10000)", "ResNet(depth=50, width=16)", sgd(10, (0.3, 0.6, 0.8), 0.2, PHOTOS)),
     ),
     "Fashion-MNIST": replace(
         _small("FashionMNIST(count=20000)", "PlainCNN(width=32)", 0.08, 4, CLOTHES, (4, 4)),
