@@ -14,6 +14,7 @@ from undistill.reproduce.tables import HARD, SCRATCH
 TEMPERATURES = (1, 4, 10, 20)
 ALPHAS = (0.1, 0.5, 0.9, 1)
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
+PATIENCE = (0.5, 1, 2)
 OMEGAS = (0.0, 0.01, 0.02, 0.04, 0.08, 0.15)
 
 
@@ -93,6 +94,22 @@ def samples(scale: Scale) -> list[Case]:
         for share in SHARES
         for case in [_scratch(chosen), *_attacks(chosen, {"KD": chosen.attack})]
     ]
+
+
+def student_epochs(scale: Scale) -> list[Case]:
+    """A thief in a hurry, one with as many epochs as elsewhere, and one with twice as many: is the damage lasting?
+
+    Ours: students whose curves are not flat yet hide effects. `small` 60 minutes, `paper` 13.
+    """
+    chosen = setting("CIFAR-10", scale)
+    student = next(iter(chosen.students.values()))
+    cases = []
+    for times in PATIENCE:
+        epochs = round(times * student.recipe.epochs)
+        recipe = student.recipe.model_copy(update={"epochs": epochs})
+        for case in (_scratch(chosen), *_attacks(chosen, {"KD": chosen.attack})):
+            cases.append(replace(case, name=f"epochs={epochs}: {case.name}", recipe=recipe))
+    return cases
 
 
 def stronger_student(scale: Scale) -> list[Case]:

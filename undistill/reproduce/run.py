@@ -30,6 +30,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "temperature": ablations.temperature,
     "alpha": ablations.alpha,
     "samples": ablations.samples,
+    "student-epochs": ablations.student_epochs,
     "stronger-student": ablations.stronger_student,
     "collapse": ablations.collapse,
     "nan": ablations.nan,
