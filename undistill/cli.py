@@ -253,8 +253,8 @@ def figure(
     from undistill.report.figures import save
 
     drawn = draw(name, sources)
-    beside_it = sources[0] if sources[0].is_dir() else sources[0].parent
-    for file in save(drawn, out or beside_it / name):
+    beside_it = sources[0] / name if sources[0].is_dir() else sources[0]
+    for file in save(drawn, out or beside_it.with_suffix("")):
         print(file)
 
 

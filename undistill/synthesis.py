@@ -137,10 +137,10 @@ def total_variation(images: Tensor) -> Tensor:
 
 def disagreement(teacher: Tensor, student: Tensor, T: float = 3.0) -> Tensor:
     """1 - JS(teacher, student), which is small where they disagree; in nats over log 2, from logits (B, K)."""
-    p, q = F.softmax(teacher.float() / T, 1), F.softmax(student.float() / T, 1)
-    middle = (0.5 * (p + q)).clamp_min(1e-8).log()
-    js = 0.5 * (F.kl_div(middle, p, reduction="batchmean") + F.kl_div(middle, q, reduction="batchmean"))
-    return 1 - (js / math.log(2)).clamp(0, 1)
+    p, q = F.log_softmax(teacher.float() / T, 1), F.log_softmax(student.float() / T, 1)
+    middle = torch.logaddexp(p, q) - math.log(2)
+    halves = [F.kl_div(middle, one, reduction="batchmean", log_target=True) for one in (p, q)]
+    return 1 - (torch.stack(halves).mean() / math.log(2)).clamp(0, 1)
 
 
 def to_bytes(images: Tensor) -> Tensor:

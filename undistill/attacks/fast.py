@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from undistill.attacks.attack import Attack
 from undistill.data import Samples, Split
+from undistill.errors import NonFiniteLoss
 from undistill.fit import Fit
 from undistill.losses import cross_entropy, distillation
 from undistill.oracle import Access, Oracle
@@ -84,6 +85,8 @@ class Fast(Attack):
                 answers = victim(images)
                 loss = self.one_hot * cross_entropy(answers, labels) + self.statistics * norms.distance
                 loss = loss + self.adversarial * disagreement(answers, student(images))
+                if not loss.isfinite():
+                    raise NonFiniteLoss("Fast cannot fit images: victim or student answers NaN. Lower recipe.lr.")
                 if loss.item() < lowest:
                     lowest, best = loss.item(), to_bytes(images)
                 optimiser.zero_grad()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from undistill.reproduce.case import Case, Teacher
-from undistill.reproduce.scales import Scale, Setting, setting
+from undistill.reproduce.scales import Scale, Setting, Student, setting
 from undistill.reproduce.tables import HARD, SCRATCH
 
 TEMPERATURES = (1, 4, 10, 20)
@@ -25,7 +25,8 @@ def omega(scale: Scale) -> list[Case]:
     `small` 80 minutes, `paper` 41.
     """
     chosen = setting("CIFAR-10", scale)
-    return [
+    student, *_ = _attacks(chosen, {"KD": chosen.attack})
+    return [_scratch(chosen), Case("normal teacher", chosen.teacher()), student] + [
         case for value in OMEGAS for case in _nasty(chosen, f"omega={value:g}", replace(chosen, omega=value).defence)
     ]
 
@@ -59,7 +60,7 @@ def adversary(scale: Scale) -> list[Case]:
     same = chosen.teacher()
     others = {"weaker": chosen.weaker, "same": same.model, "stronger": chosen.stronger}
     return [
-        replace(case, adversary=None if model == same.model else Teacher(same.data, model, same.recipe))
+        replace(case, adversary=None if model == same.model else Teacher(same.data, model, chosen.recipe_of(model)))
         for name, model in others.items()
         for case in _nasty(chosen, f"{name} adversary {model}", chosen.defence)
     ]
@@ -99,7 +100,7 @@ def samples(scale: Scale) -> list[Case]:
 def student_epochs(scale: Scale) -> list[Case]:
     """A thief in a hurry, one with as many epochs as elsewhere, and one with twice as many: is the damage lasting?
 
-    Ours: students whose curves are not flat yet hide effects. `small` 60 minutes, `paper` 13.
+    Ours: students whose curves are not flat yet hide effects. `small` 60 minutes, `paper` 15.
     """
     chosen = setting("CIFAR-10", scale)
     student = next(iter(chosen.students.values()))
@@ -115,8 +116,7 @@ def student_epochs(scale: Scale) -> list[Case]:
 def stronger_student(scale: Scale) -> list[Case]:
     """A student with more capacity than the teacher. The paper: it is hurt as well. `small` 140 minutes, `paper` 37."""
     chosen = setting("CIFAR-10", scale)
-    stronger = {chosen.stronger: replace(next(iter(chosen.students.values())), model=chosen.stronger)}
-    chosen = replace(chosen, students=stronger)
+    chosen = replace(chosen, students={chosen.stronger: Student(chosen.stronger, chosen.recipe)})
     return [_scratch(chosen), *_attacks(chosen, {"KD": chosen.attack, "labels": HARD})]
 
 
@@ -124,6 +124,7 @@ def collapse(scale: Scale) -> list[Case]:
     """MobileNetV2's 1 to 3 % in tables 2 and 3: which part survives a careful thief?
 
     The published setting, then a lower learning rate, a clipped gradient, a lower T, a lower alpha, and all of them.
+    Published: 73.11 from the normal teacher, 3.45 from the nasty one. `small` 60 minutes, `paper` 24.
     """
     chosen = setting("CIFAR-100", scale)
     student = chosen.fragile
@@ -149,7 +150,7 @@ def nan(scale: Scale) -> list[Case]:
     """Nasty teachers that end in NaN for users of the authors' code: ResNet-50 on CIFAR-100, batch 512 on CIFAR-10.
 
     Each from scratch with the published schedule, and again with its gradients clipped. Expected: an accuracy, or a
-    training that stopped as soon as it was lost.
+    training that stopped as soon as it was lost. `small` 30 minutes, `paper` 73.
     """
     cases = []
     for data in ("CIFAR-100", "CIFAR-10"):

@@ -96,15 +96,15 @@ def networks(rows: Sequence[Row]) -> str:
 
 
 def about(experiment: Experiment) -> str:
-    """The first paragraph of its docstring."""
-    return " ".join((inspect.getdoc(experiment) or "").split("\n\n")[0].split())
+    """Its docstring, in one line."""
+    return " ".join((inspect.getdoc(experiment) or "").split())
 
 
 def reproduce(
     name: str, scale: str, seeds: Sequence[int], cells: str, workshop: Workshop, *, as_authors: bool = False
 ) -> list[Row]:
     """Measure every case of `name` whose name matches the pattern `cells`, for these seeds, beside what the table
-    holds of others already; it is written after each figure.
+    holds of others already; it is written after each teacher's figures.
 
     Teachers and cells that the workshop's folder holds are not done again, whichever experiment asked for them.
     `as_authors` chooses epochs by the test images, as the authors' code does.

@@ -64,6 +64,10 @@ class Setting:
         """The teacher of that name, by default the first one."""
         return Teacher(self.data, self.teachers[name or next(iter(self.teachers))], recipe or self.recipe)
 
+    def recipe_of(self, model: str) -> Recipe:
+        """How that network is trained: as the student that it is, or else as a teacher."""
+        return next((student.recipe for student in self.students.values() if student.model == model), self.recipe)
+
     @property
     def defence(self) -> str:
         return f"Nasty(omega={self.omega:g}, T={self.T:g}, warm_start={self.warm_start})"
@@ -165,7 +169,7 @@ _SMALL = {
     "Fashion-MNIST": replace(
         _small("FashionMNIST(count=20000)", "PlainCNN(width=32)", 0.08, 4, CLOTHES, (4, 4)),
         thief=Student("PlainCNN(width=16)", one_cycle(60, 0.1, CLOTHES)),
-        data_free={"DAFL": "DAFL(width=32)", "Fast": "Fast(width=32)"},
+        data_free={"DAFL": "DAFL(width=32, lr=0.05, T=4)", "Fast": "Fast(width=32)"},
     ),
 }
 _PAPER = {
