@@ -179,6 +179,11 @@ def test_partial_and_foreign_folders_are_named_and_not_used(root: Path, monkeypa
     (folder / "data_batch_3").write_bytes((folder / "elsewhere").read_bytes()[:5000])
     with pytest.raises(DataError, match=r"data_batch_3 is not used: .*truncated"):
         CIFAR10().load()
+    (folder / "data_batch_3").unlink()
+    (folder / "data_batch_3").mkdir()
+    with pytest.raises(IsADirectoryError):  # the machine's own error, which the command line shows
+        CIFAR10().load()
+    (folder / "data_batch_3").rmdir()
     write_cifar10(folder, rows=21)
     with pytest.raises(DataError, match=r"105 training images, the published data set 100.*Remove those files"):
         CIFAR10().load()

@@ -80,3 +80,19 @@ def test_arrays_in_every_order_and_width(tmp_path: Path) -> None:
         for order in (values.astype(kind), np.asfortranarray(values.astype(kind))):
             dump(tmp_path / "batch", {b"data": order})
             assert np.array_equal(read_batch(tmp_path / "batch")["data"], values)
+
+
+def test_a_small_pickle_that_names_one_list_again_and_again_stays_small(tmp_path: Path) -> None:
+    """Copied wherever it is named, this would be 2 to the power of 60 values."""
+    value: list[Any] = []
+    for _ in range(60):
+        value = [value, value]
+    dump(tmp_path / "batch", {b"data": value})
+    held = read_batch(tmp_path / "batch")["data"]
+    assert held[0] is held[1]
+
+
+def test_a_damaged_batch_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "batch").write_bytes(b"\x80\x02}")
+    with pytest.raises(DataError, match=r"not used: .+ remove it"):
+        read_batch(tmp_path / "batch")

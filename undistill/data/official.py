@@ -60,6 +60,8 @@ class Official(Source):
         except DataError:
             raise
         except Exception as error:  # gzip, zlib, struct, scipy and pillow raise many kinds for damaged files
+            if isinstance(error, OSError) and error.errno is not None:  # the machine refuses, the file is not to blame
+                raise
             raise DataError(
                 f"{self._what(folder)} is damaged, or not the published one ({type(error).__name__}: {error}). {AGAIN}"
             ) from None

@@ -17,11 +17,14 @@ def read_batch(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
-            batch = _plain(_Unpickler(file, encoding="latin1").load())
+            batch = _plain(_Unpickler(file, encoding="latin1").load(), {})
     except OSError:
         raise
     except Exception as error:  # a crafted or damaged pickle can raise any kind, MemoryError and RecursionError too
-        raise DataError(f"{path} is not used: {error or type(error).__name__}") from None
+        raise DataError(
+            f"{path} is not used: {str(error) or type(error).__name__}. If damaged, remove it and its siblings, and "
+            "they are downloaded again."
+        ) from None
     if not isinstance(batch, dict):
         raise DataError(f"{path} is not used: it holds {type(batch).__name__}, not a batch.")
     return batch
@@ -78,15 +81,20 @@ class _Unpickler(pickle.Unpickler):
         return known[module, name]
 
 
-def _plain(value: Any) -> Any:
-    """Arrays for their stand-ins, text for the bytes that Python 2 called so; `UnpicklingError` for what is neither."""
+def _plain(value: Any, done: dict[int, Any]) -> Any:
+    """Arrays for their stand-ins, text for the bytes that Python 2 called so; `UnpicklingError` for what is neither.
+
+    `done` holds the containers, by id, that a pickle may name many times.
+    """
     kind = type(value)
+    if id(value) in done:
+        return done[id(value)]
     if kind is _Array and value.values is not None:
         return value.values
     if kind is dict:
-        return {_plain(name): _plain(held) for name, held in value.items()}
+        return done.setdefault(id(value), {_plain(name, done): _plain(held, done) for name, held in value.items()})
     if kind in (list, tuple):
-        return kind(_plain(held) for held in value)
+        return done.setdefault(id(value), kind(_plain(held, done) for held in value))
     if kind is bytes:
         return value.decode("latin1")
     if value is None or kind in (str, int, float, bool):
