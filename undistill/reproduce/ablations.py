@@ -14,7 +14,7 @@ from undistill.reproduce.tables import HARD, SCRATCH
 TEMPERATURES = (1, 4, 10, 20)
 ALPHAS = (0.1, 0.5, 0.9, 1)
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
-PATIENCE = (0.5, 1, 2)
+EPOCH_FACTORS = (0.5, 1, 2)
 OMEGAS = (0.0, 0.01, 0.02, 0.04, 0.08, 0.15)
 
 
@@ -105,7 +105,7 @@ def student_epochs(scale: Scale) -> list[Case]:
     chosen = setting("CIFAR-10", scale)
     student = next(iter(chosen.students.values()))
     cases = []
-    for times in PATIENCE:
+    for times in EPOCH_FACTORS:
         epochs = round(times * student.recipe.epochs)
         recipe = student.recipe.model_copy(update={"epochs": epochs})
         for case in (_scratch(chosen), *_attacks(chosen, {"KD": chosen.attack})):
@@ -127,7 +127,7 @@ def collapse(scale: Scale) -> list[Case]:
     Published: 73.11 from the normal teacher, 3.45 from the nasty one. `small` 60 minutes, `paper` 24.
     """
     chosen = setting("CIFAR-100", scale)
-    student = chosen.fragile
+    student = chosen.collapsing_student
     assert student is not None
     chosen = replace(chosen, students={"MobileNetV2": student})
     model, plain = student.model, student.recipe
@@ -155,7 +155,7 @@ def nan(scale: Scale) -> list[Case]:
     cases = []
     for data in ("CIFAR-100", "CIFAR-10"):
         chosen = setting(data, scale)
-        teacher = chosen.breaking
+        teacher = chosen.diverging_teacher
         assert teacher is not None
         for how, clip in (("as published", 0.0), ("clip 5", 5.0)):
             trained = replace(teacher, recipe=teacher.recipe.model_copy(update={"clip": clip}))

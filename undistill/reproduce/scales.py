@@ -44,11 +44,11 @@ class Setting:
     weaker: str = ""
     stronger: str = ""
     """Networks of less and of more capacity than the first teacher, for the ablations."""
-    fragile: Student | None = None
+    collapsing_student: Student | None = None
     """The student that collapses in the paper, with the published setting of its training."""
-    breaking: Teacher | None = None
+    diverging_teacher: Teacher | None = None
     """The nasty teacher that ends in NaN for users of the authors' code."""
-    thief: Student | None = None
+    data_free_student: Student | None = None
     """The student of attacks without data."""
     data_free: Mapping[str, str] = field(default_factory=lambda: {"DAFL": "DAFL()", "Fast": "Fast()"})
     """These attacks."""
@@ -152,23 +152,27 @@ _SMOKE = Setting(
     T=4,
     weaker="ConvNet(width=4)",
     stronger="ConvNet(width=12)",
-    fragile=Student("ConvNet(width=2)", Recipe(epochs=6, clip=0)),
-    breaking=Teacher("Digits()", "ConvNet(width=4)", Recipe(epochs=6, clip=0)),
-    thief=Student("ConvNet(width=8)", Recipe(epochs=6)),
+    collapsing_student=Student("ConvNet(width=2)", Recipe(epochs=6, clip=0)),
+    diverging_teacher=Teacher("Digits()", "ConvNet(width=4)", Recipe(epochs=6, clip=0)),
+    data_free_student=Student("ConvNet(width=8)", Recipe(epochs=6)),
 )
 _SMALL = {
     "CIFAR-10": replace(
         _small("CIFAR10(count=25000)", "VGG(width=32)", 0.08, 4, PHOTOS, (16, 8)),
-        breaking=Teacher("CIFAR10(count=10000)", "ResNet(width=16)", batch_512(sgd(20, (0.5, 0.75), 0.1, PHOTOS))),
+        diverging_teacher=Teacher(
+            "CIFAR10(count=10000)", "ResNet(width=16)", batch_512(sgd(20, (0.5, 0.75), 0.1, PHOTOS))
+        ),
     ),
     "CIFAR-100": replace(
         _small("CIFAR100(count=25000)", "VGG(width=32)", 0.005, 20, PHOTOS, (16, 8)),
-        fragile=Student("MobileNetV2(width=0.25)", sgd(15, (0.3, 0.6, 0.8), 0.2, PHOTOS)),
-        breaking=Teacher("CIFAR100(count=10000)", "ResNet(depth=50, width=16)", sgd(10, (0.3, 0.6, 0.8), 0.2, PHOTOS)),
+        collapsing_student=Student("MobileNetV2(width=0.25)", sgd(15, (0.3, 0.6, 0.8), 0.2, PHOTOS)),
+        diverging_teacher=Teacher(
+            "CIFAR100(count=10000)", "ResNet(depth=50, width=16)", sgd(10, (0.3, 0.6, 0.8), 0.2, PHOTOS)
+        ),
     ),
     "Fashion-MNIST": replace(
         _small("FashionMNIST(count=20000)", "PlainCNN(width=32)", 0.08, 4, CLOTHES, (4, 4)),
-        thief=Student("PlainCNN(width=16)", one_cycle(60, 0.1, CLOTHES)),
+        data_free_student=Student("PlainCNN(width=16)", one_cycle(45, 0.1, CLOTHES)),
         data_free={"DAFL": "DAFL(width=32, lr=0.05, T=4)", "Fast": "Fast(width=32)"},
     ),
 }
@@ -187,7 +191,7 @@ _PAPER = {
         T=4,
         weaker="PlainCNN()",
         stronger="ResNet(depth=50)",
-        breaking=Teacher("CIFAR10()", "ResNet(depth=18)", batch_512(_CIFAR10_SGD)),
+        diverging_teacher=Teacher("CIFAR10()", "ResNet(depth=18)", batch_512(_CIFAR10_SGD)),
     ),
     "CIFAR-100": Setting(
         data="CIFAR100()",
@@ -196,8 +200,8 @@ _PAPER = {
         students=_large_students(_CIFAR100_SGD),
         omega=0.005,
         T=20,
-        fragile=Student("MobileNetV2()", _CIFAR100_SGD),
-        breaking=Teacher("CIFAR100()", "ResNet(depth=50)", _CIFAR100_SGD),
+        collapsing_student=Student("MobileNetV2()", _CIFAR100_SGD),
+        diverging_teacher=Teacher("CIFAR100()", "ResNet(depth=50)", _CIFAR100_SGD),
         own=True,
     ),
     "Tiny-ImageNet": Setting("TinyImageNet()", _LARGE, _TINY_SGD, _large_students(_TINY_SGD), 0.01, T=20, own=True),

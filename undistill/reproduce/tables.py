@@ -134,8 +134,8 @@ def data_free(scale: Scale) -> list[Case]:
     """
     if scale != "paper":
         chosen = setting("Fashion-MNIST", scale)
-        assert chosen.thief is not None
-        return list(_data_free("", chosen, chosen.thief, {}))
+        assert chosen.data_free_student is not None
+        return list(_data_free("", chosen, chosen.data_free_student, {}))
     cases: list[Case] = []
     for data, figures in {
         "CIFAR-10": {"normal": 95.42, "normal -> DAFL": 92.49, "nasty": 94.54, "nasty -> DAFL": 86.15},
