@@ -28,7 +28,7 @@ class DAFL(Attack):
     entropy: float = Field(5.0, ge=0)
     """Weight of minus the entropy of the mean answer, in nats (eq. 5, which divides by the number of classes)."""
     T: float = Field(4.0, gt=0)
-    lr: float = Field(0.05, gt=0)
+    lr: float = Field(0.02, gt=0)
     """Of the generator, with Adam; a slow one shows the same images for too long."""
     latent: int = Field(100, ge=1)
     width: int = Field(64, ge=1)
