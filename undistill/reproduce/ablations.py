@@ -4,7 +4,7 @@ The paper shows curves, not tables: what it reports is said in words, from memor
 `tables`; most of them go into teachers, which all experiments in one folder share.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from undistill.reproduce.case import Case, Teacher
@@ -26,9 +26,7 @@ def omega(scale: Scale) -> list[Case]:
     """
     chosen = setting("CIFAR-10", scale)
     student, *_ = _attacks(chosen, {"KD": chosen.attack})
-    return [_scratch(chosen), Case("normal teacher", chosen.teacher()), student] + [
-        case for value in OMEGAS for case in _nasty(chosen, f"omega={value:g}", replace(chosen, omega=value).defence)
-    ]
+    return [_scratch(chosen), Case("normal teacher", chosen.teacher()), student, *_of_omegas(chosen, OMEGAS)]
 
 
 def published_omegas(scale: Scale) -> list[Case]:
@@ -36,11 +34,7 @@ def published_omegas(scale: Scale) -> list[Case]:
 
     Expected: one of them gives the nasty teacher's 94.56 and its CNN student's 82.46. `small` 35 minutes, `paper` 16.
     """
-    chosen = setting("CIFAR-10", scale)
-    values = (0.004, 0.04)
-    return [
-        case for value in values for case in _nasty(chosen, f"omega={value:g}", replace(chosen, omega=value).defence)
-    ]
+    return list(_of_omegas(setting("CIFAR-10", scale), (0.004, 0.04)))
 
 
 def adversary_temperature(scale: Scale) -> list[Case]:
@@ -162,6 +156,11 @@ def nan(scale: Scale) -> list[Case]:
             for side, defence in (("normal", ""), ("nasty", replace(chosen, warm_start=None).defence)):
                 cases.append(Case(f"{data}, {how}: {side}", trained, defence))
     return cases
+
+
+def _of_omegas(chosen: Setting, values: Sequence[float]) -> Iterator[Case]:
+    for value in values:
+        yield from _nasty(chosen, f"omega={value:g}", replace(chosen, omega=value).defence)
 
 
 def _nasty(chosen: Setting, name: str, defence: str) -> Iterator[Case]:
