@@ -1,5 +1,6 @@
 """Fast data-free distillation: a generator that learns to be adapted quickly (Fang et al., AAAI 2022)."""
 
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -85,10 +86,11 @@ class Fast(Attack):
                 answers = victim(images)
                 loss = self.one_hot * cross_entropy(answers, labels) + self.statistics * norms.distance
                 loss = loss + self.adversarial * disagreement(answers, student(images))
-                if not loss.isfinite():
+                reached = loss.item()
+                if not math.isfinite(reached):
                     raise NonFiniteLoss("Fast cannot fit images: victim or student answers NaN. Lower recipe.lr.")
-                if loss.item() < lowest:
-                    lowest, best = loss.item(), to_bytes(images)
+                if reached < lowest:
+                    lowest, best = reached, to_bytes(images)
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
