@@ -203,6 +203,19 @@ def test_a_truncated_idx_file_is_named(root: Path, monkeypatch: pytest.MonkeyPat
             MNIST().load()
 
 
+def test_files_of_another_data_set_under_the_same_names_are_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for source in (MNIST, KMNIST):
+        small(monkeypatch, source, 40, 20)
+    write_idx(root / "mnist", MNIST)
+    labels = KMNIST.files[1].name
+    digest = hashlib.md5((root / "mnist" / labels).read_bytes()).hexdigest()
+    monkeypatch.setattr(KMNIST, "files", (KMNIST.files[0], File(labels, digest), *KMNIST.files[2:]))
+    with pytest.raises(DataError, match=rf"{labels} is a file of KMNIST, not of MNIST.*not used.*Remove"):
+        MNIST().load()
+
+
 @pytest.mark.parametrize("content", [b"", b"no matlab file", b"\x89HDF" * 40], ids=["empty", "text", "newer"])
 def test_a_damaged_svhn_does_not_ask_for_the_whole_folder(
     content: bytes, root: Path, monkeypatch: pytest.MonkeyPatch
@@ -310,6 +323,14 @@ def test_check_says_whether_files_are_the_published_ones(root: Path, monkeypatch
     assert "other bytes" in found.files[MNIST.files[1].name]
     assert found.counts["train"].tolist() == [3] * 10
     assert found.sheet(rows=2).labels.tolist() == [0] * 3 + [1] * 3
+
+
+def test_check_says_where_no_hash_is_published(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, TinyImageNet, 18, 6)
+    write_tiny(root / "tiny-imagenet-200")
+    found = check(TinyImageNet(validation=0.2))
+    assert found.files.keys() == {"wnids.txt", "words.txt", "train", "val"}
+    assert all("only the archive" in state for state in found.files.values())
 
 
 def test_count_takes_the_classes_in_their_proportions(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from undistill.data.official import Official
+from undistill.data.official import File, Official
 from undistill.data.source import Source
 from undistill.data.split import Data, Samples
 from undistill.sheet import COLUMNS
@@ -39,10 +39,10 @@ def check(source: Source) -> Check:
     if not isinstance(source, Official):
         return Check(None, {}, data)
     folder = source.find()
-    return Check(
-        folder, {file.name: _compare(file.matches(folder / file.name)) for file in source.files if file.md5}, data
-    )
+    return Check(folder, {file.name: _compare(file, folder / file.name) for file in source.files}, data)
 
 
-def _compare(matches: bool) -> str:
-    return "as published" if matches else "other bytes than published, but complete and well-formed"
+def _compare(file: File, path: Path) -> str:
+    if not file.md5:
+        return "read whole and counted; only the archive it came in has a published hash, checked at download"
+    return "as published" if file.matches(path) else "other bytes than published, but complete and well-formed"

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from undistill.data.official import File, Official
+from undistill.data.official import AGAIN, File, Official
 from undistill.data.split import Samples
+from undistill.errors import DataError
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
@@ -36,8 +37,19 @@ class Idx(Official):
     names: ClassVar[Sequence[str]] = [str(digit) for digit in range(10)]
 
     def read_from(self, folder: Path) -> tuple[Samples, Samples, list[str]]:
+        self._refuse_namesakes(folder)
         arrays = [read_idx(folder / file.name) for file in self.files]
         return self._samples(*arrays[:2]), self._samples(*arrays[2:]), list(self.names)
+
+    def _refuse_namesakes(self, folder: Path) -> None:
+        """All these data sets have files of the same names, and arrays of the same shapes."""
+        for other in set(Idx.__subclasses__()) - {type(self)}:
+            for file in other.files:
+                if file.matches(folder / file.name):
+                    raise DataError(
+                        f"{folder / file.name} is a file of {other.__name__}, not of {type(self).__name__}. "
+                        f"It is not used. {AGAIN}"
+                    )
 
     def _samples(self, images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Samples:
         if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
