@@ -1,9 +1,8 @@
 """The mistake of the authors' code, to be measured: epochs are chosen by the test images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
-import torch
 from pydantic import model_validator
 
 from undistill.data.source import Source
@@ -11,10 +10,10 @@ from undistill.data.split import Data, Samples, Split
 
 
 class Leaky(Source):
-    """Another source, whose test images are its validation images as well; all others are for training.
+    """Another source, whose test images take the place of its validation images; training images are the same.
 
-    Whatever chooses by validation then chooses by test, as the authors of "Undistillable" do. Its figures show
-    what that is worth, and are no results.
+    Whatever chooses by validation then chooses by test, as the authors of "Undistillable" do, and nothing else is
+    changed. Its figures show what that is worth, and are no results.
     """
 
     of: str
@@ -31,8 +30,7 @@ class Leaky(Source):
 
     def load(self) -> Data:
         data = self._source.load()
-        train = both(data.train, data.validation)
-        return LeakyData(data.classes, train, data.test, data.test)
+        return LeakyData(data.classes, data.train, data.test, data.test)
 
     @property
     def title(self) -> str:
@@ -49,10 +47,4 @@ class LeakyData(Data):
     """Attackers choose by the test images, too."""
 
     def attackers(self, validation: float, seed: int, share: float = 1.0) -> Split:
-        pool = self.train if share == 1 else self.train.carve(share, seed)[1]
-        return Split(self.classes, pool, self.test)
-
-
-def both(one: Samples, other: Samples) -> Samples:
-    """All samples of two parts, in memory."""
-    return Samples(torch.cat([one.pixels, other.pixels]), torch.cat([one.labels, other.labels]))
+        return replace(super().attackers(validation, seed, share), validation=self.test)
