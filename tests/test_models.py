@@ -17,7 +17,9 @@ BUILT_IN = [name for name in Model.registry if name not in ("Factory", "Timm")]
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-@pytest.mark.parametrize(("shape", "classes"), [((1, 8, 8), 2), ((3, 32, 32), 100), ((1, 28, 20), 7)])
+@pytest.mark.parametrize(
+    ("shape", "classes"), [((1, 8, 8), 2), ((3, 32, 32), 100), ((1, 28, 20), 7), ((3, 64, 64), 200)]
+)
 def test_every_model_takes_every_shape(name: str, shape: tuple[int, int, int], classes: int) -> None:
     network = Model.parse(name).build(shape, classes, seed=0)
     assert network(torch.rand(3, *shape)).shape == (3, classes)
