@@ -50,7 +50,7 @@ class Generator(nn.Module):
         return images
 
 
-class Imagination:
+class GeneratorTraining:
     """A generator with its optimiser, saved and restored with every checkpoint."""
 
     def __init__(self, generator: Generator, lr: float) -> None:

@@ -6,21 +6,22 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from undistill.attacks.attack import Attack
+from undistill.attacks.generative import Generative
 from undistill.data import Split
 from undistill.fit import Fit
 from undistill.losses import cross_entropy, distillation
 from undistill.models import last_features
-from undistill.oracle import Access, Oracle
+from undistill.oracle import Oracle
 from undistill.stream import Batch
-from undistill.synthesis import Generator, Imagination, without_data
+from undistill.synthesis import GeneratorTraining, without_data
 
 
-class DAFL(Attack):
+class DAFL(Generative):
     """A generator whose images the victim is sure of (one-hot), that excite it (activation) and that cover all
     classes (information entropy); the student imitates the victim on them. Needs weights, no data."""
 
-    needs = Access.WEIGHTS
+    lr: float = Field(0.02, gt=0)
+    """Of the generator, with Adam; a slow one shows the same images for too long."""
     one_hot: float = Field(1.0, ge=0)
     """Weight of cross-entropy against the victim's own top answer (eq. 3)."""
     activation: float = Field(0.1, ge=0)
@@ -28,26 +29,21 @@ class DAFL(Attack):
     entropy: float = Field(5.0, ge=0)
     """Weight of minus the entropy of the mean answer, in nats (eq. 5, which divides by the number of classes)."""
     T: float = Field(4.0, gt=0)
-    lr: float = Field(0.02, gt=0)
-    """Of the generator, with Adam; a slow one shows the same images for too long."""
-    latent: int = Field(100, ge=1)
-    width: int = Field(64, ge=1)
-    """Channels of the generator."""
 
     def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
         victim = oracle.weights
-        imagination = Imagination(Generator(data.shape, self.latent, self.width).to(fit.device), self.lr)
-        data, fit = without_data(data, fit, imagination)
+        training = GeneratorTraining(self.generator(data, fit), self.lr)
+        data, fit = without_data(data, fit, training)
 
         def objective(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-            images = imagination.generator.sample(len(batch.images))
+            images = training.generator.sample(len(batch.images))
             with last_features(victim) as features:
                 answers = victim(images).float()
-            imagination.learn(self._loss(answers, features))
+            training.learn(self._loss(answers, features))
             return {"soft": distillation(answers.detach(), network(images.detach()), self.T)}
 
         student = fit(student, data, objective)
-        fit.show(imagination.pictures())
+        fit.show(training.pictures())
         return student
 
     def _loss(self, answers: Tensor, features: list[Tensor]) -> Tensor:

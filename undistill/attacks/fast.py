@@ -9,12 +9,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from undistill.attacks.attack import Attack
+from undistill.attacks.generative import Generative
 from undistill.data import Samples, Split
 from undistill.errors import NonFiniteLoss
 from undistill.fit import Fit
 from undistill.losses import cross_entropy, distillation
-from undistill.oracle import Access, Oracle
+from undistill.oracle import Oracle
 from undistill.stream import Batch
 from undistill.synthesis import (
     BatchNormStatistics,
@@ -26,12 +26,11 @@ from undistill.synthesis import (
 from undistill.views import Views, to_float
 
 
-class Fast(Attack):
+class Fast(Generative):
     """Every few steps a copy of a meta-generator and its noise are fitted in `inner` steps to the victim's classes, its
     batch-norm statistics and the student's disagreement (1 - JS); the meta-generator moves towards the copy (Reptile),
     and the images go into a memory bank, from whose views the student learns. Needs weights, no data."""
 
-    needs = Access.WEIGHTS
     inner: int = Field(5, ge=1)
     """Steps for a batch of images (Fast-5)."""
     every: int = Field(5, ge=1)
@@ -44,15 +43,12 @@ class Fast(Attack):
     statistics: float = Field(1.0, ge=0)
     adversarial: float = Field(1.0, ge=0)
     T: float = Field(4.0, gt=0)
-    latent: int = Field(100, ge=1)
-    width: int = Field(64, ge=1)
-    """Channels of the generator."""
     bank: int = Field(20_000, ge=1)
     """Images that are remembered, the latest ones."""
 
     def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
         victim = oracle.weights
-        memory = _Memory(Generator(data.shape, self.latent, self.width).to(fit.device), self.bank)
+        memory = _Memory(self.generator(data, fit), self.bank)
         data, fit = without_data(data, fit, memory)
 
         def objective(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:

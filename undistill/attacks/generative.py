@@ -1,0 +1,25 @@
+"""What attacks with a generator share."""
+
+from pydantic import Field
+
+from undistill.attacks.attack import Attack
+from undistill.data import Split
+from undistill.fit import Fit
+from undistill.oracle import Access
+from undistill.synthesis import Generator
+
+
+class Generative(Attack):
+    """An attack whose images come from a generator. Needs weights, no data."""
+
+    listed = False
+    needs = Access.WEIGHTS
+    lr: float = Field(1e-3, gt=0)
+    """Of the generator, with Adam."""
+    latent: int = Field(100, ge=1)
+    width: int = Field(64, ge=1)
+    """Channels of the generator."""
+
+    def generator(self, data: Split, fit: Fit) -> Generator:
+        """A new one, of images like those of `data`."""
+        return Generator(data.shape, self.latent, self.width).to(fit.device)
