@@ -14,8 +14,10 @@ from tests.conftest import RECIPE, STUDENT
 from undistill.auditor import audit
 from undistill.cli import app
 from undistill.errors import StoreError
-from undistill.report.curves import ablation, training
-from undistill.report.evidence import read_evidence
+from undistill.report.curves import ablation, of_runs, training
+from undistill.report.evidence import read_curve, read_evidence
+from undistill.report.figures import students
+from undistill.report.page import read_report
 from undistill.sheet import write_sheet
 from undistill.store import Run
 
@@ -59,6 +61,17 @@ def test_figures_of_an_audit(name: str, folder: Path) -> None:
         assert min(picture.size) > 200
 
 
+def test_every_student_has_a_panel_with_its_own_floors(folder: Path) -> None:
+    report = read_report(folder)
+    others = [cell.model_copy(update={"student": "Other()", "accuracy": 0.5}) for cell in report.cells]
+    both = students(report.model_copy(update={"cells": [*report.cells, *others]}))
+    first, second = both.axes
+    assert ("ConvNet" in first.get_xlabel(), "Other()" in second.get_xlabel()) == (True, True)
+    assert [text.get_text() for text in first.get_yticklabels()] == [t.get_text() for t in second.get_yticklabels()]
+    floors = [line for line in second.lines if line.get_linestyle() in ("--", ":")]
+    assert [line.get_xdata()[0] for line in floors] == pytest.approx([50, 50])
+
+
 def test_made_images_are_in_the_report(folder: Path) -> None:
     sheets = read_evidence(folder / "evidence.npz").sheets
     assert [name.split(" from ")[1] for name in sheets] == ["the protected", "the unprotected"]
@@ -66,12 +79,29 @@ def test_made_images_are_in_the_report(folder: Path) -> None:
 
 
 def test_training_shows_accuracy_and_the_divergence_of_what_undermines(honest: Run, victim: Run) -> None:
-    above, below = training([honest, victim]).axes
+    above, below = training(of_runs([honest, victim])).axes
     assert [line.get_label() for line in above.lines] == ["honest", "victim"]
     assert len(above.lines[0].get_xdata()) == RECIPE.epochs
     (drawn,) = below.lines
     rows = [json.loads(line) for line in (victim.folder / "metrics.jsonl").read_text().splitlines()]
     assert drawn.get_ydata()[-1] == pytest.approx(-rows[-1]["undermining"] / 0.05)
+
+
+def test_the_report_shows_how_both_were_trained(folder: Path) -> None:
+    curves = read_evidence(folder / "evidence.npz").curves
+    assert {name: len(curve) for name, curve in curves.items()} == {
+        "unprotected": RECIPE.epochs,
+        "protected": RECIPE.epochs,
+    }
+    assert "How the two models were trained" in (folder / "report.html").read_text()
+
+
+def test_a_damaged_record_of_training_is_named(victim: Run, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(victim.folder, tmp_path / "copy"))
+    for content in ("{", "3", '{"epoch": 1}'):
+        (copy / "metrics.jsonl").write_text(content)
+        with pytest.raises(StoreError, match=r"metrics.jsonl is damaged"):
+            read_curve(Run.open(copy))
 
 
 def test_an_ablation_has_a_line_for_each_series(table: Path) -> None:
@@ -94,7 +124,7 @@ def test_shares_are_values_too(tmp_path: Path) -> None:
 
 def test_runs_of_one_name_are_told_apart(honest: Run, victim: Run, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(victim.folder, tmp_path / "honest"))
-    above = training([honest, Run.open(copy)]).axes[0]
+    above = training(of_runs([honest, Run.open(copy)])).axes[0]
     assert [line.get_label() for line in above.lines] == [str(honest.folder), str(copy)]
     assert above.lines[0].get_ydata()[-1] == pytest.approx(100 * honest.record["metrics"]["validation_accuracy"])
 

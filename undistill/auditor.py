@@ -22,7 +22,7 @@ from undistill.measure import evaluate
 from undistill.models import Model
 from undistill.oracle import Access
 from undistill.progress import Progress
-from undistill.report.evidence import write_evidence
+from undistill.report.evidence import read_curve, write_evidence
 from undistill.report.figures import label
 from undistill.report.page import write_report
 from undistill.report.schema import Cell, Costs, Interval, Pair, Report, Side, Teacher
@@ -81,7 +81,8 @@ def perform(jobs: Sequence[Job], out: Path, suite: str, launcher: Launcher, prog
     for job in jobs:
         if (sheet := job.sheet(out / "cells")).exists():
             sheets.setdefault(label(job.column), sheet)
-    write_evidence(out / "evidence.npz", first.data, first.network("honest"), first.network("victim"), sheets)
+    curves = {"unprotected": read_curve(first.honest), "protected": read_curve(first.victim)}
+    write_evidence(out / "evidence.npz", first.data, first.network("honest"), first.network("victim"), sheets, curves)
     write_report(report, out)
     return report
 

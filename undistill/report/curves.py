@@ -4,17 +4,17 @@ import json
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from undistill.code import is_code
-from undistill.defences import Defence
 from undistill.errors import StoreError
+from undistill.report.evidence import Array, read_curve
 from undistill.report.figures import STYLE
 from undistill.store import Run
 from undistill.verdict import interval
@@ -25,44 +25,35 @@ NUMBER = r"(?P<value>[-+]?\d+(\.\d+)?(e[-+]?\d+)?)"
 POINT = re.compile(rf"((?P<what>\w+)={NUMBER}|(?P<share>\d+)%): (?P<line>.+)")
 
 
-def training(runs: Sequence[Run]) -> Figure:
-    """Validation accuracy of each run by epoch; below it the divergence of those that undermine."""
+def of_runs(runs: Sequence[Run]) -> dict[str, Array]:
+    """The curve of each run, by a name of its own; `StoreError` for one that was not trained."""
     names = [run.folder.name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.folder) for run in runs]
-    histories = [_history(run) for run in runs]
+    curves = {}
+    for name, run in zip(names, runs, strict=True):
+        curve = read_curve(run)
+        if curve is None:
+            raise StoreError(f"{run.folder} has no epochs to draw: it took its weights as they were.")
+        curves[name] = curve
+    return curves
+
+
+def training(curves: Mapping[str, Array]) -> Figure:
+    """Validation accuracy by epoch of each training; below it the divergence of those that undermine."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.5, 5.2), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
-        for line, name, run, rows in zip(LINES * len(runs), names, runs, histories, strict=False):
-            epochs = [row["epoch"] for row in rows]
-            accuracies = [100 * row["validation_accuracy"] for row in rows]
-            (drawn,) = above.plot(epochs, accuracies, line, label=name)
-            omega = _omega(run)
-            if omega and "undermining" in rows[0]:
-                below.plot(epochs, [-row["undermining"] / omega for row in rows], line, color=drawn.get_color())
+        for line, (name, curve) in zip(LINES * len(curves), curves.items(), strict=False):
+            epochs = range(1, len(curve) + 1)
+            (drawn,) = above.plot(epochs, curve[:, 0], line, label=name)
+            if np.isfinite(curve[:, 1]).any():
+                below.plot(epochs, curve[:, 1], line, color=drawn.get_color())
         above.set_ylabel("validation accuracy, %")
         below.set_ylabel("T² KL of training views, nats")
         below.set_xlabel("epoch")
         above.legend(frameon=False, fontsize=8)
     return figure
-
-
-def _omega(run: Run) -> float:
-    """The weight of its undermining term; 0 where there is none, or the user's own code would have to say."""
-    defence = str(run.record.get("defence", ""))
-    return getattr(Defence.parse(defence), "omega", 0.0) if defence and not is_code(defence) else 0.0
-
-
-def _history(run: Run) -> list[dict[str, float]]:
-    file = run.folder / "metrics.jsonl"
-    try:
-        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    except ValueError:
-        raise StoreError(f"{file} is damaged.") from None
-    if not rows:
-        raise StoreError(f"{run.folder} has no epochs to draw: it took its weights as they were.")
-    return rows
 
 
 def ablation(table: Path) -> Figure:

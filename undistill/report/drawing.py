@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from undistill.errors import SpecError, StoreError, unknown
 from undistill.report import figures
-from undistill.report.curves import ablation, training
+from undistill.report.curves import ablation, of_runs, training
 from undistill.report.evidence import Evidence, read_evidence
 from undistill.report.page import read_report
 from undistill.store import Run
@@ -32,11 +32,6 @@ def _one(sources: Sequence[Path]) -> Path:
     return sources[0]
 
 
-def _students(sources: Sequence[Path]) -> Figure:
-    report = read_report(_one(sources))
-    return figures.students(report, report.cells[0].student)
-
-
 def _synthesised(evidence: Evidence) -> Figure:
     if not evidence.sheets:
         raise StoreError("No attack of this audit made images; add one that does, such as --attack 'DeepInversion()'.")
@@ -46,8 +41,8 @@ def _synthesised(evidence: Evidence) -> Figure:
 FIGURES: dict[str, tuple[str, Callable[[Sequence[Path]], Figure]]] = {
     "answers": ("AUDIT", _of_evidence(figures.answers)),
     "maps": ("AUDIT", _of_evidence(figures.maps)),
-    "students": ("AUDIT", _students),
+    "students": ("AUDIT", lambda sources: figures.students(read_report(_one(sources)))),
     "synthesised": ("AUDIT", _of_evidence(_synthesised)),
-    "training": ("RUN...", lambda sources: training([Run.open(source) for source in sources])),
+    "training": ("RUN...", lambda sources: training(of_runs([Run.open(source) for source in sources]))),
     "ablation": ("TABLE.json", lambda sources: ablation(_one(sources))),
 }

@@ -1,6 +1,8 @@
-"""What the report's pictures are drawn from: answers of both teachers to the same test images."""
+"""What the report's pictures are drawn from: answers of both teachers to the same test images, and their training."""
 
 import io
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +16,14 @@ from PIL import Image
 from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
+from undistill.code import is_code
 from undistill.data import Data, Samples
+from undistill.defences import Defence
 from undistill.errors import StoreError
 from undistill.files import read_arrays, write_atomically
 from undistill.measure import evaluate
 from undistill.models import device_of, features
+from undistill.store import Run
 from undistill.views import to_float
 
 T = 4.0
@@ -31,7 +36,7 @@ Array = NDArray[Any]
 @dataclass(frozen=True)
 class Evidence:
     """images (n, C, H, W) uint8 with labels and tempered answers (n, K); t-SNE maps (m, 2) by name with labels (m,);
-    sheets of the images that attacks made, by name."""
+    sheets of the images that attacks made, and curves of training (`read_curve`), by name."""
 
     classes: list[str]
     images: Array
@@ -41,12 +46,44 @@ class Evidence:
     point_labels: Array
     maps: dict[str, Array]
     sheets: dict[str, Array]
+    curves: dict[str, Array]
+
+
+def read_curve(run: Run) -> Array | None:
+    """(epochs, 2): validation accuracy in percent, and T^2 KL of the training views, NaN where nothing undermines.
+
+    None for weights that were taken as they were; `StoreError` for a damaged record.
+    """
+    file = run.folder / "metrics.jsonl"
+    try:
+        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        omega = _omega(run)
+        values = [(100 * row["validation_accuracy"], _divergence(row, omega)) for row in rows]
+    except (ValueError, KeyError, TypeError):
+        raise StoreError(f"{file} is damaged.") from None
+    return np.array(values) if values else None
+
+
+def _omega(run: Run) -> float:
+    """The weight of its undermining term; 0 where there is none, or the user's own code would have to say."""
+    defence = str(run.record.get("defence", ""))
+    return getattr(Defence.parse(defence), "omega", 0.0) if defence and not is_code(defence) else 0.0
+
+
+def _divergence(row: Mapping[str, float], omega: float) -> float:
+    return -row["undermining"] / omega if omega and "undermining" in row else math.nan
 
 
 def write_evidence(
-    path: Path, data: Data, honest: nn.Module, victim: nn.Module, sheets: Mapping[str, Path] | None = None
+    path: Path,
+    data: Data,
+    honest: nn.Module,
+    victim: nn.Module,
+    sheets: Mapping[str, Path] | None = None,
+    curves: Mapping[str, Array | None] | None = None,
 ) -> None:
-    """Answer a few test images of different classes, map many of them by t-SNE, take in pictures of made images."""
+    """Answer a few test images of different classes, map many of them by t-SNE, take in pictures of made images and
+    curves of training."""
     shown = data.test[_first_of_each(data.test.labels)[:IMAGES]]
     arrays = {
         "classes": np.array(data.classes),
@@ -66,6 +103,7 @@ def write_evidence(
     for name, file in (sheets or {}).items():
         with Image.open(file) as picture:
             arrays[f"sheet {name}"] = np.asarray(picture)
+    arrays |= {f"curve {name}": curve for name, curve in (curves or {}).items() if curve is not None}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     write_atomically(path, lambda file: file.write(buffer.getvalue()))
@@ -74,12 +112,14 @@ def write_evidence(
 def read_evidence(path: Path) -> Evidence:
     try:
         arrays = read_arrays(path)
-        maps, sheets = (
+        maps, sheets, curves = (
             {name.removeprefix(kind): arrays[name] for name in arrays if name.startswith(kind)}
-            for kind in ("map ", "sheet ")
+            for kind in ("map ", "sheet ", "curve ")
         )
         fields = {name: arrays[name] for name in ("images", "labels", "honest", "victim", "point_labels")}
-        return Evidence(classes=[str(name) for name in arrays["classes"]], maps=maps, sheets=sheets, **fields)
+        return Evidence(
+            classes=[str(name) for name in arrays["classes"]], maps=maps, sheets=sheets, curves=curves, **fields
+        )
     except (OSError, ValueError, KeyError) as error:
         raise StoreError(f"{path} is missing or damaged ({error}); run the audit again.") from None
 

@@ -3,7 +3,7 @@
 import io
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -54,25 +54,31 @@ def save(figure: Figure, path: Path) -> list[Path]:
     return files
 
 
-def students(report: Report, student: str) -> Figure:
-    """Accuracy of every student of one architecture, with its spread over seeds, beside both floors."""
-    rows = {column: accuracies for column, accuracies in columns(report.cells).items() if column[2] == student}
+def students(report: Report) -> Figure:
+    """Accuracy of every student with its spread over seeds, beside both floors; a panel for each architecture."""
+    found = columns(report.cells)
     with matplotlib.rc_context(STYLE):
-        names = [fill(label(column), 42) for column in reversed(list(rows))]
-        lines = max(name.count("\n") + 1 for name in names)
-        figure = Figure(figsize=(8.5, (0.28 + 0.14 * lines) * len(rows) + 1.1))
-        axes = figure.subplots()
-        for height, (column, accuracies) in enumerate(reversed(list(rows.items()))):
-            _row(axes, height, column, [100 * value for value in accuracies.values()])
-        for side, name, dashes in (("victim", "HardLabels", "--"), ("none", "Scratch", ":")):
-            for column, accuracies in rows.items():
-                if column[0] == side and column[1].startswith(name + "("):
-                    axes.axvline(
-                        100 * statistics.fmean(accuracies.values()), color=FLOOR, linestyle=dashes, linewidth=1
-                    )
-        axes.set_yticks(range(len(names)), names, fontsize=10 if lines == 1 else 8)
-        axes.set_xlabel(f"test accuracy of the student {student}, %   (· · · no teacher, - - - top answers only)")
+        names = {column: fill(label(column), 42) for column in found}
+        lines = max(name.count("\n") + 1 for name in names.values())
+        panels = list(dict.fromkeys(student for _, _, student in found))
+        height = (0.28 + 0.14 * lines) * len(found) + 1.1 * len(panels)
+        figure = Figure(figsize=(8.5, height), layout="constrained")
+        for axes, student in zip(figure.subplots(len(panels), 1, squeeze=False).flat, panels, strict=True):
+            rows = {column: found[column] for column in reversed(found) if column[2] == student}
+            _panel(axes, rows)
+            axes.set_yticks(range(len(rows)), [names[column] for column in rows], fontsize=10 if lines == 1 else 8)
+            axes.set_xlabel(f"test accuracy of the student {student}, %   (· · · no teacher, - - - top answers only)")
     return figure
+
+
+def _panel(axes: Axes, rows: Mapping[Column, Mapping[int, float]]) -> None:
+    for height, (column, accuracies) in enumerate(rows.items()):
+        _row(axes, height, column, [100 * value for value in accuracies.values()])
+    for side, name, dashes in (("victim", "HardLabels", "--"), ("none", "Scratch", ":")):
+        for column, accuracies in rows.items():
+            if column[0] == side and column[1].startswith(name + "("):
+                mean = 100 * statistics.fmean(accuracies.values())
+                axes.axvline(mean, color=FLOOR, linestyle=dashes, linewidth=1)
 
 
 def _row(axes: Axes, height: int, column: Column, values: Sequence[float]) -> None:

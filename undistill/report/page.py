@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from undistill.errors import StoreError
 from undistill.files import write_text
 from undistill.report import figures
+from undistill.report.curves import training
 from undistill.report.evidence import read_evidence
 from undistill.report.schema import Interval, Report
 from undistill.verdict import columns, interval
@@ -45,9 +46,10 @@ def render(folder: Path) -> Path:
     """Make report.html and report.md anew from report.json and evidence.npz."""
     report, evidence = read_report(folder), read_evidence(folder / "evidence.npz")
     pictures = {
-        "students": [draw(figures.students(report, name)) for name in sorted({cell.student for cell in report.cells})],
+        "students": draw(figures.students(report)),
         "answers": draw(figures.answers(evidence)),
         "maps": draw(figures.maps(evidence)),
+        "training": draw(training(evidence.curves)) if evidence.curves else None,
         "sheets": draw(figures.sheets(evidence)) if evidence.sheets else None,
     }
     agreement = fmean(pair.agreement for pair in report.pairs)
