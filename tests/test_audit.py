@@ -6,13 +6,14 @@ import jsonschema
 import pytest
 
 from tests.conftest import RECIPE, STUDENT, TEACHER
-from undistill.auditor import audit
+from undistill.auditor import audit, plan
 from undistill.cells import Job, late_gain
 from undistill.errors import ModelError, SpecError, StoreError
 from undistill.flags import CHECKS, raised
 from undistill.oracle import Oracle
 from undistill.report.schema import Report
 from undistill.store import Run
+from undistill.subject import Subject
 from undistill.workflow import TrainSettings, train
 
 ROOT = Path(__file__).parents[1]
@@ -178,6 +179,13 @@ def test_a_newcomers_attack_is_one_file(victim: Run, folder: Path, tmp_path: Pat
     done = set((folder / "cells").glob("*.json"))
     run_audit(victim, folder, seeds=1, attacks=[text])
     assert len(set((folder / "cells").glob("*.json")) - done) == 2, "changed code is another attack"
+
+
+def test_an_edited_attack_of_this_package_is_another_attack(victim: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (job, *_) = plan([Subject.of(victim, None, [0], None)], "quick", (), [STUDENT], RECIPE)
+    before = job.key
+    monkeypatch.setattr("undistill.cells.source_sha256", lambda kind: f"edited {kind.__name__}")
+    assert job.key != before
 
 
 def test_an_audit_needs_a_seed(victim: Run, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from undistill.fit import Recipe
 from undistill.launch import Serial
 from undistill.models import Model
 from undistill.reproduce.case import Case, Measured, Teacher, Workshop
-from undistill.reproduce.run import EXPERIMENTS, Row, about, find, reproduce
+from undistill.reproduce.run import EXPERIMENTS, Row, about, find, reproduce, selected_on_test
 from undistill.reproduce.scales import SCALES, Scale, setting
 from undistill.reproduce.tables import table1, table2
 from undistill.store import Run
@@ -119,6 +119,7 @@ def test_a_table_has_every_figure(folder: Path) -> None:
     assert rows["ResNet-18 normal"]["measured"]["0"]["divergence"] is None
     assert rows["ResNet-18 normal"]["accuracies"][0] > 80
     assert "| ResNet-18 nasty |" in (folder / "table1-smoke.md").read_text()
+    assert "torch" in (folder / "table1-smoke.md").read_text().splitlines()[2], "on what it was measured"
 
 
 def test_what_is_measured_is_not_measured_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +133,7 @@ def test_another_adversary_is_trained_and_used(toy_file: Path, tmp_path: Path) -
     recipe = find("table1")("smoke")[0].teacher.recipe
     same, other = (Teacher(str(toy_file), f"ConvNet(width={width})", recipe) for width in (3, 2))
     cases = [Case(name, same, "Nasty(omega=0.1)", adversary=a) for name, a in (("own", None), ("other", other))]
-    found = {case.name: measured for case, _, measured in Workshop(tmp_path, Serial()).measure(cases, [0])}
+    found = {case.name: measured for case, measured in Workshop(tmp_path, Serial()).measure(cases, 0)}
     assert found["own"].divergence != found["other"].divergence
     assert len(list((tmp_path / "teachers").glob("convnet-*"))) == 2
 
@@ -143,7 +144,7 @@ def test_a_thief_with_fewer_images_asks_fewer_questions(toy_file: Path, tmp_path
     case = Case("", teacher, attack="HardLabels()", student="ConvNet(width=2)", recipe=recipe)
     queries = []
     for share in (1.0, 0.5):
-        list(Workshop(tmp_path, Serial()).measure([Case(**(vars(case) | {"share": share}))], [0]))
+        list(Workshop(tmp_path, Serial()).measure([Case(**(vars(case) | {"share": share}))], 0))
         queries.append({json.loads(file.read_text())["queries"] for file in (tmp_path / "cells").glob("*.json")})
     (all_images,) = queries[0]
     (fewer,) = queries[1] - queries[0]
@@ -176,14 +177,40 @@ def test_what_diverges_is_a_result_and_stops_nothing(toy_file: Path, tmp_path: P
         Case("bad teacher", mad),
     ]
     for _again in range(2):
-        found = {case.name: one for case, _, one in Workshop(tmp_path, Serial()).measure(cases, [0])}
+        found = {case.name: one for case, one in Workshop(tmp_path, Serial()).measure(cases, 0)}
         assert [bool(one.diverged) for one in found.values()] == [True, False, True]
         assert found["good student"].accuracy > 30
+
+
+def test_what_diverged_is_not_trained_again_by_the_same_code(
+    toy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = find("table1")("smoke")[0].teacher.recipe.model_copy(update={"lr": 1e30, "clip": 0.0})
+    case = Case("teacher", Teacher(str(toy_file), "ConvNet(width=3)", recipe))
+    monkeypatch.setitem(EXPERIMENTS, "toy", lambda scale: [case])
+    (before,) = reproduce("toy", "smoke", [0], "*", Workshop(tmp_path, Serial()))
+    trained = []
+    monkeypatch.setattr(Workshop, "honest", lambda *_: trained.append(1) or 1 / 0)
+    (after,) = reproduce("toy", "smoke", [0], "*", Workshop(tmp_path, Serial()))
+    assert before.measured[0].diverged
+    assert (after.measured, trained) == (before.measured, [])
+    monkeypatch.setattr("undistill.reproduce.case.package_sha256", lambda: "another revision")
+    with pytest.raises(ZeroDivisionError):
+        reproduce("toy", "smoke", [0], "*", Workshop(tmp_path, Serial()))
+
+
+def test_the_authors_mistake_is_made_in_every_training() -> None:
+    for case in map(selected_on_test, find("adversary")("smoke")):
+        assert case.recipe.selection == "best"
+        for teacher in filter(None, (case.teacher, case.adversary)):
+            assert teacher.data == "Leaky(of='Digits()')"
+            assert teacher.recipe.selection == "best"
 
 
 def test_thieves_without_data_are_measured_on_digits(tmp_path: Path) -> None:
     rows = reproduce("data-free", "smoke", [0], "*", Workshop(tmp_path, Serial()))
     measured = {row.case.name: row.measured[0] for row in rows}
-    assert set(measured) == {"normal", "normal -> DAFL", "normal -> Fast", "nasty", "nasty -> DAFL", "nasty -> Fast"}
-    assert measured["normal"].accuracy > 80
+    names = {f"digits: {side}{attack}" for side in ("normal", "nasty") for attack in ("", " -> DAFL", " -> Fast")}
+    assert set(measured) == names
+    assert measured["digits: normal"].accuracy > 80
     assert len(list((tmp_path / "cells").glob("*.png"))) == 4, "a sheet of images for each student"

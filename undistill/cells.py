@@ -14,6 +14,7 @@ import torch
 import undistill
 from undistill import measure
 from undistill.attacks import Attack
+from undistill.code import source_sha256
 from undistill.errors import NonFiniteLoss
 from undistill.files import write_json
 from undistill.fit import Fit, Recipe
@@ -41,7 +42,7 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Names what the cell's result depends on: weights, data, specs, seed, version."""
+        """Names what the cell's result depends on: weights, data, specs and their code, seed, version."""
         asked = {
             "victim": self.subject.victim.digest,
             "honest": self.subject.honest.digest,
@@ -51,6 +52,7 @@ class Job:
         parts += [str(self.student), self.seed, str(self.recipe), self.subject.share, undistill.__version__]
         refers = [spec.refers() for spec in (self.attack, self.student, self.subject.model) if spec]
         parts += [sorted(names.values()) for names in refers if names]
+        parts += [source_sha256(type(spec)) for spec in (self.attack, self.student)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
     @property

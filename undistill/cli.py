@@ -275,6 +275,7 @@ def reproduce(
     address: Address = None,
     device: Device = "auto",
     data_dir: DataDir = None,
+    remember: Remember = 4.0,
 ) -> None:
     """Measure the paper's tables and ablations, beside what it reports."""
     from rich.console import Console
@@ -290,7 +291,7 @@ def reproduce(
             console.print(f"[bold]{known}[/] {experiments.about(experiment)}")
         return
     with working() as progress:
-        shop = Workshop(out, build_launcher(launcher, workers, address), pick_device(device), progress)
+        shop = Workshop(out, build_launcher(launcher, workers, address), pick_device(device), progress, remember)
         rows = experiments.reproduce(name, scale, range(seeds), cells, shop, as_authors=as_authors)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, header in enumerate(experiments.HEADER):

@@ -7,6 +7,7 @@ what was typed). A run folder may *mention* code, but opening one never executes
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +47,18 @@ def load_code(text: str) -> Any:
 def code_sha256(text: str) -> str:
     """SHA-256 of the file that holds the code which `text` refers to."""
     return sha256(Path(str(_module(text).__file__)))
+
+
+def source_sha256(kind: type) -> str:
+    """SHA-256 of the file in which a class is written."""
+    return sha256(Path(inspect.getfile(kind)))
+
+
+def package_sha256() -> str:
+    """SHA-256 of all of this package's own code."""
+    root = Path(__file__).parent
+    files = sorted(root.rglob("*.py"))
+    return hashlib.sha256("".join(f"{file.relative_to(root)} {sha256(file)}" for file in files).encode()).hexdigest()
 
 
 def _reference(text: str) -> str:

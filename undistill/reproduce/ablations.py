@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from undistill.reproduce.case import Case, Teacher
-from undistill.reproduce.scales import Scale, Setting, Student, setting
+from undistill.reproduce.scales import COLLAPSING, DIVERGING, Scale, Setting, Student, setting
 from undistill.reproduce.tables import HARD, SCRATCH
 
 TEMPERATURES = (1, 4, 10, 20)
@@ -120,10 +120,8 @@ def collapse(scale: Scale) -> list[Case]:
     The published setting, then a lower learning rate, a clipped gradient, a lower T, a lower alpha, and all of them.
     Published: 73.11 from the normal teacher, 3.45 from the nasty one. `small` 60 minutes, `paper` 24.
     """
-    chosen = setting("CIFAR-100", scale)
-    student = chosen.collapsing_student
-    assert student is not None
-    chosen = replace(chosen, students={"MobileNetV2": student})
+    student = COLLAPSING[scale]
+    chosen = replace(setting("CIFAR-100", scale), students={"MobileNetV2": student})
     model, plain = student.model, student.recipe
     careful = {
         "as published": (plain, chosen.attack),
@@ -147,10 +145,8 @@ def nan(scale: Scale) -> list[Case]:
     training that stopped as soon as it was lost. `small` 30 minutes, `paper` 73.
     """
     cases = []
-    for data in ("CIFAR-100", "CIFAR-10"):
+    for data, teacher in DIVERGING[scale].items():
         chosen = setting(data, scale)
-        teacher = chosen.diverging_teacher
-        assert teacher is not None
         for how, clip in (("as published", 0.0), ("clip 5", 5.0)):
             trained = replace(teacher, recipe=teacher.recipe.model_copy(update={"clip": clip}))
             for side, defence in (("normal", ""), ("nasty", replace(chosen, warm_start=None).defence)):

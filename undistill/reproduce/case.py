@@ -4,16 +4,20 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 import undistill
 from undistill import measure
+from undistill.answers import REMEMBER
 from undistill.attacks import Attack
 from undistill.cells import Job
+from undistill.code import package_sha256, source_sha256
 from undistill.data import Source
 from undistill.defences import Defence
+from undistill.engine import machine
 from undistill.errors import NonFiniteLoss
 from undistill.fit import Recipe
 from undistill.launch import Launcher
@@ -21,6 +25,7 @@ from undistill.models import Model
 from undistill.oracle import Access
 from undistill.progress import Progress
 from undistill.report.schema import Side
+from undistill.spec import Spec
 from undistill.store import Run
 from undistill.subject import Asking, Subject
 from undistill.workflow import Settings, TrainSettings, protect, train
@@ -67,6 +72,8 @@ class Measured:
     """Of a teacher: what choices may be made by."""
     diverged: str = ""
     """Why training ended without a network."""
+    environment: str = ""
+    """By which code it was measured, and on what."""
 
 
 @dataclass
@@ -77,45 +84,56 @@ class Workshop:
     launcher: Launcher
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     progress: Progress = field(default_factory=Progress.silent)
+    remember: float = REMEMBER
+    """GiB of disk for the answers of each teacher."""
 
-    def measure(self, cases: Sequence[Case], seeds: Sequence[int]) -> Iterator[tuple[Case, int, Measured]]:
-        """Every case for every seed; those of one teacher are known together. A training that diverges is a result."""
-        subjects = dict.fromkeys(map(_subject_of, cases))
-        for seed in seeds:
-            for asked in subjects:
-                own = [case for case in cases if _subject_of(case) == asked]
-                try:
-                    subject = self.subject(*asked, seed)
-                except NonFiniteLoss as error:
-                    yield from ((case, seed, Measured(0.0, diverged=str(error))) for case in own)
-                else:
-                    yield from self._measure(subject, own, seed)
+    @cached_property
+    def environment(self) -> str:
+        """Code and hardware, for the record."""
+        code, where = package_sha256()[:8], ", ".join(machine(self.device))
+        return f"undistill {undistill.__version__} (code {code}), torch {torch.__version__}, {where}"
 
-    def _measure(self, subject: Subject, cases: Sequence[Case], seed: int) -> Iterator[tuple[Case, int, Measured]]:
+    def measure(self, cases: Sequence[Case], seed: int) -> Iterator[tuple[Case, Measured]]:
+        """Every case, those of one teacher together. A training that diverges is a result."""
+        for asked in dict.fromkeys(map(_subject_of, cases)):
+            together = [case for case in cases if _subject_of(case) == asked]
+            try:
+                subject = self.subject(*asked, seed)
+            except NonFiniteLoss as error:
+                lost = Measured(0.0, diverged=str(error), environment=self.environment)
+                yield from ((case, lost) for case in together)
+            else:
+                yield from self._measure(subject, together, seed)
+
+    def _measure(self, subject: Subject, cases: Sequence[Case], seed: int) -> Iterator[tuple[Case, Measured]]:
         metrics = subject.victim.record["metrics"]
         divergence = metrics.get("divergence")
         for case in cases:
             if not case.attack:
                 logits, labels = subject.test_logits("victim"), subject.data.test.labels
                 accuracy = 100 * measure.accuracy(logits, labels)
-                yield case, seed, Measured(accuracy, divergence, 100 * metrics["validation_accuracy"])
+                known = 100 * metrics["validation_accuracy"]
+                yield case, Measured(accuracy, divergence, known, environment=self.environment)
         students = [case for case in cases if case.attack]
         jobs = [job(subject, case, seed) for case in students]
         cells = self.launcher.run(jobs, self.folder / "cells", self.progress) if jobs else []
         for case, cell in zip(students, cells, strict=True):
-            yield case, seed, Measured(100 * cell.accuracy, divergence, diverged=cell.diverged)
+            accuracy = 100 * cell.accuracy
+            yield case, Measured(accuracy, divergence, diverged=cell.diverged, environment=self.environment)
 
     def subject(self, teacher: Teacher, defence: str, adversary: Teacher | None, share: float, seed: int) -> Subject:
         """The victim beside its honest twin, which is its own twin where nothing defends it."""
         honest = self.honest(teacher, seed)
         victim = self.victim(honest, teacher, defence, adversary, seed) if defence else honest
-        return Subject(victim, honest, (seed,), asking=Asking(self.device, teacher.recipe.engine), share=share)
+        asking = Asking(self.device, teacher.recipe.engine, self.remember)
+        return Subject(victim, honest, (seed,), asking=asking, share=share)
 
     def honest(self, teacher: Teacher, seed: int) -> Run:
         source = Source.parse(teacher.data).model_copy(update={"seed": seed})
         settings = TrainSettings(seed=seed, recipe=teacher.recipe)
-        folder = self._folder(teacher.model, seed, str(source), teacher.model, str(settings))
-        return train(source, teacher.model, folder, settings=settings, device=str(self.device), progress=self.progress)
+        model = Model.parse(teacher.model)
+        folder = self._folder(model, seed, str(source), str(settings))
+        return train(source, model, folder, settings=settings, device=str(self.device), progress=self.progress)
 
     def victim(self, honest: Run, teacher: Teacher, defence: str, adversary: Teacher | None, seed: int) -> Run:
         spec = Defence.parse(defence)
@@ -123,13 +141,22 @@ class Workshop:
             other = self.honest(adversary, seed).folder.resolve()
             spec = type(spec)(**(spec.model_dump() | {"adversary": str(other)}))
         settings = Settings(seed=seed, recipe=teacher.recipe)
-        folder = self._folder(type(spec).__name__, seed, honest.folder.name, defence, str(adversary), str(settings))
-        return protect(honest, spec, folder, settings=settings, device=str(self.device), progress=self.progress)
+        folder = self._folder(Defence.parse(defence), seed, honest.folder.name, str(adversary), str(settings))
+        return protect(
+            honest,
+            spec,
+            folder,
+            settings=settings,
+            device=str(self.device),
+            remember=self.remember,
+            progress=self.progress,
+        )
 
-    def _folder(self, name: str, seed: int, *parts: str) -> Path:
-        named = [*parts, self.device.type, undistill.__version__]
+    def _folder(self, spec: Spec, seed: int, *parts: str) -> Path:
+        """Where the network that `spec` makes lies, named by all that it depends on."""
+        named = [str(spec), source_sha256(type(spec)), *parts, self.device.type, undistill.__version__]
         digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:10]
-        return self.folder / "teachers" / f"{name.split('(')[0].lower()}-{digest}-seed{seed}"
+        return self.folder / "teachers" / f"{type(spec).__name__.lower()}-{digest}-seed{seed}"
 
 
 def _subject_of(case: Case) -> tuple[Teacher, str, Teacher | None, float]:

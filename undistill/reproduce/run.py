@@ -9,10 +9,11 @@ from pathlib import Path
 
 from undistill.errors import SpecError, unknown
 from undistill.files import read_json, write_json, write_text
+from undistill.fit import Recipe
 from undistill.reproduce import ablations, tables
-from undistill.reproduce.case import Case, Measured, Workshop
+from undistill.reproduce.case import Case, Measured, Teacher, Workshop
 from undistill.reproduce.scales import Scale, parse_scale
-from undistill.store import claim, environment
+from undistill.store import claim
 from undistill.verdict import interval
 
 Experiment = Callable[[Scale], list[Case]]
@@ -49,6 +50,10 @@ class Row:
         """Percent, of the seeds whose training did not diverge."""
         return [one.accuracy for _, one in sorted(self.measured.items()) if not one.diverged]
 
+    def holds(self, seed: int, environment: str) -> bool:
+        """Whether the figure of that seed is known, and was measured there."""
+        return seed in self.measured and self.measured[seed].environment == environment
+
     def cells(self) -> list[str]:
         """Name, published, measured with its 95 % interval, n, divergence."""
         known = [one.divergence for one in self.measured.values() if one.divergence is not None]
@@ -64,6 +69,11 @@ class Row:
         spread = interval(self.accuracies)
         half = f" ± {spread.high - spread.mean:.1f}" if spread.high is not None else ""
         return f"{spread.mean:.1f}{half}" + (f", {said}" if said else "")
+
+    @property
+    def environments(self) -> str:
+        """On what it was measured; a table may be filled on several machines."""
+        return "; ".join(sorted({one.environment for one in self.measured.values()}))
 
     def record(self) -> dict[str, object]:
         """What a later call finds again, and what curves are drawn from."""
@@ -106,7 +116,8 @@ def reproduce(
     """Measure every case of `name` whose name matches the pattern `cells`, for these seeds, beside what the table
     holds of others already; it is written after each teacher's figures.
 
-    Teachers and cells that the workshop's folder holds are not done again, whichever experiment asked for them.
+    Teachers and cells that the workshop's folder holds are not done again, whichever experiment asked for them; nor are
+    figures that the table holds, if they were measured by this version on this device.
     `as_authors` chooses epochs by the test images, as the authors' code does.
     """
     cases = find(name)(parse_scale(scale))
@@ -120,9 +131,11 @@ def reproduce(
     path = workshop.folder / f"{name}-{scale}"
     with claim(workshop.folder, {"command": "reproduce"}):
         rows = {case.name: Row(case, earlier(path, case)) for case in cases}
-        for case, seed, measured in workshop.measure(chosen, seeds):
-            rows[case.name].measured[seed] = measured
-            write(path, list(rows.values()))
+        for seed in seeds:
+            missing = [case for case in chosen if not rows[case.name].holds(seed, workshop.environment)]
+            for case, measured in workshop.measure(missing, seed):
+                rows[case.name].measured[seed] = measured
+                write(path, list(rows.values()))
     return [rows[case.name] for case in chosen]
 
 
@@ -135,19 +148,24 @@ def earlier(path: Path, case: Case) -> dict[int, Measured]:
 
 
 def selected_on_test(case: Case) -> Case:
-    """The same figure with the authors' mistake."""
-    best = {"selection": "best"}
-    teacher = replace(
-        case.teacher, data=f"Leaky(of={case.teacher.data!r})", recipe=case.teacher.recipe.model_copy(update=best)
-    )
-    return replace(case, teacher=teacher, recipe=case.recipe.model_copy(update=best))
+    """The same figure with the authors' mistake, in every training that it takes."""
+    adversary = _leaky(case.adversary) if case.adversary else None
+    return replace(case, teacher=_leaky(case.teacher), adversary=adversary, recipe=_best(case.recipe))
+
+
+def _leaky(teacher: Teacher) -> Teacher:
+    return replace(teacher, data=f"Leaky(of={teacher.data!r})", recipe=_best(teacher.recipe))
+
+
+def _best(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"selection": "best"})
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """The table as Markdown, and as JSON with what it was measured on."""
+    """The table as Markdown, and as JSON with the figures by seed; both say on what they were measured."""
     done = [row for row in rows if row.measured]
-    header = [*HEADER, "teacher's network", "student's network"]
-    table = [[*row.cells(), row.case.teacher.model, row.case.student] for row in done]
+    header = [*HEADER, "teacher's network", "student's network", "measured on"]
+    table = [[*row.cells(), row.case.teacher.model, row.case.student, row.environments] for row in done]
     lines = [header, ["---"] * len(header), *table]
     write_text(path.with_suffix(".md"), "".join(f"| {' | '.join(line)} |\n" for line in lines))
-    write_json(path.with_suffix(".json"), {"environment": environment(), "rows": [row.record() for row in done]})
+    write_json(path.with_suffix(".json"), {"rows": [row.record() for row in done]})
