@@ -4,10 +4,13 @@ import gzip
 import hashlib
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -177,7 +180,7 @@ def test_partial_and_foreign_folders_are_named_and_not_used(root: Path, monkeypa
     with pytest.raises(DataError, match=r"CIFAR10 in .* is partial: it lacks data_batch_3"):
         CIFAR10().load()
     (folder / "data_batch_3").write_bytes((folder / "elsewhere").read_bytes()[:5000])
-    with pytest.raises(DataError, match=r"data_batch_3 is not used: .*truncated"):
+    with pytest.raises(DataError, match=r"data_batch_3 is not used: .*only 4780 remain"):
         CIFAR10().load()
     (folder / "data_batch_3").unlink()
     (folder / "data_batch_3").mkdir()
@@ -294,6 +297,49 @@ def test_what_is_in_the_way_of_an_archive_is_named(
     with pytest.raises(DataError, match="cifar-10-batches-py is in the way"):
         CIFAR10().load()
     assert [path.name for path in (root / "cifar-10-batches-py").iterdir()] == ["readme.html"]
+
+
+def test_processes_that_start_together_fetch_once(
+    root: Path, server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(monkeypatch, CIFAR10, 100, 20)
+    monkeypatch.setattr(CIFAR10, "home", server[0])
+    monkeypatch.setattr(CIFAR10, "archive", publish(server[1]))
+    unpacked = []
+
+    def slowly(archive: Path, folder: Path) -> None:
+        unpacked.append(archive)
+        time.sleep(0.3)
+        unpack(archive, folder)
+
+    monkeypatch.setattr("undistill.data.official.unpack", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        done = [pool.submit(lambda: len(CIFAR10().load().test)) for _ in range(3)]
+        assert [one.result() for one in done] == [20, 20, 20]
+    assert len(unpacked) == 1
+
+
+def test_a_zip_is_unpacked(
+    root: Path, server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    small(monkeypatch, TinyImageNet, 18, 6)
+    made = tmp_path_factory.mktemp("tiny")
+    write_tiny(made / "tiny-imagenet-200")
+    packed = Path(shutil.make_archive(str(server[1] / "tiny"), "zip", made))
+    monkeypatch.setattr(TinyImageNet, "home", server[0])
+    monkeypatch.setattr(TinyImageNet, "archive", File("tiny.zip", hashlib.md5(packed.read_bytes()).hexdigest()))
+    assert len(TinyImageNet(validation=0.2).load().test) == 6
+    (root / "half.zip").write_bytes(packed.read_bytes()[:-200])
+    with pytest.raises(DataError, match=r"half\.zip cannot be unpacked"):
+        unpack(root / "half.zip", root)
+
+
+def test_a_lack_of_memory_is_not_blamed_on_the_files(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, MNIST, 40, 20)
+    write_idx(root / "mnist", MNIST)
+    monkeypatch.setattr("undistill.data.idx.read_idx", lambda path: bytearray(1 << 62))
+    with pytest.raises(MemoryError):
+        MNIST().load()
 
 
 def test_an_unreachable_address_says_what_to_do(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

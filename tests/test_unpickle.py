@@ -64,6 +64,8 @@ CRAFTED = {
     "a list that holds itself": b"\x80\x02}(U\x01a]q\x00h\x00au.",
     "a huge number": b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",
     "a huge memo": b"\x80\x02}r\xff\xff\xff\xff.",
+    "a memo that fits into memory": b"\x80\x02}r\xff\xff\xff\x01.",
+    "a memo in digits": b"\x80\x02}p33554431\n.",
 }
 
 

@@ -14,7 +14,7 @@ from undistill.sheet import COLUMNS
 
 @dataclass(frozen=True)
 class Check:
-    """`files`: what was found of each published file; `images`: (C * COLUMNS) sample images, by class."""
+    """`files`: what was found of each published file."""
 
     folder: Path | None
     files: dict[str, str]

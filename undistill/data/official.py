@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from filelock import FileLock
+
 from undistill.data.source import Source
 from undistill.data.split import Samples
 from undistill.errors import DataError
@@ -57,7 +59,7 @@ class Official(Source):
         folder = self.find()
         try:
             pool, test, classes = self.read_from(folder)
-        except DataError:
+        except (DataError, MemoryError):
             raise
         except Exception as error:  # gzip, zlib, struct, scipy and pillow raise many kinds for damaged files
             if isinstance(error, OSError) and error.errno is not None:  # the machine refuses, the file is not to blame
@@ -80,17 +82,34 @@ class Official(Source):
     def find(self) -> Path:
         """The folder in which the files lie; they are downloaded where there is none."""
         root = data_dir()
-        found = [root / folder for folder in self.folders if any((root / folder / f.name).exists() for f in self.files)]
-        folder = (found or [root / self.folders[0]])[0]
-        if self.archive and not found:
-            unpack(fetch(self.home, self.archive, root), root)
-        missing = [file for file in self.files if not (folder / file.name).exists()]
-        if self.archive and missing:
+        folder = self._folder(root)
+        missing = self._missing(folder)
+        if self.archive and 0 < len(missing) < len(self.files):
             others = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise DataError(f"{self._what(folder)} is partial: it lacks {missing[0].name}{others}. {AGAIN}")
-        for file in missing:
-            fetch(self.home, file, folder)
-        return folder
+        if missing:
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / ".lock"):  # of several processes that find nothing, one fetches it
+                self._fetch(root)
+        return self._folder(root)
+
+    def _folder(self, root: Path) -> Path:
+        """Where any of the files lie already, or else where they are to be put."""
+        found = [root / folder for folder in self.folders if any((root / folder / f.name).exists() for f in self.files)]
+        return (found or [root / self.folders[0]])[0]
+
+    def _missing(self, folder: Path) -> list[File]:
+        return [file for file in self.files if not (folder / file.name).exists()]
+
+    def _fetch(self, root: Path) -> None:
+        """Whatever is missing by now."""
+        folder = self._folder(root)
+        missing = self._missing(folder)
+        if missing and self.archive:
+            unpack(fetch(self.home, self.archive, root), root)
+        elif missing:
+            for file in missing:
+                fetch(self.home, file, folder)
 
     def _what(self, folder: Path) -> str:
         return f"{type(self).__name__} in {folder} ({self.files[0].name} ...)"

@@ -1,8 +1,9 @@
 """Pickled batches, read without executing anything that they name."""
 
 import pickle
+import pickletools
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ def read_batch(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
+            _refuse_bombs(file, path.stat().st_size)
+            file.seek(0)
             batch = _plain(_Unpickler(file, encoding="latin1").load(), {})
     except OSError:
         raise
@@ -28,6 +31,13 @@ def read_batch(path: Path) -> dict[str, Any]:
     if not isinstance(batch, dict):
         raise DataError(f"{path} is not used: it holds {type(batch).__name__}, not a batch.")
     return batch
+
+
+def _refuse_bombs(file: IO[bytes], size: int) -> None:
+    """`UnpicklingError` for a memo numbered beyond what the file has room for: a few bytes would take gigabytes."""
+    for code, argument, _ in pickletools.genops(file):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > size:
+            raise pickle.UnpicklingError(f"it numbers an object {argument}, and is {size} bytes long.")
 
 
 class _Array:
