@@ -23,7 +23,7 @@ from undistill.store import Run
 
 CPU = torch.device("cpu")
 # So small that it is done in a moment; a new attack needs a line here only where its defaults are large.
-SMALL = {"DeepInversion": {"count": 48, "steps": 6}, "Fast": {"bank": 40}}
+SMALL = {"DeepInversion": {"count": 48, "steps": 6}, "Fast": {"bank": 40, "every": 3, "warmup": 1}}
 ATTACKS = [spec(**SMALL.get(name, {})) for name, spec in Attack.registry.items()]
 DEFENCES = [spec() for spec in Defence.registry.values()]
 # One other valid value for every field; a new field needs a line here.
@@ -49,6 +49,7 @@ OTHER = {
     "competition": 9.0,
     "inner": 2,
     "every": 2,
+    "warmup": 3,
     "outer": 0.7,
     "adversarial": 0.1,
     "bank": 17,

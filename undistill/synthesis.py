@@ -1,6 +1,8 @@
 """Images made from a network alone, for attacks that have its weights and no data."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from undistill.data import Samples, Split
 from undistill.fit import Fit, Stateful
+from undistill.losses import kl
 
 
 class Generator(nn.Module):
@@ -141,6 +144,35 @@ def disagreement(teacher: Tensor, student: Tensor, T: float = 3.0) -> Tensor:
     middle = torch.logaddexp(p, q) - math.log(2)
     halves = [F.kl_div(middle, one, reduction="batchmean", log_target=True) for one in (p, q)]
     return 1 - (torch.stack(halves).mean() / math.log(2)).clamp(0, 1)
+
+
+def agreed_divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) from logits (B, K), mean over all images; 0 for those on whose top answer they differ.
+
+    What is fitted to be large here is hard for the student and not lost on the teacher (CMI, Fang et al., IJCAI 2021).
+    """
+    same = teacher.argmax(1) == student.argmax(1)
+    return kl(teacher[same], student[same]) * same.float().mean() if same.any() else teacher.new_zeros(())
+
+
+def shifted(images: Tensor) -> Tensor:
+    """All rolled by up to two pixels in either direction, so that no pixel counts by its place alone."""
+    down, right = torch.randint(-2, 3, (2,)).tolist()
+    return images.roll((down, right), (2, 3))
+
+
+@contextmanager
+def evaluating(network: nn.Module | None) -> Iterator[nn.Module | None]:
+    """Inside, the network is in eval mode."""
+    if network is None:
+        yield None
+        return
+    training = network.training
+    network.eval()
+    try:
+        yield network
+    finally:
+        network.train(training)
 
 
 def to_bytes(images: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from undistill.fit import Fit
 from undistill.losses import cross_entropy, distillation
 from undistill.oracle import Access, Oracle
 from undistill.stream import Batch
-from undistill.synthesis import BatchNormStatistics, disagreement, to_bytes, total_variation, without_data
+from undistill.synthesis import BatchNormStatistics, disagreement, shifted, to_bytes, total_variation, without_data
 
 BATCH = 200
 
@@ -86,7 +86,7 @@ class DeepInversion(Attack):
             if not norms.found:
                 raise ModelError("DeepInversion reads the statistics of batch norms, and the victim has none.")
             for _ in range(self.steps):
-                images = _shifted(pixels)
+                images = shifted(pixels)
                 answers = victim(images)
                 loss = cross_entropy(answers, labels) + self.statistics * norms.distance
                 loss = loss + self.variation * total_variation(images) + self.l2 * images.flatten(1).norm(dim=1).mean()
@@ -103,9 +103,3 @@ class DeepInversion(Attack):
 def share(whole: int, number: int, parts: int) -> int:
     """What part `number` of `parts` gets of `whole` things."""
     return whole * (number + 1) // parts - whole * number // parts
-
-
-def _shifted(images: Tensor) -> Tensor:
-    """All rolled by up to two pixels in either direction, so that no pixel counts by its place alone."""
-    down, right = torch.randint(-2, 3, (2,)).tolist()
-    return images.roll((down, right), (2, 3))

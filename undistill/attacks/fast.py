@@ -15,11 +15,14 @@ from undistill.errors import NonFiniteLoss
 from undistill.fit import Fit
 from undistill.losses import cross_entropy, distillation
 from undistill.oracle import Oracle
+from undistill.sheet import COLUMNS
 from undistill.stream import Batch
 from undistill.synthesis import (
     BatchNormStatistics,
     Generator,
-    disagreement,
+    agreed_divergence,
+    evaluating,
+    shifted,
     to_bytes,
     without_data,
 )
@@ -28,20 +31,29 @@ from undistill.views import Views, to_float
 
 class Fast(Generative):
     """Every few steps a copy of a meta-generator and its noise are fitted in `inner` steps to the victim's classes, its
-    batch-norm statistics and the student's disagreement (1 - JS); the meta-generator moves towards the copy (Reptile),
-    and the images go into a memory bank, from whose views the student learns. Needs weights, no data."""
+    batch-norm statistics and the student's mistakes; the meta-generator moves towards the copy (Reptile), and the
+    images go into a memory bank, from whose views the student learns. Needs weights, no data.
+
+    Defaults are for a few thousand steps; the authors take 400 steps of the student for a batch of new images, T 20,
+    statistics 10, adversarial 1.33 and some thousand steps before the student's first (from memory).
+    """
 
     inner: int = Field(5, ge=1)
     """Steps for a batch of images (Fast-5)."""
-    every: int = Field(5, ge=1)
+    every: int = Field(20, ge=1)
     """Steps of the student for a batch of new images."""
+    warmup: int = Field(20, ge=1)
+    """Batches of images before the student's first step, made without the student."""
     lr: float = Field(2e-3, gt=0)
-    """Of copy and noise, with Adam; noise 10 times."""
+    """Of copy and noise, with Adam; noise 5 times."""
     outer: float = Field(0.1, gt=0, le=1)
     """How far the meta-generator moves towards its copy."""
     one_hot: float = Field(0.5, ge=0)
+    """Weight of cross-entropy against random classes."""
     statistics: float = Field(1.0, ge=0)
+    """Weight of the distance to batch-norm statistics."""
     adversarial: float = Field(1.0, ge=0)
+    """Weight of minus KL(victim || student) where both give the same top answer."""
     T: float = Field(4.0, gt=0)
     bank: int = Field(20_000, ge=1)
     """Images that are remembered, the latest ones."""
@@ -52,36 +64,41 @@ class Fast(Generative):
         data, fit = without_data(data, fit, memory)
 
         def objective(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-            if memory.steps % self.every == 0:
-                memory.keep(self._imagine(victim, network, memory.generator, len(batch.images), data.num_classes))
+            count = len(batch.images)
+            if memory.steps == 0:
+                for _ in range(self.warmup):
+                    memory.keep(self._images(victim, None, memory.generator, count, data.num_classes))
+            elif memory.steps % self.every == 0:
+                memory.keep(self._images(victim, network, memory.generator, count, data.num_classes))
             memory.steps += 1
-            images = memory.draw(len(batch.images), fit.recipe.views, fit.seed)
+            images = memory.draw(count, fit.recipe.views, fit.seed)
             with torch.no_grad():
                 answers = victim(images)
             return {"soft": distillation(answers, network(images), self.T)}
 
         student = fit(student, data, objective)
-        fit.show(memory.images)
+        fit.show(memory.images[-COLUMNS * COLUMNS :])
         return student
 
-    def _imagine(
-        self, victim: nn.Module, student: nn.Module, generator: Generator, count: int, num_classes: int
+    def _images(
+        self, victim: nn.Module, student: nn.Module | None, generator: Generator, count: int, num_classes: int
     ) -> Tensor:
         """uint8 images (B, C, H, W), those of the `inner` steps with the lowest loss; moves the meta-generator."""
         device = next(generator.parameters()).device
         labels = torch.randint(num_classes, (count,), device=device)
         noise = torch.randn(count, generator.latent, device=device).requires_grad_()
         copy = deepcopy(generator).train()
-        groups: list[dict[str, Any]] = [{"params": copy.parameters()}, {"params": [noise], "lr": 10 * self.lr}]
-        optimiser = torch.optim.Adam(groups, self.lr)
-        training, lowest = student.training, float("inf")
-        student.eval()
-        with BatchNormStatistics(victim) as norms:
+        groups: list[dict[str, Any]] = [{"params": copy.parameters()}, {"params": [noise], "lr": 5 * self.lr}]
+        optimiser = torch.optim.Adam(groups, self.lr, betas=(0.5, 0.999))
+        lowest = float("inf")
+        with BatchNormStatistics(victim) as norms, evaluating(student) as rival:
             for _ in range(self.inner):
                 images = copy(noise)
-                answers = victim(images)
+                seen = shifted(images)
+                answers = victim(seen)
                 loss = self.one_hot * cross_entropy(answers, labels) + self.statistics * norms.distance
-                loss = loss + self.adversarial * disagreement(answers, student(images))
+                if rival is not None:
+                    loss = loss - self.adversarial * agreed_divergence(answers, rival(seen))
                 reached = loss.item()
                 if not math.isfinite(reached):
                     raise NonFiniteLoss("Fast cannot fit images: victim or student answers NaN. Lower recipe.lr.")
@@ -90,7 +107,6 @@ class Fast(Generative):
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
-        student.train(training)
         with torch.no_grad():
             for own, new in zip(generator.parameters(), copy.parameters(), strict=True):
                 own.lerp_(new, self.outer)
