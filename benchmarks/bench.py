@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks.audit import victim
 from benchmarks.page import Figures, write_page
 from undistill.store import environment
@@ -142,7 +144,7 @@ def main() -> None:
     for number in range(chosen.rounds):
         for part in (steps, audits, scaling):
             part(log, number)
-    write_page(log.rows, environment(), chosen.page)
+    write_page(log.rows, environment(torch.device("cpu")), chosen.page)
     print(chosen.page)
 
 

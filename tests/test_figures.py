@@ -15,6 +15,7 @@ from undistill.auditor import audit
 from undistill.cli import app
 from undistill.errors import StoreError
 from undistill.report.curves import ablation, of_runs, training
+from undistill.report.drawing import draw_named
 from undistill.report.evidence import read_curve, read_evidence
 from undistill.report.figures import students
 from undistill.report.page import read_report
@@ -148,13 +149,41 @@ def test_a_damaged_table_is_named(row: object, tmp_path: Path) -> None:
 def test_bad_words_are_explained(folder: Path, honest: Run, tmp_path: Path) -> None:
     for words, said in {
         ("answer", folder): "did you mean 'answers'",
-        ("answers", folder, folder): "shows one audit",
-        ("answers", honest.folder): "run the audit again",
+        ("answers", folder, folder): "shows one thing; 2 were named",
+        ("answers", honest.folder): "its honest twin is unknown",
+        ("answers", tmp_path): "is no run of undistill",
+        ("answers", honest.folder, honest.folder, honest.folder): "compares two runs; 3 were named",
+        ("synthesised", honest.folder): "evidence.npz is missing",
+        ("synthesised", tmp_path / "no.json"): "is no table of 'undistill reproduce'",
         ("training", folder): "is the folder of another command (audit)",
         ("ablation", tmp_path / "no.json"): "is no table of 'undistill reproduce'",
     }.items():
         code, answer = figure(*words)
         assert (code, said in answer) == (2, True), answer
+
+
+@pytest.mark.parametrize("name", ["answers", "maps"])
+def test_figures_of_two_runs_and_of_a_victim_alone(name: str, honest: Run, victim: Run, tmp_path: Path) -> None:
+    for number, sources in enumerate([(victim.folder,), (honest.folder, victim.folder)]):
+        code, said = figure(name, *sources, "--out", tmp_path / str(number))
+        assert code == 0, said
+    assert (tmp_path / "0.svg").read_bytes() == (tmp_path / "1.svg").read_bytes()
+
+
+def test_sheets_of_a_table_go_by_its_rows(tmp_path: Path) -> None:
+    image = torch.full((1, 1, 4, 4), 200, dtype=torch.uint8)
+    write_sheet(tmp_path / "x.png", image, columns=1)
+    rows = [
+        {"name": "nasty -> DAFL", "measured": {"0": {"sheet": "x.png"}}},
+        {"name": "nasty", "measured": {"0": {"sheet": ""}}},
+    ]
+    (tmp_path / "table.json").write_text(json.dumps({"rows": rows}))
+    shown = [axes for axes in draw_named("synthesised", [tmp_path / "table.json"]).axes if axes.images]
+    assert [axes.get_title() for axes in shown] == ["nasty -> DAFL"]
+    assert shown[0].images[0].get_array().min() == 200
+    (tmp_path / "x.png").unlink()
+    with pytest.raises(StoreError, match=r"The sheet .*x\.png is missing"):
+        draw_named("synthesised", [tmp_path / "table.json"])
 
 
 def test_a_sheet_shows_images_in_rows(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from undistill.attacks import Attack
 from undistill.cli import app
 from undistill.data import Source
 from undistill.defences import Defence
-from undistill.errors import SpecError
+from undistill.errors import SpecError, StoreError
 from undistill.fit import Recipe
 from undistill.launch import Serial
 from undistill.models import Model
@@ -194,9 +194,41 @@ def test_what_diverged_is_not_trained_again_by_the_same_code(
     (after,) = reproduce("toy", "smoke", [0], "*", Workshop(tmp_path, Serial()))
     assert before.measured[0].diverged
     assert (after.measured, trained) == (before.measured, [])
-    monkeypatch.setattr("undistill.reproduce.case.package_sha256", lambda: "another revision")
+    monkeypatch.setattr("undistill.store.core_sha256", lambda: "another revision")
     with pytest.raises(ZeroDivisionError):
         reproduce("toy", "smoke", [0], "*", Workshop(tmp_path, Serial()))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"rows": null}', '{"rows": [3]}', '{"rows": [{"case": "x"}]}'])
+def test_a_damaged_table_is_named_and_kept(content: str, tmp_path: Path) -> None:
+    (tmp_path / "request.json").write_text('{"command": "reproduce"}')
+    table = tmp_path / "table1-smoke.json"
+    table.write_text(content)
+    with pytest.raises(StoreError, match=r"table1-smoke\.json is damaged .*remove it"):
+        reproduce("table1", "smoke", [0], "*", Workshop(tmp_path, Serial()))
+    assert table.read_text() == content
+
+
+def test_a_folder_may_be_moved(toy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = find("table1")("smoke")[0].teacher.recipe
+    teacher, other = (Teacher(str(toy_file), f"ConvNet(width={width})", recipe) for width in (3, 2))
+    case = Case("other", teacher, "Nasty(omega=0.1)", adversary=other)
+    before = list(Workshop(tmp_path / "here", Serial()).measure([case], 0))
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.setattr("undistill.fit._Loop.one_epoch", None)
+    assert list(Workshop(tmp_path / "there", Serial()).measure([case], 0)) == before
+
+
+def test_what_was_measured_by_other_code_says_so(
+    toy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = find("table1")("smoke")[0].teacher.recipe
+    case = Case("teacher", Teacher(str(toy_file), "ConvNet(width=3)", recipe))
+    monkeypatch.setitem(EXPERIMENTS, "toy", lambda scale: [case])
+    (before,) = reproduce("toy", "smoke", [0], "*", Workshop(tmp_path, Serial()))
+    monkeypatch.setattr("undistill.store.core_sha256", lambda: "another revision")
+    (after,) = reproduce("toy", "smoke", [0], "*", Workshop(tmp_path, Serial()))
+    assert after.measured == before.measured, "the network is that of the first revision, and so is its stamp"
 
 
 def test_the_authors_mistake_is_made_in_every_training() -> None:
@@ -213,4 +245,7 @@ def test_thieves_without_data_are_measured_on_digits(tmp_path: Path) -> None:
     names = {f"digits: {side}{attack}" for side in ("normal", "nasty") for attack in ("", " -> DAFL", " -> Fast")}
     assert set(measured) == names
     assert measured["digits: normal"].accuracy > 80
-    assert len(list((tmp_path / "cells").glob("*.png"))) == 4, "a sheet of images for each student"
+    for name, one in measured.items():
+        assert bool(one.sheet) == ("->" in name)
+        if one.sheet:
+            assert (tmp_path / one.sheet).stat().st_size > 0, "a sheet of images for each student"

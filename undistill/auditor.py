@@ -126,7 +126,7 @@ def summarise(subjects: Sequence[Subject], cells: Sequence[Cell], suite: str, re
         costs=costs,
         verdict=judge(cells, accuracy_cost(subjects, pairs), Source.parse(first["data"]).title),
         flags=[],
-        environment=environment(),
+        environment=environment(subjects[0].asking.device),
     )
     return report.model_copy(update={"flags": raised(report)})
 

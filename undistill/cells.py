@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-import undistill
 from undistill import measure
 from undistill.attacks import Attack
 from undistill.code import source_sha256
@@ -24,6 +23,7 @@ from undistill.oracle import Oracle
 from undistill.progress import Progress
 from undistill.report.schema import Cell, Side
 from undistill.seeds import derive
+from undistill.store import described, environment
 from undistill.subject import Subject
 
 log = logging.getLogger(__name__)
@@ -42,14 +42,14 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Names what the cell's result depends on: weights, data, specs and their code, seed, version."""
+        """Names what the cell's result depends on: weights, data, specs, seed, code."""
         asked = {
             "victim": self.subject.victim.digest,
             "honest": self.subject.honest.digest,
             "none": self.subject.victim.digest,
         }
         parts = [asked[self.side], self.subject.victim.record["data_sha256"], self.side, str(self.attack)]
-        parts += [str(self.student), self.seed, str(self.recipe), self.subject.share, undistill.__version__]
+        parts += [str(self.student), self.seed, str(self.recipe), self.subject.share]
         refers = [spec.refers() for spec in (self.attack, self.student, self.subject.model) if spec]
         parts += [sorted(names.values()) for names in refers if names]
         parts += [source_sha256(type(spec)) for spec in (self.attack, self.student)]
@@ -116,6 +116,7 @@ class Job:
             late_gain=late_gain(fit.history),
             engine=", ".join(dict.fromkeys(fit.engines)),
             diverged=diverged,
+            environment=described(environment(subject.asking.device)),
         )
 
 

@@ -247,12 +247,19 @@ def figure(
     name: Annotated[str, typer.Argument(help="answers, maps, students, synthesised, training or ablation.")],
     sources: Annotated[list[Path], typer.Argument(help="An audit, runs, or a table of 'reproduce'.")],
     out: Annotated[Path | None, typer.Option(help="Where it goes: both .svg and .png.")] = None,
+    model: Code = None,
+    data_dir: DataDir = None,
 ) -> None:
-    """Draw one figure as SVG and PNG."""
-    from undistill.report.drawing import draw
+    """Draw one figure as SVG and PNG.
+
+    answers and maps: an audit; or the run of a protected model; or two runs, the unprotected one first. students: an
+    audit. synthesised: an audit, or the JSON of a table with attacks that have no data. training: runs. ablation: the
+    JSON of a table.
+    """
+    from undistill.report.drawing import draw_named
     from undistill.report.figures import save
 
-    drawn = draw(name, sources)
+    drawn = draw_named(name, sources, model)
     beside_it = sources[0] / name if sources[0].is_dir() else sources[0]
     for file in save(drawn, out or beside_it.with_suffix("")):
         print(file)
@@ -265,7 +272,8 @@ def reproduce(
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions of everything.")] = 1,
     cells: Annotated[str, typer.Option(help="Only figures whose name matches, such as '*CNN'.")] = "*",
     as_authors: Annotated[
-        bool, typer.Option("--as-authors", help="Choose epochs by the test images, as the authors' code does.")
+        bool,
+        typer.Option("--as-authors", help="Keep the epoch best on the test images, as the authors' code does."),
     ] = False,
     out: Annotated[Path, typer.Option(help="Where teachers and cells are kept, for all experiments.")] = Path(
         "runs/reproduce"
@@ -299,7 +307,7 @@ def reproduce(
     for row in rows:
         table.add_row(*row.cells())
     console.print(table)
-    console.print(f"\n{experiments.networks(rows)} Published figures are those of the paper's networks and all images.")
+    console.print(f"\n{experiments.caveat(rows)}")
     suffix = "-selected-on-test" if as_authors else ""
     console.print(f"\nTable: {out / f'{name}{suffix}-{scale}.md'}", soft_wrap=True)
 

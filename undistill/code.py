@@ -9,12 +9,16 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from undistill.errors import ModelError, unknown
 from undistill.files import sha256
+
+SEPARATE = {"attacks", "defences", "report", "reproduce"}
+"""Folders whose files change no result but their own."""
 
 _trusted: set[str] = set()
 
@@ -49,16 +53,19 @@ def code_sha256(text: str) -> str:
     return sha256(Path(str(_module(text).__file__)))
 
 
-def source_sha256(kind: type) -> str:
-    """SHA-256 of the file in which a class is written."""
-    return sha256(Path(inspect.getfile(kind)))
-
-
-def package_sha256() -> str:
-    """SHA-256 of all of this package's own code."""
+@cache
+def core_sha256() -> str:
+    """SHA-256 of the code of this package on which any result may depend."""
     root = Path(__file__).parent
-    files = sorted(root.rglob("*.py"))
+    files = [file for file in sorted(root.rglob("*.py")) if not SEPARATE & {*file.relative_to(root).parts}]
     return hashlib.sha256("".join(f"{file.relative_to(root)} {sha256(file)}" for file in files).encode()).hexdigest()
+
+
+def source_sha256(kind: type) -> str:
+    """SHA-256 of that, and of the files in which a class and its bases are written."""
+    files = {inspect.getfile(base) for base in kind.__mro__ if base.__module__.startswith("undistill")}
+    digests = [sha256(Path(file)) for file in sorted(files)]
+    return hashlib.sha256("".join([core_sha256(), *digests]).encode()).hexdigest()
 
 
 def _reference(text: str) -> str:

@@ -25,12 +25,12 @@ from torch import nn
 
 import undistill
 from undistill import distributed
-from undistill.code import is_code
+from undistill.code import core_sha256, is_code
 from undistill.data import Data, Source
 from undistill.engine import TRIAL_LOCK
 from undistill.errors import NonFiniteLoss, StoreError
 from undistill.files import read_json, sha256, write_json, write_weights
-from undistill.models import Model, load_weights
+from undistill.models import Model, device_of, load_weights
 
 Record = dict[str, Any]
 
@@ -61,7 +61,8 @@ class Claim:
         if distributed.rank() > 0:
             return
         digest = write_weights(self.folder / "weights.safetensors", network.state_dict())
-        write_json(self.folder / "run.json", record | {"weights_sha256": digest, "environment": environment()})
+        made_on = environment(device_of(network))
+        write_json(self.folder / "run.json", record | {"weights_sha256": digest, "environment": made_on})
         self._clear_checkpoints()
 
     def _clear_checkpoints(self) -> None:
@@ -222,18 +223,23 @@ class Run:
         return str(self.record["weights_sha256"])
 
 
-def environment() -> dict[str, str | int]:
+def environment(device: torch.device) -> Record:
     """Versions and hardware, for the record."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "undistill": undistill.__version__,
+        "code": core_sha256()[:8],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "system": platform.system(),
-        "device": device,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
     }
+
+
+def described(environment: Record) -> str:
+    """The part of it on which bits depend, in one line."""
+    return "undistill {undistill} (code {code}), torch {torch}, {device}, {threads} threads".format(**environment)
 
 
 def _unfinished(folder: Path) -> str:

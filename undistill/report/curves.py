@@ -50,7 +50,7 @@ def training(curves: Mapping[str, Array]) -> Figure:
             if np.isfinite(curve[:, 1]).any():
                 below.plot(epochs, curve[:, 1], line, color=drawn.get_color())
         above.set_ylabel("validation accuracy, %")
-        below.set_ylabel("T² KL of training views, nats")
+        below.set_ylabel("T² KL at the T of training, nats")
         below.set_xlabel("epoch")
         above.legend(frameon=False, fontsize=8)
     return figure

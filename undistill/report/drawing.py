@@ -1,48 +1,74 @@
 """`undistill figure`: one picture, from an audit, from runs or from a reproduced table."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from undistill.errors import SpecError, StoreError, unknown
+from undistill.models import Model
 from undistill.report import figures
 from undistill.report.curves import ablation, of_runs, training
-from undistill.report.evidence import Evidence, read_evidence
+from undistill.report.evidence import Array, Evidence, evidence_of, read_evidence, read_sheet
 from undistill.report.page import read_report
 from undistill.store import Run
+from undistill.subject import parent
 
 
-def draw(name: str, sources: Sequence[Path]) -> Figure:
-    """The figure `name` of `sources`: folders of audits or runs, or tables; `SpecError` for an unknown one."""
+def draw_named(name: str, sources: Sequence[Path], model: str | None = None) -> Figure:
+    """The figure `name` of `sources`: folders of audits or runs, or tables; `SpecError` for an unknown one.
+
+    `model` names the network of runs again where it is the user's own code.
+    """
     if name not in FIGURES:
         raise SpecError(unknown("figure", name, FIGURES))
     if not sources:
         raise SpecError(f"A figure is drawn from something: undistill figure {name} {FIGURES[name][0]}")
-    return FIGURES[name][1](sources)
-
-
-def _of_evidence(make: Callable[[Evidence], Figure]) -> Callable[[Sequence[Path]], Figure]:
-    return lambda sources: make(read_evidence(_one(sources) / "evidence.npz"))
+    return FIGURES[name][1](sources, None if model is None else Model.named(model))
 
 
 def _one(sources: Sequence[Path]) -> Path:
     if len(sources) > 1:
-        raise SpecError(f"This figure shows one audit; {len(sources)} were named.")
+        raise SpecError(f"This figure shows one thing; {len(sources)} were named.")
     return sources[0]
 
 
-def _synthesised(evidence: Evidence) -> Figure:
-    if not evidence.sheets:
-        raise StoreError("No attack of this audit made images; add one that does, such as --attack 'DeepInversion()'.")
-    return figures.sheets(evidence)
+def _evidence(sources: Sequence[Path], model: Model | None) -> Evidence:
+    """Of an audit, of a protected model and its twin, or of two runs, the unprotected one first."""
+    if (sources[0] / "evidence.npz").exists():
+        return read_evidence(_one(sources) / "evidence.npz")
+    runs = [Run.open(source) for source in sources]
+    if len(runs) > 2:
+        raise SpecError(f"This figure compares two runs; {len(runs)} were named.")
+    honest = runs[0] if len(runs) == 2 else Run.open(parent(runs[0]))
+    return evidence_of(honest, runs[-1], model)
 
 
-FIGURES: dict[str, tuple[str, Callable[[Sequence[Path]], Figure]]] = {
-    "answers": ("AUDIT", _of_evidence(figures.answers)),
-    "maps": ("AUDIT", _of_evidence(figures.maps)),
-    "students": ("AUDIT", lambda sources: figures.students(read_report(_one(sources)))),
-    "synthesised": ("AUDIT", _of_evidence(_synthesised)),
-    "training": ("RUN...", lambda sources: training(of_runs([Run.open(source) for source in sources]))),
-    "ablation": ("TABLE.json", lambda sources: ablation(_one(sources))),
+def _sheets(source: Path) -> Mapping[str, Array]:
+    """By name, those of an audit or of a table."""
+    if source.suffix != ".json":
+        return read_evidence(source / "evidence.npz").sheets
+    try:
+        measured = {row["name"]: row["measured"].values() for row in json.loads(source.read_text())["rows"]}
+        named = {name: [one["sheet"] for one in seeds if one.get("sheet")] for name, seeds in measured.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{source} is no table of 'undistill reproduce' ({type(error).__name__}).") from None
+    return {name: read_sheet(source.parent / seeds[0]) for name, seeds in named.items() if seeds}
+
+
+def _synthesised(source: Path) -> Figure:
+    sheets = _sheets(source)
+    if not sheets:
+        raise StoreError(f"No attack in {source} made images; add one that does, such as --attack 'DeepInversion()'.")
+    return figures.sheets(sheets)
+
+
+FIGURES: dict[str, tuple[str, Callable[[Sequence[Path], Model | None], Figure]]] = {
+    "answers": ("AUDIT | RUN...", lambda sources, model: figures.answers(_evidence(sources, model))),
+    "maps": ("AUDIT | RUN...", lambda sources, model: figures.maps(_evidence(sources, model))),
+    "students": ("AUDIT", lambda sources, _: figures.students(read_report(_one(sources)))),
+    "synthesised": ("AUDIT | TABLE.json", lambda sources, _: _synthesised(_one(sources))),
+    "training": ("RUN...", lambda sources, _: training(of_runs([Run.open(source) for source in sources]))),
+    "ablation": ("TABLE.json", lambda sources, _: ablation(_one(sources))),
 }

@@ -21,12 +21,12 @@ from undistill.data import Data, Samples
 from undistill.defences import Defence
 from undistill.errors import StoreError
 from undistill.files import read_arrays, write_atomically
+from undistill.measure import DIVERGENCE_T as T
 from undistill.measure import evaluate
-from undistill.models import device_of, features
+from undistill.models import Model, device_of, features
 from undistill.store import Run
 from undistill.views import to_float
 
-T = 4.0
 IMAGES = 5
 POINTS = 400
 
@@ -82,8 +82,23 @@ def write_evidence(
     sheets: Mapping[str, Path] | None = None,
     curves: Mapping[str, Array | None] | None = None,
 ) -> None:
-    """Answer a few test images of different classes, map many of them by t-SNE, take in pictures of made images and
-    curves of training."""
+    """Answers and maps of both networks, pictures of made images, and curves of training."""
+    arrays = _answered(data, honest, victim)
+    for name, file in (sheets or {}).items():
+        arrays[f"sheet {name}"] = read_sheet(file)
+    arrays |= {f"curve {name}": curve for name, curve in (curves or {}).items() if curve is not None}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+
+def evidence_of(honest: Run, victim: Run, model: Model | None = None) -> Evidence:
+    """Answers and maps of two runs. `model` names their network again where it is the user's own code."""
+    return _evidence(_answered(victim.data(), honest.network(model), victim.network(model)))
+
+
+def _answered(data: Data, honest: nn.Module, victim: nn.Module) -> dict[str, Array]:
+    """What both answer to a few test images of different classes, and many of them mapped by t-SNE."""
     shown = data.test[_first_of_each(data.test.labels)[:IMAGES]]
     arrays = {
         "classes": np.array(data.classes),
@@ -100,28 +115,33 @@ def write_evidence(
         inner = features(network, to_float(points.pixels.to(device_of(network))))
         if inner is not None:
             arrays[f"map {side} features"] = _map(inner.cpu())
-    for name, file in (sheets or {}).items():
+    return arrays
+
+
+def read_sheet(file: Path) -> Array:
+    """The pixels of a sheet of images; `StoreError` where there is none."""
+    try:
         with Image.open(file) as picture:
-            arrays[f"sheet {name}"] = np.asarray(picture)
-    arrays |= {f"curve {name}": curve for name, curve in (curves or {}).items() if curve is not None}
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+            return np.asarray(picture)
+    except OSError as error:
+        raise StoreError(f"The sheet {file} is missing or damaged ({error}).") from None
 
 
 def read_evidence(path: Path) -> Evidence:
     try:
-        arrays = read_arrays(path)
-        maps, sheets, curves = (
-            {name.removeprefix(kind): arrays[name] for name in arrays if name.startswith(kind)}
-            for kind in ("map ", "sheet ", "curve ")
-        )
-        fields = {name: arrays[name] for name in ("images", "labels", "honest", "victim", "point_labels")}
-        return Evidence(
-            classes=[str(name) for name in arrays["classes"]], maps=maps, sheets=sheets, curves=curves, **fields
-        )
+        return _evidence(read_arrays(path))
     except (OSError, ValueError, KeyError) as error:
         raise StoreError(f"{path} is missing or damaged ({error}); run the audit again.") from None
+
+
+def _evidence(arrays: Mapping[str, Array]) -> Evidence:
+    maps, sheets, curves = (
+        {name.removeprefix(kind): arrays[name] for name in arrays if name.startswith(kind)}
+        for kind in ("map ", "sheet ", "curve ")
+    )
+    fields = {name: arrays[name] for name in ("images", "labels", "honest", "victim", "point_labels")}
+    classes = [str(name) for name in arrays["classes"]]
+    return Evidence(classes=classes, maps=maps, sheets=sheets, curves=curves, **fields)
 
 
 def _first_of_each(labels: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from undistill.files import write_atomically, write_text
-from undistill.report.evidence import Evidence, T
+from undistill.measure import DIVERGENCE_T as T
+from undistill.report.evidence import Array, Evidence
 from undistill.report.schema import Report
 from undistill.verdict import Column, columns, interval
 
@@ -162,15 +163,15 @@ def maps(evidence: Evidence) -> Figure:
     return figure
 
 
-def sheets(evidence: Evidence) -> Figure:
-    """The images that attacks made from the networks alone, a sheet for each."""
-    count = len(evidence.sheets)
+def sheets(pictures: Mapping[str, Array]) -> Figure:
+    """The images that attacks made from the networks alone: pixels of a sheet for each, by name."""
+    count = len(pictures)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 4.4 * math.ceil(count / 2)), layout="constrained")
         grid = list(figure.subplots(math.ceil(count / 2), 2, squeeze=False).flat)
         for axes in grid:
             axes.axis("off")
-        for axes, (name, pixels) in zip(grid, evidence.sheets.items(), strict=False):
+        for axes, (name, pixels) in zip(grid, pictures.items(), strict=False):
             axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axes.set_title(fill(name, 46), fontsize=8)
     return figure

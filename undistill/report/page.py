@@ -50,7 +50,7 @@ def render(folder: Path) -> Path:
         "answers": draw(figures.answers(evidence)),
         "maps": draw(figures.maps(evidence)),
         "training": draw(training(evidence.curves)) if evidence.curves else None,
-        "sheets": draw(figures.sheets(evidence)) if evidence.sheets else None,
+        "sheets": draw(figures.sheets(evidence.sheets)) if evidence.sheets else None,
     }
     agreement = fmean(pair.agreement for pair in report.pairs)
     context = {"report": report, "rows": table(report), "agreement": agreement, "percent": percent, "points": points}

@@ -63,6 +63,8 @@ class Cell(Part):
     """How the student was computed."""
     diverged: str = ""
     """Why training ended without a student, which then counts as one that always gives the first class."""
+    environment: str = ""
+    """By which code it was measured, and on what."""
 
 
 class Verdict(Part):

@@ -9,15 +9,13 @@ from pathlib import Path
 
 import torch
 
-import undistill
 from undistill import measure
 from undistill.answers import REMEMBER
 from undistill.attacks import Attack
 from undistill.cells import Job
-from undistill.code import package_sha256, source_sha256
+from undistill.code import source_sha256
 from undistill.data import Source
 from undistill.defences import Defence
-from undistill.engine import machine
 from undistill.errors import NonFiniteLoss
 from undistill.fit import Recipe
 from undistill.launch import Launcher
@@ -26,7 +24,7 @@ from undistill.oracle import Access
 from undistill.progress import Progress
 from undistill.report.schema import Side
 from undistill.spec import Spec
-from undistill.store import Run
+from undistill.store import Run, described, environment
 from undistill.subject import Asking, Subject
 from undistill.workflow import Settings, TrainSettings, protect, train
 
@@ -74,6 +72,8 @@ class Measured:
     """Why training ended without a network."""
     environment: str = ""
     """By which code it was measured, and on what."""
+    sheet: str = ""
+    """Where the images lie that an attack without data made, seen from the folder of the table."""
 
 
 @dataclass
@@ -89,9 +89,8 @@ class Workshop:
 
     @cached_property
     def environment(self) -> str:
-        """Code and hardware, for the record."""
-        code, where = package_sha256()[:8], ", ".join(machine(self.device))
-        return f"undistill {undistill.__version__} (code {code}), torch {torch.__version__}, {where}"
+        """By which code is measured here, and on what."""
+        return described(environment(self.device))
 
     def measure(self, cases: Sequence[Case], seed: int) -> Iterator[tuple[Case, Measured]]:
         """Every case, those of one teacher together. A training that diverges is a result."""
@@ -112,14 +111,16 @@ class Workshop:
             if not case.attack:
                 logits, labels = subject.test_logits("victim"), subject.data.test.labels
                 accuracy = 100 * measure.accuracy(logits, labels)
-                known = 100 * metrics["validation_accuracy"]
-                yield case, Measured(accuracy, divergence, known, environment=self.environment)
+                known, made_on = 100 * metrics["validation_accuracy"], described(subject.victim.record["environment"])
+                yield case, Measured(accuracy, divergence, known, environment=made_on)
         students = [case for case in cases if case.attack]
         jobs = [job(subject, case, seed) for case in students]
         cells = self.launcher.run(jobs, self.folder / "cells", self.progress) if jobs else []
-        for case, cell in zip(students, cells, strict=True):
+        for case, one, cell in zip(students, jobs, cells, strict=True):
+            sheet = one.sheet(self.folder / "cells")
+            shown = sheet.relative_to(self.folder).as_posix() if sheet.exists() else ""
             accuracy = 100 * cell.accuracy
-            yield case, Measured(accuracy, divergence, diverged=cell.diverged, environment=self.environment)
+            yield case, Measured(accuracy, divergence, None, cell.diverged, cell.environment, shown)
 
     def subject(self, teacher: Teacher, defence: str, adversary: Teacher | None, share: float, seed: int) -> Subject:
         """The victim beside its honest twin, which is its own twin where nothing defends it."""
@@ -137,11 +138,13 @@ class Workshop:
 
     def victim(self, honest: Run, teacher: Teacher, defence: str, adversary: Teacher | None, seed: int) -> Run:
         spec = Defence.parse(defence)
-        if adversary:
-            other = self.honest(adversary, seed).folder.resolve()
-            spec = type(spec)(**(spec.model_dump() | {"adversary": str(other)}))
         settings = Settings(seed=seed, recipe=teacher.recipe)
-        folder = self._folder(Defence.parse(defence), seed, honest.folder.name, str(adversary), str(settings))
+        other = self.honest(adversary, seed) if adversary else honest
+        folder = self._folder(spec, seed, honest.digest, other.digest, str(settings))
+        if (folder / "run.json").exists():  # wherever the other adversary lay when it was made
+            return Run.open(folder)
+        if adversary:
+            spec = type(spec)(**(spec.model_dump() | {"adversary": str(other.folder.resolve())}))
         return protect(
             honest,
             spec,
@@ -154,7 +157,7 @@ class Workshop:
 
     def _folder(self, spec: Spec, seed: int, *parts: str) -> Path:
         """Where the network that `spec` makes lies, named by all that it depends on."""
-        named = [str(spec), source_sha256(type(spec)), *parts, self.device.type, undistill.__version__]
+        named = [str(spec), source_sha256(type(spec)), *parts, self.device.type]
         digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:10]
         return self.folder / "teachers" / f"{type(spec).__name__.lower()}-{digest}-seed{seed}"
 

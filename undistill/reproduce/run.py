@@ -1,14 +1,15 @@
 """`undistill reproduce`: measure the figures of one experiment, and lay them beside the published ones."""
 
 import inspect
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from undistill.errors import SpecError, unknown
-from undistill.files import read_json, write_json, write_text
+from undistill.errors import SpecError, StoreError, unknown
+from undistill.files import write_json, write_text
 from undistill.fit import Recipe
 from undistill.reproduce import ablations, tables
 from undistill.reproduce.case import Case, Measured, Teacher, Workshop
@@ -98,11 +99,14 @@ def find(name: str) -> Experiment:
     return EXPERIMENTS[name]
 
 
-def networks(rows: Sequence[Row]) -> str:
+def caveat(rows: Sequence[Row]) -> str:
     """What the networks really were, which have the paper's names in the rows."""
     teachers = ", ".join(dict.fromkeys(row.case.teacher.model for row in rows))
     students = ", ".join(dict.fromkeys(row.case.student for row in rows if row.case.student))
-    return f"Teachers here: {teachers}; students: {students or 'none'}."
+    return (
+        f"Teachers here: {teachers}; students: {students or 'none'}. "
+        "Published figures are those of the paper's networks and all images."
+    )
 
 
 def about(experiment: Experiment) -> str:
@@ -118,7 +122,9 @@ def reproduce(
 
     Teachers and cells that the workshop's folder holds are not done again, whichever experiment asked for them; nor are
     figures that the table holds, if they were measured by this version on this device.
-    `as_authors` chooses epochs by the test images, as the authors' code does.
+    `as_authors` keeps the epoch that is best on the test images, as the authors' code does. The difference to the plain
+    table is the selection alone; at `small` and `smoke`, whose plain recipes keep the last epoch, that of best and last
+    as well. Attacks without data choose nothing, and are the same in both.
     """
     cases = find(name)(parse_scale(scale))
     chosen = [case for case in cases if fnmatch(case.name, cells)]
@@ -130,7 +136,8 @@ def reproduce(
     chosen = [case for case in cases if case.name in names]
     path = workshop.folder / f"{name}-{scale}"
     with claim(workshop.folder, {"command": "reproduce"}):
-        rows = {case.name: Row(case, earlier(path, case)) for case in cases}
+        known = earlier(path)
+        rows = {case.name: Row(case, known.get(repr(case), {})) for case in cases}
         for seed in seeds:
             missing = [case for case in chosen if not rows[case.name].holds(seed, workshop.environment)]
             for case, measured in workshop.measure(missing, seed):
@@ -139,12 +146,18 @@ def reproduce(
     return [rows[case.name] for case in chosen]
 
 
-def earlier(path: Path, case: Case) -> dict[int, Measured]:
-    """What the table holds already of this very case, by seed."""
-    for row in (read_json(path.with_suffix(".json")) or {}).get("rows", []):
-        if row.get("case") == repr(case):
-            return {int(seed): Measured(**one) for seed, one in row["measured"].items()}
-    return {}
+def earlier(path: Path) -> dict[str, dict[int, Measured]]:
+    """What the table holds already, by case and seed; `StoreError` for one that is damaged."""
+    file = path.with_suffix(".json")
+    if not file.exists():
+        return {}
+    try:
+        rows = json.loads(file.read_text())["rows"]
+        return {str(row["case"]): {int(seed): Measured(**one) for seed, one in row["measured"].items()} for row in rows}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(
+            f"{file} is damaged ({type(error).__name__}); remove it. What it was made from is kept, and read again."
+        ) from None
 
 
 def selected_on_test(case: Case) -> Case:
@@ -167,5 +180,5 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     header = [*HEADER, "teacher's network", "student's network", "measured on"]
     table = [[*row.cells(), row.case.teacher.model, row.case.student, row.environments] for row in done]
     lines = [header, ["---"] * len(header), *table]
-    write_text(path.with_suffix(".md"), "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    write_text(path.with_suffix(".md"), "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{caveat(done)}\n")
     write_json(path.with_suffix(".json"), {"rows": [row.record() for row in done]})

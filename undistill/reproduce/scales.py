@@ -82,9 +82,9 @@ class DataFree:
 def sgd(epochs: int, drops: tuple[float, ...], gamma: float, views: Views, batch_size: int = 128) -> Recipe:
     """The authors' schedule: SGD 0.1, momentum 0.9, weight decay 5e-4, batch 128, in steps (files of their code).
 
-    They keep the epoch that is best on the test images; here it is the best on validation images, for which teachers
-    leave out a tenth of the images, and students another tenth of the rest (`reproduce --as-authors` does not). The
-    engine is the fastest of a trial, bf16 among them; they trained in fp32.
+    They train on all images and keep the epoch that is best on the test images. Here teachers leave out a tenth of the
+    images, and students another tenth of the rest; the best epoch on those is kept, or with `reproduce --as-authors`
+    that on the test images. The engine is the fastest of a trial, bf16 among them; they trained in fp32.
     """
     return Recipe(
         epochs=epochs,
