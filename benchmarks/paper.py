@@ -65,7 +65,8 @@ def parts(case: Case) -> Iterator[tuple[Any, float]]:
         else:
             yield case.name, 3 * student * shown
             if attack.needs:
-                yield (case.teacher, case.defence, case.recipe.views, case.recipe.epochs, case.share), teacher * shown
+                asked = (case.teacher, case.defence, case.adversary, case.recipe.views, case.recipe.epochs, case.share)
+                yield asked, teacher * shown
 
 
 def _data_free(attack: DAFL | Fast, teacher: float, student: float, made: float) -> float:

@@ -14,7 +14,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 from tests.conftest import FAST, NASTY, STUDENT, TEACHER, toy_arrays
+from tests.test_official import write_idx
 from undistill.cli import app
+from undistill.data import MNIST
 from undistill.report.schema import Report
 from undistill.store import Run
 
@@ -244,6 +246,15 @@ def test_data_check_shows_counts_and_a_sheet(toy_file: Path, tmp_path: Path) -> 
     assert "test: 24 images, 8 to 8 a class" in done.stdout
     assert (tmp_path / "new" / "sheet.png").read_bytes().startswith(b"\x89PNG")
     refused(call("data", "check", "CIFAR11"), "did you mean 'CIFAR10'")
+
+
+def test_data_check_fails_for_other_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MNIST, "counts", (40, 20))
+    write_idx(tmp_path / "mnist", MNIST)
+    done = call("data", "check", "MNIST(validation=0.25)", "--data-dir", tmp_path, "--out", tmp_path / "sheet.png")
+    assert done.exit_code == 1
+    assert "other bytes than published" in done.stdout
+    assert (tmp_path / "sheet.png").exists()
 
 
 def test_the_data_folder_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,26 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tests.conftest import STUDENT
 from undistill.attacks.dafl import DAFL
-from undistill.synthesis import BatchNormStatistics, disagreement, total_variation
+from undistill.attacks.deep_inversion import DeepInversion
+from undistill.attacks.fast import Fast
+from undistill.attacks.zskt import ZSKT
+from undistill.data import Data
+from undistill.fit import Fit, Recipe
+from undistill.models import Model
+from undistill.oracle import Oracle
+from undistill.synthesis import (
+    BatchNormStatistics,
+    Generator,
+    agreed_divergence,
+    disagreement,
+    evaluating,
+    shifted,
+    total_variation,
+)
 
 
 def test_batch_norm_statistics_are_distances_of_means_and_of_variances() -> None:
@@ -55,3 +71,89 @@ def test_dafl_wants_sure_varied_answers_and_active_features() -> None:
     assert attack._loss(answers, [features]) == pytest.approx(-5 * math.log(2) - 0.2, abs=1e-5)
     unsure = attack._loss(torch.zeros(2, 2), [])
     assert unsure == pytest.approx(math.log(2) - 5 * math.log(2))
+
+
+def test_only_what_both_decide_alike_counts_as_hard() -> None:
+    """The second image is told apart; of the first KL((3/4, 1/4) || (1/2 + tiny)) counts half."""
+    teacher = torch.tensor([[math.log(3.0), 0.0], [9.0, 0.0]])
+    student = torch.tensor([[1e-6, 0.0], [0.0, 9.0]])
+    expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert agreed_divergence(teacher, student) == pytest.approx(expected / 2, abs=1e-5)
+    assert agreed_divergence(teacher, -teacher) == 0
+
+
+def test_shifted_images_hold_the_same_pixels_elsewhere() -> None:
+    images = torch.arange(64.0).view(1, 1, 8, 8)
+    moved = {int((shifted(images) == 0).nonzero()[0, 2]) for _ in range(60)}
+    assert moved == {6, 7, 0, 1, 2}
+    assert shifted(images).sum() == images.sum()
+
+
+def test_a_rival_is_put_back_into_the_mode_it_had() -> None:
+    network = nn.Dropout().train()
+    with evaluating(network) as rival:
+        assert rival is network
+        assert not network.training
+    assert network.training
+
+
+class Brightness(nn.Module):
+    """Says class 1 for bright images, `sure` of it or less; its batch norm remembers pixels of that `mean`."""
+
+    def __init__(self, sure: float, mean: float = 0.5) -> None:
+        super().__init__()
+        self.sure = sure
+        self.norm = nn.BatchNorm2d(1, affine=False)
+        self.norm.running_mean.fill_(mean)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.norm(images)
+        bright = self.sure * (images.mean((1, 2, 3)) - 0.5)
+        return torch.stack([-bright, bright], 1)
+
+
+def test_inversion_goes_where_the_class_and_the_statistics_are() -> None:
+    victim = Brightness(sure=8)
+    labels = torch.tensor([0, 1] * 4)
+    plain = {"steps": 60, "variation": 0.0, "l2": 0.0}
+    free, bound = (DeepInversion(statistics=s, **plain)._invert(victim, None, labels, (1, 8, 8)) for s in (0, 100))
+    dark, bright = (free[labels == label].float().mean() / 255 for label in (0, 1))
+    assert (dark < 0.2, bright > 0.8) == (True, True)
+    far = Brightness(sure=0, mean=0.9)
+    assert DeepInversion(statistics=9, **plain)._invert(far, None, labels, (1, 8, 8)).float().mean() / 255 > 0.8
+    assert abs(bound[labels == 1].float().mean() / 255 - 0.5) < abs(bright - 0.5)
+
+
+def test_fast_moves_its_generator_a_share_of_the_way_to_its_copy() -> None:
+    """Reptile: with outer 1 it becomes the copy, with 0.25 it goes a quarter of that way."""
+    victim, moved = Brightness(sure=8), {}
+    for outer in (0.25, 1.0):
+        torch.manual_seed(0)
+        generator = Generator((1, 8, 8), latent=3, width=2)
+        before = nn.utils.parameters_to_vector(generator.parameters()).detach().clone()
+        Fast(outer=outer, inner=2)._images(victim, None, generator, 4, 2)
+        moved[outer] = nn.utils.parameters_to_vector(generator.parameters()).detach() - before
+    assert moved[1.0].norm() > 0
+    assert torch.allclose(moved[0.25], 0.25 * moved[1.0], atol=1e-6)
+
+
+def test_fast_looks_for_what_the_student_gets_less_surely() -> None:
+    """The victim is surer of brighter images, the student of none: the adversary's gradient brightens class 1."""
+    victim, student = Brightness(sure=8), Brightness(sure=0.1)
+    generator = Generator((1, 8, 8), latent=3, width=4)
+    light = {}
+    for weight in (0.0, 50.0):
+        torch.manual_seed(1)
+        attack = Fast(inner=30, one_hot=0, statistics=0, adversarial=weight, lr=0.01, outer=1)
+        spread = attack._images(victim, student, generator, 16, 2).float().mean((1, 2, 3)) / 255 - 0.5
+        light[weight] = spread.abs().mean()
+    assert light[50.0] > light[0.0] + 0.05
+
+
+def test_zskt_looks_for_what_the_student_believes_least(toy: Data) -> None:
+    """A student that stands still: the generator alone moves, and KL(victim || student) grows."""
+    victim, student = (Model.parse(STUDENT).build(toy.shape, toy.num_classes, seed).eval() for seed in (0, 1))
+    fit = Fit(Recipe(epochs=8, batch_size=16, lr=1e-9), 0, torch.device("cpu"))
+    ZSKT(student_steps=1, lr=0.01, width=4).run(Oracle(victim, ZSKT.needs), student, toy.attackers(0.1, 0), fit)
+    assert fit.history[-1]["belief"] > 1.5 * fit.history[0]["belief"]

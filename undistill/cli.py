@@ -220,7 +220,7 @@ def data_check(
     out: Annotated[Path | None, typer.Option(help="Where the sheet of samples goes, a PNG.")] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Read a data set whole: files, counts, classes; and show a sheet of samples."""
+    """Read a data set whole: files, counts, classes; and show a sheet of samples. Exit code 1 for other bytes."""
     from rich.console import Console
 
     from undistill.data import Source
@@ -240,6 +240,9 @@ def data_check(
     out.parent.mkdir(parents=True, exist_ok=True)
     write_sheet(out, found.sheet().pixels)
     console.print(f"  {COLUMNS} images of each of the first classes: {out}", soft_wrap=True)
+    if not found.as_published:
+        console.print("These are not the published files, or they were packed anew. Trainings take them all the same.")
+        raise typer.Exit(1)
 
 
 @app.command()

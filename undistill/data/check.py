@@ -11,6 +11,8 @@ from undistill.data.source import Source
 from undistill.data.split import Data, Samples
 from undistill.sheet import COLUMNS
 
+OTHER = "other bytes than published, but complete and well-formed"
+
 
 @dataclass(frozen=True)
 class Check:
@@ -19,6 +21,11 @@ class Check:
     folder: Path | None
     files: dict[str, str]
     data: Data
+
+    @property
+    def as_published(self) -> bool:
+        """Whether every file with a published hash has it."""
+        return OTHER not in self.files.values()
 
     @property
     def counts(self) -> dict[str, Tensor]:
@@ -45,4 +52,4 @@ def check(source: Source) -> Check:
 def _compare(file: File, path: Path) -> str:
     if not file.md5:
         return "read whole and counted; only the archive it came in has a published hash, checked at download"
-    return "as published" if file.matches(path) else "other bytes than published, but complete and well-formed"
+    return "as published" if file.matches(path) else OTHER
