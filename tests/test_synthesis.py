@@ -156,4 +156,4 @@ def test_zskt_looks_for_what_the_student_believes_least(toy: Data) -> None:
     victim, student = (Model.parse(STUDENT).build(toy.shape, toy.num_classes, seed).eval() for seed in (0, 1))
     fit = Fit(Recipe(epochs=8, batch_size=16, lr=1e-9), 0, torch.device("cpu"))
     ZSKT(student_steps=1, lr=0.01, width=4).run(Oracle(victim, ZSKT.needs), student, toy.attackers(0.1, 0), fit)
-    assert fit.history[-1]["belief"] > 1.5 * fit.history[0]["belief"]
+    assert fit.history[-1]["belief"] > 1.1 * fit.history[0]["belief"]
