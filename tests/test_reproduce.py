@@ -1,6 +1,7 @@
 """Experiments of the paper: what they hold, that they resume, and one of them on digits from the command line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,32 @@ def test_a_table_has_every_figure(folder: Path) -> None:
     assert rows["ResNet-18 normal"]["accuracies"][0] > 80
     assert "| ResNet-18 nasty |" in (folder / "table1-smoke.md").read_text()
     assert "torch" in (folder / "table1-smoke.md").read_text().splitlines()[2], "on what it was measured"
+
+
+@pytest.fixture(scope="module")
+def hurried_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hurried")
+
+
+def hurried(case: Case) -> Case:
+    """The same with one epoch for every training."""
+
+    def teacher(one: Teacher) -> Teacher:
+        return replace(one, recipe=one.recipe.model_copy(update={"epochs": 1}))
+
+    adversary = teacher(case.adversary) if case.adversary else None
+    return replace(
+        case, teacher=teacher(case.teacher), adversary=adversary, recipe=case.recipe.model_copy(update={"epochs": 1})
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "data-free"])  # which is measured below
+def test_every_experiment_runs_on_digits(name: str, hurried_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [hurried(case) for case in find(name)("smoke")]
+    monkeypatch.setitem(EXPERIMENTS, name, lambda scale: cases)
+    rows = reproduce(name, "smoke", [0], "*", Workshop(hurried_folder, Serial()))
+    assert len(rows) == len(cases)
+    assert all(row.accuracies or row.measured[0].diverged for row in rows)
 
 
 def test_what_is_measured_is_not_measured_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,7 @@ _SMOKE = Setting(
 )
 _SMALL = {
     "CIFAR-10": _small("CIFAR10(count=25000)", "VGG(width=32)", 0.08, 4, PHOTOS, (16, 8)),
-    "CIFAR-100": _small("CIFAR100(count=25000)", "VGG(width=32)", 0.005, 20, PHOTOS, (16, 8)),
+    "CIFAR-100": _small("CIFAR100(count=25000)", "VGG(width=32)", 0.02, 20, PHOTOS, (16, 8)),
     "Fashion-MNIST": _small("FashionMNIST(count=20000)", "PlainCNN(width=32)", 0.08, 4, CLOTHES, (4, 4)),
 }
 _PAPER = {
