@@ -332,7 +332,8 @@ def test_the_authors_mistake_is_made_in_every_training() -> None:
 def test_thieves_without_data_are_measured_on_digits(tmp_path: Path) -> None:
     rows = reproduce("data-free", "smoke", [0], "*", Workshop(tmp_path, Serial()))
     measured = {row.case.name: row.measured[0] for row in rows}
-    names = {f"digits: {side}{attack}" for side in ("normal", "nasty") for attack in ("", " -> DAFL", " -> Fast")}
+    attacks = " -> DAFL", " -> Fast", " -> DeepInversion"
+    names = {f"digits: {side}{attack}" for side in ("normal", "nasty") for attack in ("", *attacks)}
     assert set(measured) == names
     assert measured["digits: normal"].accuracy > 80
     for name, one in measured.items():

@@ -226,13 +226,22 @@ _CLOTHES_45 = one_cycle(45, 0.1, CLOTHES)
 DATA_FREE: Mapping[Scale, Mapping[str, DataFree]] = {
     "smoke": {
         "digits": DataFree(
-            "ConvNet(width=8)", {"DAFL": ("DAFL()", Recipe(epochs=6)), "Fast": ("Fast()", Recipe(epochs=6))}
+            "ConvNet(width=8)",
+            {
+                "DAFL": ("DAFL()", Recipe(epochs=6)),
+                "Fast": ("Fast()", Recipe(epochs=6)),
+                "DeepInversion": ("DeepInversion(count=100, steps=20)", Recipe(epochs=40)),
+            },
         )
     },
     "small": {
         "Fashion-MNIST": DataFree(
             "PlainCNN(width=16)",
-            {"DAFL": ("DAFL(width=32, lr=0.05, T=4)", _CLOTHES_45), "Fast": ("Fast(width=32)", _CLOTHES_45)},
+            {
+                "DAFL": ("DAFL(width=32, lr=0.05, T=4)", _CLOTHES_45),
+                "Fast": ("Fast(width=32)", _CLOTHES_45),
+                "DeepInversion": ("DeepInversion(count=1000, steps=300, variation=2)", one_cycle(400, 0.1, CLOTHES)),
+            },
         )
     },
     "paper": {"CIFAR-10": _data_free_paper(one_hot=1), "CIFAR-100": _data_free_paper(one_hot=0.5)},

@@ -128,8 +128,8 @@ def table3(scale: Scale) -> list[Case]:
 def data_free(scale: Scale) -> list[Case]:
     """Thieves without data, who have the weights: DAFL as in the paper (ResNet-34 teaches ResNet-18), and Fast.
 
-    `small` is on Fashion-MNIST. Expected: the normal teacher's student is useful, the nasty one's some points worse.
-    `paper` 1,500 minutes.
+    `small` is on Fashion-MNIST, with DeepInversion as well; `figure synthesised` draws all their images. Expected: the
+    normal teacher's student is useful, the nasty one's some points worse. `paper` 1,500 minutes.
     """
     published = {
         "CIFAR-10: normal": 95.42,
