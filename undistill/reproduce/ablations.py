@@ -120,7 +120,7 @@ def collapse(scale: Scale) -> list[Case]:
     The published setting, then a lower learning rate, a clipped gradient, a lower T, a lower alpha, and all of them.
     Published: 73.11 from the normal teacher, 3.45 from the nasty one. `small` 60 minutes, `paper` 24.
     """
-    student = COLLAPSING[scale]
+    student, share = COLLAPSING[scale]
     chosen = replace(setting("CIFAR-100", scale), students={"MobileNetV2": student})
     model, plain = student.model, student.recipe
     careful = {
@@ -135,7 +135,7 @@ def collapse(scale: Scale) -> list[Case]:
     for how, (recipe, attack) in careful.items():
         for side, defence in (("normal", ""), ("nasty", chosen.defence)):
             cases.append(Case(f"{how}: {side}", chosen.teacher(), defence, None, attack, model, recipe))
-    return cases
+    return [replace(case, share=share) for case in cases]
 
 
 def nan(scale: Scale) -> list[Case]:
