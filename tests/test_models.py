@@ -315,7 +315,8 @@ def test_seeded_restores_the_callers_generator() -> None:
 def test_every_field_of_a_model_changes_the_network(name: str, field: str) -> None:
     plain = Model.parse(name)
     value = getattr(plain, field)
-    others = get_args(Model.registry[name].model_fields[field].annotation) or (value, value + 18)
+    another = value / 2 if isinstance(value, float) else value + 18
+    others = get_args(Model.registry[name].model_fields[field].annotation) or (another,)
     changed = Model.parse(f"{name}({field}={others[-1]})")
     networks = [model.build((1, 8, 8), 3, 0) for model in (plain, changed)]
     assert len({sum(p.numel() for p in network.parameters()) for network in networks}) == 2
