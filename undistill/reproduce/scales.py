@@ -52,9 +52,9 @@ class Setting:
         twin = {teacher: Student(self.teachers[teacher], self.recipe)} if self.twins else {}
         return twin | dict(self.students)
 
-    def teacher(self, name: str = "", recipe: Recipe | None = None) -> Teacher:
+    def teacher(self, name: str = "") -> Teacher:
         """The teacher of that name, by default the first one."""
-        return Teacher(self.data, self.teachers[name or next(iter(self.teachers))], recipe or self.recipe)
+        return Teacher(self.data, self.teachers[name or next(iter(self.teachers))], self.recipe)
 
     def recipe_of(self, model: str) -> Recipe:
         """How that network is trained: as the student that it is, or else as a teacher."""
