@@ -66,7 +66,10 @@ def temperature(scale: Scale) -> list[Case]:
     `small` 40 minutes, `paper` 11.
     """
     chosen = setting("CIFAR-10", scale)
-    return list(_attacks(chosen, {f"T={T:g}": f"SoftLabels(T={T:g}, alpha={chosen.alpha:g})" for T in TEMPERATURES}))
+    return [
+        _scratch(chosen),
+        *_attacks(chosen, {f"T={T:g}": f"SoftLabels(T={T:g}, alpha={chosen.alpha:g})" for T in TEMPERATURES}),
+    ]
 
 
 def alpha(scale: Scale) -> list[Case]:
@@ -75,7 +78,10 @@ def alpha(scale: Scale) -> list[Case]:
     `small` 40 minutes, `paper` 11.
     """
     chosen = setting("CIFAR-10", scale)
-    return list(_attacks(chosen, {f"alpha={a:g}": f"SoftLabels(T={chosen.T:g}, alpha={a:g})" for a in ALPHAS}))
+    return [
+        _scratch(chosen),
+        *_attacks(chosen, {f"alpha={a:g}": f"SoftLabels(T={chosen.T:g}, alpha={a:g})" for a in ALPHAS}),
+    ]
 
 
 def samples(scale: Scale) -> list[Case]:
