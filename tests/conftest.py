@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from undistill.data import Data, Npz
+from undistill.data.official import VARIABLE
 from undistill.fit import Fit, Recipe
 from undistill.store import Run
 from undistill.workflow import Settings, TrainSettings, protect, train
@@ -58,3 +59,10 @@ def victim(honest: Run) -> Run:
 @pytest.fixture
 def fit() -> Fit:
     return Fit(RECIPE, 0, torch.device("cpu"))
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for public data."""
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    return tmp_path
