@@ -31,11 +31,12 @@ from undistill.views import Views, to_float
 
 class Fast(Generative):
     """Every few steps a copy of a meta-generator and its noise are fitted in `inner` steps to the victim's classes, its
-    batch-norm statistics and the student's mistakes; the meta-generator moves towards the copy (Reptile), and the
-    images go into a memory bank, from whose views the student learns. Needs weights, no data.
+    batch-norm statistics and what the student gets right, but not as the victim does; the meta-generator moves towards
+    the copy (Reptile), and the images go into a memory bank, from whose views the student learns. Needs weights,
+    no data.
 
     Defaults are for a few thousand steps; the authors take 400 steps of the student for a batch of new images, T 20,
-    statistics 10, adversarial 1.33 and some thousand steps before the student's first (from memory).
+    statistics 10 and adversarial 1.33 (from memory).
     """
 
     inner: int = Field(5, ge=1)

@@ -107,9 +107,9 @@ class Official(Source):
         missing = self._missing(folder)
         if missing and self.archive:
             unpack(fetch(self.home, self.archive, root), root)
-        elif missing:
-            for file in missing:
-                fetch(self.home, file, folder)
+            return
+        for file in missing:
+            fetch(self.home, file, folder)
 
     def _what(self, folder: Path) -> str:
         return f"{type(self).__name__} in {folder} ({self.files[0].name} ...)"
