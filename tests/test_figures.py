@@ -1,6 +1,7 @@
 """Figures from runs, audits and tables, on the command line."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -121,6 +122,14 @@ def test_shares_are_values_too(tmp_path: Path) -> None:
     (tmp_path / "samples.json").write_text(json.dumps({"rows": rows}))
     (axes,) = ablation(tmp_path / "samples.json").axes
     assert (axes.get_xlabel(), axes.lines[0].get_label()) == ("share of the images, %", "KD from nasty")
+
+
+def test_levels_are_told_apart_without_colour(tmp_path: Path) -> None:
+    rows = [{"name": name, "accuracies": [80]} for name in ("no teacher", "normal teacher", "KD: normal", "T=4: nasty")]
+    (tmp_path / "table.json").write_text(json.dumps({"rows": rows}))
+    ablation(tmp_path / "table.json").savefig(tmp_path / "levels.svg")
+    dashes = re.findall(r"stroke-dasharray: ([^;]+);", (tmp_path / "levels.svg").read_text())
+    assert len(set(dashes)) == 3, "of the levels; the series is solid"
 
 
 def test_runs_of_one_name_are_told_apart(honest: Run, victim: Run, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from undistill.verdict import interval
 
 LINES = ("-", "--", ":", "-.")
 MARKS = "osD^v<>P"
+LEVELS = (":", (0, (8, 3)), (0, (8, 2, 1, 2)))
 NUMBER = r"(?P<value>[-+]?\d+(\.\d+)?(e[-+]?\d+)?)"
 POINT = re.compile(rf"((?P<what>\w+)={NUMBER}|(?P<share>\d+)%): (?P<line>.+)")
 
@@ -83,8 +85,8 @@ def ablation(table: Path) -> Figure:
         axes, *below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1)) if varies else [figure.subplots()]
         for number, (name, points) in enumerate(lines.items()):
             _line(axes, name, sorted(points), number)
-        for name, values in flat.items():
-            axes.axhline(interval(values).mean, color="#555555", linestyle=":", linewidth=1, label=name)
+        for style, (name, values) in zip(cycle(LEVELS), flat.items(), strict=False):
+            axes.axhline(interval(values).mean, color="#555555", linestyle=style, linewidth=1, label=name)
         axes.set_ylabel("test accuracy, %")
         axes.legend(frameon=False, fontsize=8)
         for under in below:
