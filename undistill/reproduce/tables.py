@@ -145,9 +145,10 @@ def data_free(scale: Scale) -> list[Case]:
     for data, thief in DATA_FREE[scale].items():
         chosen = setting(data, scale)
         teacher = replace(chosen.teacher(), model=thief.teacher or chosen.teacher().model)
-        for side, defence in (("normal", ""), ("nasty", chosen.defence)):
-            cases.append(Case(f"{data}: {side}", teacher, defence))
-            for name, (attack, recipe) in thief.attacks.items():
+        sides = (("normal", ""), ("nasty", chosen.defence))
+        cases += [Case(f"{data}: {side}", teacher, defence) for side, defence in sides]
+        for name, (attack, recipe) in thief.attacks.items():
+            for side, defence in sides:
                 cases.append(Case(f"{data}: {side} -> {name}", teacher, defence, None, attack, thief.student, recipe))
     return [replace(case, published=published.get(case.name)) for case in cases]
 
