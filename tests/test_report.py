@@ -110,6 +110,13 @@ def test_maps_of_a_single_feature(toy, tmp_path: Path) -> None:
     assert np.isfinite(read_evidence(tmp_path / "evidence.npz").maps["honest features"]).all()
 
 
+def test_a_network_that_answers_everything_alike_is_mapped(toy, tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(144, 3))
+    nn.init.zeros_(network[1].weight)
+    write_evidence(tmp_path / "evidence.npz", toy, network, network)
+    assert np.isfinite(read_evidence(tmp_path / "evidence.npz").maps["victim answers"]).all()
+
+
 def test_numbers_are_written_for_people() -> None:
     assert percent(0.9123) == "91.2 %"
     assert percent(Interval(mean=0.9, low=0.88, high=0.92, n=3)) == "90.0 ± 2.0 %"

@@ -156,5 +156,7 @@ def _tempered(network: nn.Module, samples: Samples) -> Array:
 def _map(points: Tensor) -> Array:
     points = F.pad(points, (0, max(0, 2 - points.shape[1])))
     perplexity = min(30.0, (len(points) - 1) / 3)
-    mapped: Array = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(points.numpy())
+    spread = points.std(0).max() > 1e-6 * points.abs().max()  # a collapsed network answers everything alike
+    start = "pca" if spread else "random"
+    mapped: Array = TSNE(perplexity=perplexity, init=start, random_state=0).fit_transform(points.numpy())
     return mapped
