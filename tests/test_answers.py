@@ -16,6 +16,7 @@ from undistill import files
 from undistill.answers import Answers, AnswerStore, _digest
 from undistill.data import Data
 from undistill.engine import FAST, Engine
+from undistill.measure import evaluate
 from undistill.models import Model
 from undistill.stream import Batch, Stream
 from undistill.views import Views, to_float
@@ -322,6 +323,12 @@ def test_a_file_in_the_place_of_the_store_does_not_stop_a_trial(
     (tmp_path / "answers").touch()
     answers = Answers(victim, FAST, AnswerStore(tmp_path / "answers"))
     assert len(answers.epoch(stream, 0)) == len(stream.samples)
+
+
+def test_what_is_measured_is_computed_in_fp32_whatever_the_engine(victim: nn.Module, toy: Data) -> None:
+    fast, exact = (Answers(victim, engine).plain(toy.test, toy.num_classes) for engine in (BF16, Engine()))
+    assert torch.equal(fast, exact)
+    assert torch.equal(exact, evaluate(victim, toy.test))
 
 
 @pytest.mark.parametrize(("engine", "width"), [(Engine(), 4), (BF16, 2)], ids=["fp32", "bf16"])
