@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from tests.conftest import RECIPE, STUDENT
 from undistill.auditor import audit
 from undistill.cli import app
+from undistill.data import Source
 from undistill.errors import StoreError
 from undistill.report.curves import ablation, of_runs, training
 from undistill.report.drawing import draw_named
@@ -22,6 +23,7 @@ from undistill.report.figures import students
 from undistill.report.page import read_report
 from undistill.sheet import write_sheet
 from undistill.store import Run
+from undistill.workflow import TrainSettings, train
 
 
 def figure(*words: object) -> tuple[int, str]:
@@ -124,6 +126,15 @@ def test_shares_are_values_too(tmp_path: Path) -> None:
     assert (axes.get_xlabel(), axes.lines[0].get_label()) == ("share of the images, %", "KD from nasty")
 
 
+def test_an_ablation_over_words_keeps_their_order(tmp_path: Path) -> None:
+    rows = [{"name": f"adversary={name}: student", "accuracies": [80]} for name in ("VGG(width=8)", "PlainCNN()")]
+    (tmp_path / "table.json").write_text(json.dumps({"rows": rows}))
+    figure = ablation(tmp_path / "table.json")
+    figure.draw_without_rendering()
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["VGG(width=8)", "PlainCNN()"]
+    assert figure.axes[0].get_xlabel() == "adversary"
+
+
 def test_levels_are_told_apart_without_colour(tmp_path: Path) -> None:
     rows = [{"name": name, "accuracies": [80]} for name in ("no teacher", "normal teacher", "KD: normal", "T=4: nasty")]
     (tmp_path / "table.json").write_text(json.dumps({"rows": rows}))
@@ -177,6 +188,14 @@ def test_figures_of_two_runs_and_of_a_victim_alone(name: str, honest: Run, victi
         code, said = figure(name, *sources, "--out", tmp_path / str(number))
         assert code == 0, said
     assert (tmp_path / "0.svg").read_bytes() == (tmp_path / "1.svg").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["answers", "maps"])
+def test_networks_of_different_data_are_not_compared(name: str, honest: Run, toy_file: Path, tmp_path: Path) -> None:
+    source = Source.parse(str(toy_file)).model_copy(update={"seed": 5})
+    other = train(source, STUDENT, tmp_path / "other", settings=TrainSettings(recipe=RECIPE))
+    code, said = figure(name, honest.folder, other.folder)
+    assert (code, "different data" in " ".join(said.split())) == (2, True), said
 
 
 def test_sheets_of_a_table_go_by_its_rows(tmp_path: Path) -> None:

@@ -52,7 +52,8 @@ class Subject:
     def __post_init__(self) -> None:
         if self.victim.record["data_sha256"] != self.honest.record["data_sha256"]:
             raise StoreError(
-                f"{self.victim.folder} and {self.honest.folder} were made on different data; an audit needs one."
+                f"{self.victim.folder} and {self.honest.folder} were made on different data; "
+                "only networks of the same data can be compared."
             )
 
     @classmethod

@@ -4,7 +4,7 @@ import json
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,7 @@ from undistill.verdict import interval
 LINES = ("-", "--", ":", "-.")
 MARKS = "osD^v<>P"
 LEVELS = (":", (0, (8, 3)), (0, (8, 2, 1, 2)))
-NUMBER = r"(?P<value>[-+]?\d+(\.\d+)?(e[-+]?\d+)?)"
-POINT = re.compile(rf"((?P<what>\w+)={NUMBER}|(?P<share>\d+)%): (?P<line>.+)")
+POINT = re.compile(r"((?P<what>\w+)=(?P<value>[^:]+)|(?P<share>\d+)%): (?P<line>.+)")
 
 
 def of_runs(runs: Sequence[Run]) -> dict[str, Array]:
@@ -64,39 +63,50 @@ def ablation(table: Path) -> Figure:
 
     `table` is the JSON of `undistill reproduce`; its figure 'omega=0.04: student' is a point of the line 'student'.
     """
-    lines: dict[str, list[tuple[float, list[float]]]] = defaultdict(list)
+    lines: dict[str, dict[str, list[float]]] = defaultdict(dict)
     flat: dict[str, list[float]] = {}
-    reached: dict[float, float] = {}
+    reached: dict[str, float] = {}
     what = ""
     for row in _read(table):
         name, accuracies = row["name"], row["accuracies"]
         if found := POINT.fullmatch(name):
             what = found["what"] or "share of the images, %"
-            value = float(found["value"] or found["share"])
-            lines[found["line"]].append((value, accuracies))
+            value = found["value"] or found["share"]
+            lines[found["line"]][value] = accuracies
             reached |= {value: row["divergence"]} if row["divergence"] is not None else {}
         else:
             flat[name] = accuracies
     if not lines:
-        raise StoreError(f"{table} holds no ablation over a number; 'undistill reproduce omega' writes one.")
+        raise StoreError(f"{table} holds no ablation; 'undistill reproduce omega' writes one.")
+    places = _places([value for points in lines.values() for value in points])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.5, 4.2), layout="constrained")
         varies = len(set(reached.values())) > 1
         axes, *below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1)) if varies else [figure.subplots()]
         for number, (name, points) in enumerate(lines.items()):
-            _line(axes, name, sorted(points), number)
+            _line(axes, name, [(places[value], points[value]) for value in places if value in points], number)
         for style, (name, values) in zip(cycle(LEVELS), flat.items(), strict=False):
             axes.axhline(interval(values).mean, color="#555555", linestyle=style, linewidth=1, label=name)
         axes.set_ylabel("test accuracy, %")
         axes.legend(frameon=False, fontsize=8)
         for under in below:
-            under.plot(*zip(*sorted(reached.items()), strict=True), "-o", color="#555555", markersize=4)
+            known = [value for value in places if value in reached]
+            x, y = [places[value] for value in known], [reached[value] for value in known]
+            under.plot(x, y, "-o", color="#555555", markersize=4)
             under.set_ylabel("T² KL, nats")
         figure.axes[-1].set_xlabel(what)
     return figure
 
 
-def _line(axes: Axes, name: str, points: Sequence[tuple[float, list[float]]], number: int) -> None:
+def _places(values: Iterable[str]) -> Mapping[str, float] | Mapping[str, str]:
+    """Where each value of an ablation stands, in order: at its number, or where they are words, one after another."""
+    try:
+        return {value: float(value) for value in sorted(values, key=float)}
+    except ValueError:
+        return {value: value for value in values}
+
+
+def _line(axes: Axes, name: str, points: Sequence[tuple[float | str, list[float]]], number: int) -> None:
     x, spreads = [value for value, _ in points], [interval(values) for _, values in points]
     style = LINES[number % len(LINES)] + MARKS[number % len(MARKS)]
     (line,) = axes.plot(x, [spread.mean for spread in spreads], style, label=name, markersize=5)

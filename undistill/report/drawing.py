@@ -13,7 +13,7 @@ from undistill.report.curves import ablation, of_runs, training
 from undistill.report.evidence import Array, Evidence, evidence_of, read_evidence, read_sheet
 from undistill.report.page import read_report
 from undistill.store import Run
-from undistill.subject import parent
+from undistill.subject import Subject, parent
 
 
 def draw_named(name: str, sources: Sequence[Path], model: str | None = None) -> Figure:
@@ -42,6 +42,7 @@ def _evidence(sources: Sequence[Path], model: Model | None) -> Evidence:
     if len(runs) > 2:
         raise SpecError(f"This figure compares two runs; {len(runs)} were named.")
     honest = runs[0] if len(runs) == 2 else Run.open(parent(runs[0]))
+    Subject(runs[-1], honest, ())  # which refuses runs on different data
     return evidence_of(honest, runs[-1], model)
 
 
