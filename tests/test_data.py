@@ -244,3 +244,5 @@ def test_leaky_shows_the_test_images_to_whoever_chooses(toy_file: Path) -> None:
         assert rows(split.train) == rows(as_else.train)
     with pytest.raises(SpecError, match="belong to the source in 'of'"):
         Source.parse(f"Leaky(of={str(toy_file)!r}, count=50)")
+    with pytest.raises(SpecError, match="seed belongs to Leaky"):
+        Source.parse("Leaky(of='Digits(seed=5)')")

@@ -23,6 +23,8 @@ class Leaky(Source):
         fields = type(self).model_fields
         if any(getattr(self, name) != fields[name].default for name in ("validation", "test", "count")):
             raise ValueError("validation, test and count belong to the source in 'of'")
+        if Source.parse(self.of).seed != fields["seed"].default:
+            raise ValueError("the seed belongs to Leaky, not to the source in 'of': Leaky(of='...', seed=5)")
         return self
 
     def read(self) -> tuple[Samples, Samples | None, list[str]]:
