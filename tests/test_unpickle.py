@@ -94,6 +94,21 @@ def test_a_small_pickle_that_names_one_list_again_and_again_stays_small(tmp_path
     assert held[0] is held[1]
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_small_pickle_that_names_one_text_again_and_again_stays_small(protocol: int, tmp_path: Path) -> None:
+    (tmp_path / "batch").write_bytes(pickle.dumps({b"data": [b"\xff" * 1000] * 3}, protocol))
+    held = read_batch(tmp_path / "batch")["data"]
+    assert held[0] is held[1] is held[2]
+
+
+def test_one_text_is_encoded_once(tmp_path: Path) -> None:
+    encoded = b"c_codecs\nencode\n(h\x00U\x06latin1tR"
+    (tmp_path / "batch").write_bytes(b"\x80\x02}(U\x01a](U\x04same" + b"q\x00" + 2 * encoded + b"eu.")
+    held = read_batch(tmp_path / "batch")["a"]
+    assert held[0] == "same"
+    assert held[1] is held[2]
+
+
 def test_a_damaged_batch_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "batch").write_bytes(b"\x80\x02}")
     with pytest.raises(DataError, match=r"not used: .+ remove it"):

@@ -2,6 +2,7 @@
 
 import pickle
 import pickletools
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,21 +70,31 @@ class _Type:
 
 
 class _Encode:
-    """Stands for `_codecs.encode`, with which Python 3 writes bytes into old pickles; a pickle cannot change it."""
+    """Stands for `_codecs.encode`, with which Python 3 writes bytes into old pickles. What it encoded is kept: a pickle
+    may name one text many times."""
 
-    __slots__ = ()
+    __slots__ = ("_done",)
+
+    def __init__(self) -> None:
+        self._done: dict[str, bytes] = {}
 
     def __call__(self, text: str, encoding: str = "latin1") -> bytes:
         if encoding not in ("latin1", "latin-1"):
             raise pickle.UnpicklingError(f"it encodes text as {encoding!r}.")
-        return text.encode("latin1")
+        if text not in self._done:
+            self._done[text] = text.encode("latin1")
+        return self._done[text]
 
 
 class _Unpickler(pickle.Unpickler):
+    @cached_property
+    def _encode(self) -> _Encode:
+        return _Encode()
+
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
             return _Array
-        known = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Type, ("_codecs", "encode"): _Encode()}
+        known = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Type, ("_codecs", "encode"): self._encode}
         if (module, name) not in known:
             raise pickle.UnpicklingError(
                 f"it names {module}.{name}, and a batch of images has no use for that. Nothing of it was executed."
@@ -94,7 +105,7 @@ class _Unpickler(pickle.Unpickler):
 def _plain(value: Any, done: dict[int, Any]) -> Any:
     """Arrays for their stand-ins, text for the bytes that Python 2 called so; `UnpicklingError` for what is neither.
 
-    `done` holds the containers, by id, that a pickle may name many times.
+    `done` holds, by id, what a pickle may name many times.
     """
     kind = type(value)
     if id(value) in done:
@@ -106,7 +117,7 @@ def _plain(value: Any, done: dict[int, Any]) -> Any:
     if kind in (list, tuple):
         return done.setdefault(id(value), kind(_plain(held, done) for held in value))
     if kind is bytes:
-        return value.decode("latin1")
+        return done.setdefault(id(value), value.decode("latin1"))
     if value is None or kind in (str, int, float, bool):
         return value
     raise pickle.UnpicklingError(f"it holds {kind.__name__.lstrip('_')}, which a batch of images has no use for.")
