@@ -1,5 +1,6 @@
 """Public data that is not there yet: fetched once, checked, unpacked whole or not at all."""
 
+import errno
 import hashlib
 import shutil
 import tarfile
@@ -119,6 +120,15 @@ def test_a_zip_is_unpacked(
 def test_an_unreachable_address_says_what_to_do(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SVHN, "home", "http://127.0.0.1:9")
     with pytest.raises(DataError, match=r"cannot be downloaded .*--data-dir"):
+        SVHN().load()
+
+
+def test_a_full_disk_is_not_blamed_on_the_address(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pooch.retrieve", full)
+    with pytest.raises(OSError, match="No space left"):
         SVHN().load()
 
 

@@ -121,6 +121,22 @@ def test_svhn_writes_zero_as_ten(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert np.array_equal(data.test.pixels[3].numpy(), images[:, :, :, 3].transpose(2, 0, 1))
 
 
+def test_files_that_are_not_the_published_ones_are_named_once(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    small(monkeypatch, MNIST, 40, 20)
+    write_idx(root / "mnist", MNIST)
+    first, *others = MNIST.files
+    content = (root / "mnist" / first.name).read_bytes()
+    monkeypatch.setattr(MNIST, "files", (File(first.name, hashlib.md5(content).hexdigest()), *others))
+    for seed in (0, 1):
+        MNIST(validation=0.25, seed=seed).load()
+    (record,) = caplog.records
+    assert first.name not in record.message.partition(": ")[2]
+    assert all(file.name in record.message for file in others)
+    assert "undistill data check MNIST" in record.message
+
+
 def test_tiny_imagenet_reads_the_annotations(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch, TinyImageNet, 18, 6)
     ids = write_tiny(root / "tiny-imagenet-200")
@@ -131,14 +147,19 @@ def test_tiny_imagenet_reads_the_annotations(root: Path, monkeypatch: pytest.Mon
     assert torch.allclose(red, 90.0 * data.test.labels, atol=4), "every image must have its own class's colour"
 
 
-def test_tiny_imagenet_sorted_by_class_is_read_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("leftovers", [False, True])
+def test_tiny_imagenet_sorted_by_class_is_read_too(
+    leftovers: bool, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small(monkeypatch, TinyImageNet, 18, 6)
     folder = root / "tiny-imagenet-200"
     ids = write_tiny(folder)
     for number, path in enumerate(sorted((folder / "val" / "images").iterdir())):
         (folder / "val" / ids[number % 3]).mkdir(exist_ok=True)
         path.rename(folder / "val" / ids[number % 3] / path.name)
-    (folder / "val" / "images").rmdir()
+    if not leftovers:
+        (folder / "val" / "images").rmdir()
+        (folder / "val" / "val_annotations.txt").unlink()
     assert sorted(TinyImageNet(validation=0.2).load().test.labels.tolist()) == [0, 0, 1, 1, 2, 2]
 
 

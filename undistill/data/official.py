@@ -1,6 +1,7 @@
 """Public data sets from the files that their authors publish: found where they lie, or downloaded and checked."""
 
 import hashlib
+import logging
 import os
 import shutil
 import tarfile
@@ -8,6 +9,7 @@ import zipfile
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,6 +18,8 @@ from filelock import FileLock
 from undistill.data.source import Source
 from undistill.data.split import Samples
 from undistill.errors import DataError
+
+log = logging.getLogger(__name__)
 
 VARIABLE = "UNDISTILL_DATA"
 AGAIN = "Remove those files, and they are downloaded again."
@@ -73,7 +77,18 @@ class Official(Source):
                     f"{self._what(folder)} holds {len(samples):,} {kind} images, the published data set {count:,}: "
                     f"it is partial, or another one. {AGAIN}"
                 )
+        self._remark(folder)
         return pool, test, classes
+
+    def _remark(self, folder: Path) -> None:
+        """Say which files are others than published: repacked or damaged, which is told apart by looking."""
+        others = [file.name for file in self.files if file.md5 and not file.matches(folder / file.name)]
+        if others:
+            name = type(self).__name__
+            _warn(
+                f"{name} in {folder}: other bytes than published in {', '.join(others)}. They are used, since form and "
+                f"counts are right; look at them with 'undistill data check {name}'."
+            )
 
     @abstractmethod
     def read_from(self, folder: Path) -> tuple[Samples, Samples, list[str]]:
@@ -115,6 +130,12 @@ class Official(Source):
         return f"{type(self).__name__} in {folder} ({self.files[0].name} ...)"
 
 
+@cache
+def _warn(remark: str) -> None:
+    """Once in a process."""
+    log.warning(remark)
+
+
 def fetch(home: str, file: File, folder: Path) -> Path:
     """The published file in `folder`, downloaded if it is not there; `DataError` where its bytes are others."""
     import pooch
@@ -132,6 +153,8 @@ def fetch(home: str, file: File, folder: Path) -> Path:
     except ValueError as error:
         raise DataError(f"What {url} delivers is not the published file ({error}); nothing of it was kept.") from None
     except OSError as error:
+        if isinstance(error.errno, int):  # the machine refuses: a full disk, a folder that is read-only
+            raise
         raise DataError(
             f"{url} cannot be downloaded ({type(error).__name__}). Get it in another way and put it into {folder}, "
             f"or name the folder in which your data lies: --data-dir, or the variable {VARIABLE}."

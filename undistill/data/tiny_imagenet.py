@@ -36,7 +36,7 @@ def validation_files(folder: Path, ids: Sequence[str]) -> list[tuple[Path, str]]
     readers do, it would be a test set of one class.
     """
     annotations = folder / "val_annotations.txt"
-    if annotations.exists() and (folder / "images").is_dir():
+    if annotations.exists() and any(folder.glob("images/*")):
         rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
         found = [(folder / "images" / name, label) for name, label in rows]
     else:
