@@ -125,6 +125,27 @@ def test_inversion_goes_where_the_class_and_the_statistics_are() -> None:
     assert abs(bound[labels == 1].float().mean() / 255 - 0.5) < abs(bright - 0.5)
 
 
+def test_inversion_smooths_darkens_and_looks_for_disagreement() -> None:
+    """Each weight alone, against the same pixels without it; the last looks for what the student gets less surely."""
+    victim, student, labels = Brightness(sure=8), Brightness(sure=0.1), torch.tensor([0, 1] * 4)
+    calm = {"steps": 30, "statistics": 0.0, "variation": 0.0, "l2": 0.0, "competition": 0.0}
+
+    def images(**weight: float) -> Tensor:
+        torch.manual_seed(0)
+        network = Brightness(sure=0) if "competition" not in weight else victim
+        made = DeepInversion(**(calm | weight))._invert(network, student, labels, (1, 8, 8))
+        return made.float() / 255
+
+    free = images()
+    assert total_variation(images(variation=1.0)) < 0.5 * total_variation(free)
+    assert images(l2=1.0).mean() < 0.5 * free.mean()
+    reached = {}
+    for weight in (0.0, 50.0):
+        made = images(competition=weight)
+        reached[weight] = disagreement(victim(made), student(made))
+    assert reached[50.0] < reached[0.0] - 0.01
+
+
 def test_fast_moves_its_generator_a_share_of_the_way_to_its_copy() -> None:
     """Reptile: with outer 1 it becomes the copy, with 0.25 it goes a quarter of that way."""
     victim, moved = Brightness(sure=8), {}
