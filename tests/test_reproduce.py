@@ -1,6 +1,7 @@
 """Experiments of the paper: what they hold, that they resume, and one of them on digits from the command line."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from undistill.attacks import Attack
 from undistill.cli import app
 from undistill.data import Source
 from undistill.defences import Defence
-from undistill.errors import SpecError, StoreError
+from undistill.errors import NonFiniteLoss, SpecError, StoreError
 from undistill.fit import Recipe
 from undistill.launch import Serial
 from undistill.models import Model
@@ -42,6 +43,34 @@ def test_every_experiment_is_made_of_what_there_is(name: str, scale: Scale) -> N
         if case.attack:
             assert Attack.parse(case.attack)
             assert Model.parse(case.student)
+
+
+ABLATED: dict[str, Callable[[Case], object]] = {
+    "omega": lambda case: f"omega={Defence.parse(case.defence).omega:g}",
+    "published-omegas": lambda case: f"omega={Defence.parse(case.defence).omega:g}",
+    "adversary-temperature": lambda case: f"T_A={Defence.parse(case.defence).T:g}",
+    "adversary": lambda case: f"adversary={(case.adversary or case.teacher).model}",
+    "temperature": lambda case: f"T={Attack.parse(case.attack).T:g}",
+    "alpha": lambda case: f"alpha={Attack.parse(case.attack).alpha:g}",
+    "samples": lambda case: f"{case.share:.0%}",
+    "student-epochs": lambda case: f"epochs={case.recipe.epochs}",
+}
+"""How a row's name says what was varied."""
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", ABLATED)
+def test_an_ablation_varies_what_its_rows_say(name: str, scale: Scale) -> None:
+    cases = [case for case in find(name)(scale) if ": " in case.name and not case.name.startswith("KD")]
+    assert [ABLATED[name](case) for case in cases] == [case.name.partition(": ")[0] for case in cases]
+    assert len({case.name.partition(": ")[0] for case in cases}) >= (2 if name == "published-omegas" else 3)
+
+
+@pytest.mark.parametrize("scale", ["small", "paper"])
+@pytest.mark.parametrize("name", ["collapse", "nan"])
+def test_no_two_trainings_of_an_experiment_are_the_same(name: str, scale: Scale) -> None:
+    cases = [replace(case, name="") for case in find(name)(scale)]
+    assert len({repr(case) for case in cases}) == len(cases)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -217,6 +246,26 @@ def test_what_is_measured_is_not_measured_again(folder: Path, monkeypatch: pytes
     monkeypatch.setattr("undistill.fit._Loop.one_epoch", None)
     reproduce("table1", "smoke", [0, 1], "*", Workshop(folder, Serial()))
     assert json.loads((folder / "table1-smoke.json").read_text())["rows"] == before
+
+
+def test_a_teacher_that_diverges_is_trained_once(
+    toy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+    monkeypatch.setattr("undistill.reproduce.case.train", lambda *asked, **_: trained.append(asked) or lost())
+    teacher = Teacher(str(toy_file), "ConvNet(width=3)", Recipe())
+    cases = [
+        Case("normal", teacher),
+        Case("nasty", teacher, "Nasty(omega=0.1)"),
+        Case("no teacher", teacher, attack="Scratch()", student="ConvNet(width=2)", share=0.5),
+    ]
+    found = {case.name: one.diverged for case, one in Workshop(tmp_path, Serial()).measure(cases, 0)}
+    assert found == {"normal": "NaN", "nasty": "NaN", "no teacher": "its teacher: NaN"}
+    assert len(trained) == 1
+
+
+def lost() -> None:
+    raise NonFiniteLoss("NaN")
 
 
 def test_another_adversary_is_trained_and_used(toy_file: Path, tmp_path: Path) -> None:

@@ -86,6 +86,8 @@ class Workshop:
     progress: Progress = field(default_factory=Progress.silent)
     remember: float = REMEMBER
     """GiB of disk for the answers of each teacher."""
+    diverged: dict[tuple[Teacher, int], str] = field(default_factory=dict, init=False)
+    """Honest teachers, by seed, that ended without a network, and why; they are not trained again."""
 
     @cached_property
     def environment(self) -> str:
@@ -99,8 +101,9 @@ class Workshop:
             try:
                 subject = self.subject(*asked, seed)
             except NonFiniteLoss as error:
-                lost = Measured(0.0, diverged=str(error), environment=self.environment)
-                yield from ((case, lost) for case in together)
+                for case in together:
+                    why = f"its teacher: {error}" if case.attack else str(error)
+                    yield case, Measured(0.0, diverged=why, environment=self.environment)
             else:
                 yield from self._measure(subject, together, seed)
 
@@ -134,7 +137,13 @@ class Workshop:
         settings = TrainSettings(seed=seed, recipe=teacher.recipe)
         model = Model.parse(teacher.model)
         folder = self._folder(model, seed, str(source), str(settings))
-        return train(source, model, folder, settings=settings, device=str(self.device), progress=self.progress)
+        if (teacher, seed) in self.diverged:
+            raise NonFiniteLoss(self.diverged[teacher, seed])
+        try:
+            return train(source, model, folder, settings=settings, device=str(self.device), progress=self.progress)
+        except NonFiniteLoss as error:
+            self.diverged[teacher, seed] = str(error)
+            raise
 
     def victim(self, honest: Run, teacher: Teacher, defence: str, adversary: Teacher | None, seed: int) -> Run:
         spec = Defence.parse(defence)

@@ -11,6 +11,7 @@ from pathlib import Path
 from undistill.errors import SpecError, StoreError, unknown
 from undistill.files import write_json, write_text
 from undistill.fit import Recipe
+from undistill.measure import DIVERGENCE_T
 from undistill.reproduce import ablations, tables
 from undistill.reproduce.case import Case, Measured, Teacher, Workshop
 from undistill.reproduce.scales import Scale, parse_scale
@@ -105,7 +106,9 @@ def caveat(rows: Sequence[Row]) -> str:
     students = ", ".join(dict.fromkeys(row.case.student for row in rows if row.case.student))
     return (
         f"Teachers here: {teachers}; students: {students or 'none'}. "
-        "Published figures are those of the paper's networks and all images."
+        "Published figures are those of the paper's networks and all images. "
+        "Measured: test accuracy in percent, ± half a 95 % t interval over n seeds; T²KL in nats at T "
+        f"{DIVERGENCE_T:g}."
     )
 
 
