@@ -172,6 +172,47 @@ def test_fast_looks_for_what_the_student_gets_less_surely() -> None:
     assert light[50.0] > light[0.0] + 0.05
 
 
+def test_fast_goes_where_the_statistics_are() -> None:
+    """Two victims that are sure of nothing, whose batch norms remember dark and bright pixels."""
+    attack, light = Fast(inner=30, one_hot=0, statistics=9, adversarial=0, lr=0.01, outer=1), {}
+    for mean in (0.1, 0.9):
+        torch.manual_seed(0)
+        images = attack._images(Brightness(sure=0, mean=mean), None, Generator((1, 8, 8), latent=3, width=4), 16, 2)
+        light[mean] = images.float().mean() / 255
+    assert light[0.1] < 0.45
+    assert light[0.9] > 0.55
+
+
+def test_fast_keeps_the_images_of_its_best_step() -> None:
+    """At a learning rate that throws the generator about, the last images are not the best."""
+    victim, losses = Brightness(sure=8), {}
+    for inner in (1, 2, 3, 4, 5, 6):
+        torch.manual_seed(0)
+        attack = Fast(inner=inner, statistics=9, one_hot=0, lr=3, outer=0.1)
+        images = attack._images(victim, None, Generator((1, 8, 8), latent=3, width=4), 16, 2).float() / 255
+        with BatchNormStatistics(victim) as statistics:
+            victim(images)
+            losses[inner] = float(statistics.distance)
+    best = [losses[inner] for inner in sorted(losses)]
+    assert best == sorted(best, reverse=True)
+    assert len(set(best)) < len(best), "some step made it worse, and was not kept"
+
+
+def test_zskt_teaches_its_student_on_the_noise_of_the_generators_step(
+    toy: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    forward = Generator.forward
+    monkeypatch.setattr(Generator, "forward", lambda self, noise: seen.append(noise.clone()) or forward(self, noise))
+    victim, student = (Model.parse(STUDENT).build(toy.shape, toy.num_classes, seed).eval() for seed in (0, 1))
+    fit = Fit(Recipe(epochs=1, batch_size=16), 0, torch.device("cpu"))
+    ZSKT(student_steps=2, width=4).run(Oracle(victim, ZSKT.needs), student, toy.attackers(0.1, 0), fit)
+    first, second = seen[:3], seen[3:6]
+    for group in (first, second):
+        assert all(torch.equal(noise, group[0]) for noise in group), "the generator's step, then two of the student"
+    assert not torch.equal(first[0], second[0])
+
+
 def test_zskt_looks_for_what_the_student_believes_least(toy: Data) -> None:
     """A student that stands still: the generator alone moves, and KL(victim || student) grows."""
     victim, student = (Model.parse(STUDENT).build(toy.shape, toy.num_classes, seed).eval() for seed in (0, 1))
