@@ -179,6 +179,29 @@ def test_tiny_imagenet_whose_validation_images_make_one_class_is_refused(
         TinyImageNet().load()
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("val_2.JPEG\tn00000001", "Line 6 of .* names val_2.JPEG again"),
+        ("val_5.JPEG\tn99999999", "Line 6 of .* gives no class of wnids.txt"),
+        ("val_5.JPEG", "Line 6 of .* gives no class of wnids.txt"),
+        ("", "val_5.JPEG is in one of them alone"),
+    ],
+)
+def test_tiny_imagenets_annotations_name_every_image_once(
+    row: str, said: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(monkeypatch, TinyImageNet, 18, 6)
+    write_tiny(root / "tiny-imagenet-200")
+    annotations = root / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    *others, last = annotations.read_text().splitlines()
+    annotations.write_text("\n".join([*others, last, ""]) + "\n")
+    assert len(TinyImageNet(validation=0.2).load().test) == 6, "an empty line is none"
+    annotations.write_text("\n".join([*others, row]))
+    with pytest.raises(DataError, match=said):
+        TinyImageNet().load()
+
+
 def test_partial_and_foreign_folders_are_named_and_not_used(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch, CIFAR10, 100, 20)
     folder = root / "cifar-10-batches-py"

@@ -74,6 +74,8 @@ def _readable(file: Path) -> Iterator[Image.Image]:
                 raise DataError(f"{file} has mode {opened.mode}; convert it to 8-bit grey or colour.")
             yield opened
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the machine refuses, the file is not to blame
+            raise DataError(f"{file} cannot be read: {error.strerror}.") from None
         raise DataError(f"{file} is not a readable image ({error}); repair or remove it.") from None
 
 

@@ -37,8 +37,7 @@ def validation_files(folder: Path, ids: Sequence[str]) -> list[tuple[Path, str]]
     """
     annotations = folder / "val_annotations.txt"
     if annotations.exists() and any(folder.glob("images/*")):
-        rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
-        found = [(folder / "images" / name, label) for name, label in rows]
+        found = _annotated(annotations, folder / "images", ids)
     else:
         found = [(file, name) for name in ids for file in sorted((folder / name).rglob("*.JPEG"))]
     if len({label for _, label in found}) < 2:
@@ -47,6 +46,24 @@ def validation_files(folder: Path, ids: Sequence[str]) -> list[tuple[Path, str]]
             "val_annotations.txt. Restore that file, or sort the images into one folder for each class."
         )
     return found
+
+
+def _annotated(annotations: Path, folder: Path, ids: Sequence[str]) -> list[tuple[Path, str]]:
+    """Every image of `folder` with the class that a line of the list gives it."""
+    labels = {}
+    for number, line in enumerate(annotations.read_text().splitlines(), 1):
+        if line.strip():
+            name, label = (*line.split("\t"), "", "")[:2]
+            if label not in ids or name in labels:
+                why = f"names {name} again" if name in labels else f"gives no class of wnids.txt: {line!r}"
+                raise DataError(f"Line {number} of {annotations} {why}. Restore that file from the archive.")
+            labels[name] = label
+    if unlike := labels.keys() ^ {file.name for file in folder.glob("*.JPEG")}:
+        raise DataError(
+            f"{annotations} and {folder} do not name the same images: {min(unlike)} is in one of them alone, and "
+            f"{len(unlike) - 1} more. Restore both from the archive."
+        )
+    return [(folder / name, label) for name, label in labels.items()]
 
 
 def _samples(found: Sequence[tuple[Path, str]], ids: Sequence[str]) -> Samples:
