@@ -306,6 +306,29 @@ def test_a_narrower_call_keeps_what_the_table_holds(folder: Path) -> None:
     assert json.loads((folder / "table1-smoke.json").read_text())["rows"] == before
 
 
+def test_a_changed_case_costs_no_figure(toy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another published figure or name is the same case; another recipe is another one, and the old figure is kept."""
+    recipe = find("table1")("smoke")[0].teacher.recipe
+    teacher = Teacher(str(toy_file), "ConvNet(width=3)", recipe)
+    asked = [Case(name, replace(teacher, model=f"ConvNet(width={width})")) for name, width in (("a", 2), ("b", 3))]
+    monkeypatch.setitem(EXPERIMENTS, "toy", lambda scale: asked)
+    reproduce("toy", "smoke", [0, 1], "*", Workshop(tmp_path, Serial()))
+
+    def known(part: str) -> dict[str, int]:
+        rows = json.loads((tmp_path / "toy-smoke.json").read_text())[part]
+        return {row["name"]: len(row["measured"]) for row in rows}
+
+    asked[0] = replace(asked[0], name="A", published=99.0)
+    reproduce("toy", "smoke", [2], "A", Workshop(tmp_path, Serial()))
+    assert (known("rows"), known("earlier")) == ({"A": 3, "b": 2}, {})
+    asked[1] = replace(asked[1], teacher=teacher, defence="Nasty(omega=0.1)")
+    reproduce("toy", "smoke", [0], "b", Workshop(tmp_path, Serial()))
+    assert (known("rows"), known("earlier")) == ({"A": 3, "b": 1}, {"b": 2})
+    asked[1] = replace(asked[1], defence="")
+    reproduce("toy", "smoke", [2], "b", Workshop(tmp_path, Serial()))
+    assert (known("rows"), known("earlier")) == ({"A": 3, "b": 3}, {"b": 1})
+
+
 def test_what_diverges_is_a_result_and_stops_nothing(toy_file: Path, tmp_path: Path) -> None:
     recipe = find("table1")("smoke")[0].teacher.recipe
     wild = recipe.model_copy(update={"lr": 1e30, "clip": 0.0})

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from undistill.errors import SpecError, StoreError, unknown
 from undistill.files import write_json, write_text
@@ -48,6 +49,11 @@ class Row:
     measured: dict[int, Measured] = field(default_factory=dict)
 
     @property
+    def key(self) -> str:
+        """All on which the figure depends."""
+        return repr(replace(self.case, name="", published=None))
+
+    @property
     def accuracies(self) -> list[float]:
         """Percent, of the seeds whose training did not diverge."""
         return [one.accuracy for _, one in sorted(self.measured.items()) if not one.diverged]
@@ -87,7 +93,7 @@ class Row:
             "student": case.student,
             "accuracies": self.accuracies,
             "measured": {str(seed): asdict(one) for seed, one in sorted(self.measured.items())},
-            "case": repr(case),
+            "case": self.key,
         }
 
 
@@ -121,13 +127,14 @@ def reproduce(
     name: str, scale: str, seeds: Sequence[int], cells: str, workshop: Workshop, *, as_authors: bool = False
 ) -> list[Row]:
     """Measure every case of `name` whose name matches the pattern `cells`, for these seeds, beside what the table
-    holds of others already; it is written after each teacher's figures.
+    holds of others already; it is written after each teacher's figures. What it holds of cases that are no longer
+    asked for, because a setting was changed, is kept under "earlier".
 
     Teachers and cells that the workshop's folder holds are not done again, whichever experiment asked for them; nor are
     figures that the table holds, if they were measured by this version on this device.
     `as_authors` keeps the epoch that is best on the test images, as the authors' code does. The difference to the plain
     table is the selection alone; at `small` and `smoke`, whose plain recipes keep the last epoch, that of best and last
-    as well. Attacks without data choose nothing, and are the same in both.
+    as well. Attacks without data choose nothing themselves; only their victim is another.
     """
     cases = find(name)(parse_scale(scale))
     chosen = [case for case in cases if fnmatch(case.name, cells)]
@@ -139,28 +146,36 @@ def reproduce(
     chosen = [case for case in cases if case.name in names]
     path = workshop.folder / f"{name}-{scale}"
     with claim(workshop.folder, {"command": "reproduce"}):
-        known = earlier(path)
-        rows = {case.name: Row(case, known.get(repr(case), {})) for case in cases}
+        rows = {case.name: Row(case) for case in cases}
+        kept = recall(path, list(rows.values()))
         for seed in seeds:
             missing = [case for case in chosen if not rows[case.name].holds(seed, workshop.environment)]
             for case, measured in workshop.measure(missing, seed):
                 rows[case.name].measured[seed] = measured
-                write(path, list(rows.values()))
+                write(path, list(rows.values()), kept)
     return [rows[case.name] for case in chosen]
 
 
-def earlier(path: Path) -> dict[str, dict[int, Measured]]:
-    """What the table holds already, by case and seed; `StoreError` for one that is damaged."""
+def recall(path: Path, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Fill `rows` with what the table holds of them already, and return the others; `StoreError` if it is damaged."""
     file = path.with_suffix(".json")
     if not file.exists():
-        return {}
+        return []
     try:
-        rows = json.loads(file.read_text())["rows"]
-        return {str(row["case"]): {int(seed): Measured(**one) for seed, one in row["measured"].items()} for row in rows}
+        table = json.loads(file.read_text())
+        known = [*table["rows"], *table.get("earlier", [])]
+        figures = [
+            (str(one["case"]), {int(seed): Measured(**m) for seed, m in one["measured"].items()}) for one in known
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(
             f"{file} is damaged ({type(error).__name__}); remove it. What it was made from is kept, and read again."
         ) from None
+    for row in rows:
+        for key, measured in figures:
+            row.measured |= measured if key == row.key else {}
+    keys = {row.key for row in rows}
+    return [one for one in known if one["case"] not in keys]
 
 
 def selected_on_test(case: Case) -> Case:
@@ -177,11 +192,11 @@ def _best(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"selection": "best"})
 
 
-def write(path: Path, rows: Sequence[Row]) -> None:
+def write(path: Path, rows: Sequence[Row], earlier: Sequence[dict[str, Any]]) -> None:
     """The table as Markdown, and as JSON with the figures by seed; both say on what they were measured."""
     done = [row for row in rows if row.measured]
     header = [*HEADER, "teacher's network", "student's network", "measured on"]
     table = [[*row.cells(), row.case.teacher.model, row.case.student, row.environments] for row in done]
     lines = [header, ["---"] * len(header), *table]
     write_text(path.with_suffix(".md"), "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{caveat(done)}\n")
-    write_json(path.with_suffix(".json"), {"rows": [row.record() for row in done]})
+    write_json(path.with_suffix(".json"), {"rows": [row.record() for row in done], "earlier": list(earlier)})
