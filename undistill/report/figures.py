@@ -148,7 +148,7 @@ def maps(evidence: Evidence) -> Figure:
                     *evidence.maps[name][evidence.point_labels == label].T,
                     s=14,
                     marker=markers[label % 10],
-                    color=colours(label % 20),
+                    color=colours((label + label // 10) % 20),
                     linewidths=0,
                 )
                 for label in shown
