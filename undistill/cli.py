@@ -229,7 +229,7 @@ def data_check(
 
     source = Source.named(name)
     found = check(source)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     channels, height, width = found.data.shape
     console.print(f"{source.title}: {found.data.num_classes} classes, images {channels} x {height} x {width}")
     for file, state in found.files.items():
@@ -312,7 +312,7 @@ def reproduce(
     console.print(table)
     console.print(f"\n{experiments.caveat(rows)}")
     suffix = "-selected-on-test" if as_authors else ""
-    console.print(f"\nTable: {out / f'{name}{suffix}-{scale}.md'}", soft_wrap=True)
+    console.print(f"\nTable: {out / f'{name}{suffix}-{scale}.md'}", soft_wrap=True, markup=False)
 
 
 def show(report: "Report", folder: Path) -> None:
@@ -337,5 +337,5 @@ def show(report: "Report", folder: Path) -> None:
         f"leak beyond the label {points(verdict.leak_hard)}, control {points(verdict.control)}."
     )
     for flag in report.flags:
-        console.print(f"Read with care: {flag.message}", style="yellow")
-    console.print(f"\nReport: {folder / 'report.html'}", soft_wrap=True)
+        console.print(f"Read with care: {flag.message}", style="yellow", markup=False)
+    console.print(f"\nReport: {folder / 'report.html'}", soft_wrap=True, markup=False)
