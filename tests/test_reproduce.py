@@ -1,6 +1,7 @@
 """Experiments of the paper: what they hold, that they resume, and one of them on digits from the command line."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -74,8 +75,11 @@ def test_no_two_trainings_of_an_experiment_are_the_same(name: str, scale: Scale)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_says_what_it_is(name: str) -> None:
-    assert len(about(find(name))) > 30
+def test_every_experiment_says_what_it_expects_and_takes(name: str) -> None:
+    said = about(find(name))
+    assert any(word in said for word in ("Expected", "expected", "The paper", "Published", "Ours"))
+    for scale in ("small", "paper"):
+        assert bool(re.search(rf"`{scale}` (about )?[\d,]+", said)) == ((name, scale) in EXISTING)
 
 
 def test_paper_is_the_published_schedule() -> None:

@@ -294,12 +294,14 @@ def reproduce(
 
     from undistill.reproduce import run as experiments
     from undistill.reproduce.case import Workshop
+    from undistill.reproduce.tables import HARDWARE
     from undistill.workflow import pick_device
 
     console = Console(highlight=False)
     if name == "list":
         for known, experiment in experiments.EXPERIMENTS.items():
             console.print(f"[bold]{known}[/] {experiments.about(experiment)}")
+        console.print(f"\n{HARDWARE}", style="dim")
         return
     with working() as progress:
         shop = Workshop(out, build_launcher(launcher, workers, address), pick_device(device), progress, remember)

@@ -1,7 +1,6 @@
 """The paper's ablations, each over one field; and what our own log asks for.
 
-The paper shows curves, not tables: what it reports is said in words, from memory and unverified. Minutes as in
-`tables`; most of them go into teachers, which all experiments in one folder share.
+The paper shows curves, not tables: what it reports is said in words, from memory and unverified.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ def omega(scale: Scale) -> list[Case]:
     """Omega from 0 to beyond the published 0.1: the price in accuracy against the damage to a student.
 
     The paper: a larger omega makes students worse, and the teacher from about 0.1 (CIFAR-10).
-    `small` 80 minutes, `paper` 42.
+    `small` 160 minutes, `paper` 42.
     """
     chosen = setting("CIFAR-10", scale)
     student, *_ = _attacks(chosen, {"KD": chosen.attack})
@@ -32,13 +31,16 @@ def omega(scale: Scale) -> list[Case]:
 def published_omegas(scale: Scale) -> list[Case]:
     """0.04 of the authors' code against 0.004 of the paper's text (quoted second-hand), CIFAR-10.
 
-    Expected: one of them gives the nasty teacher's 94.56 and its CNN student's 82.46. `small` 35 minutes, `paper` 16.
+    Expected: one of them gives the nasty teacher's 94.56 and its CNN student's 82.46. `small` 65 minutes, `paper` 16.
     """
     return list(_of_omegas(setting("CIFAR-10", scale), (0.004, 0.04)))
 
 
 def adversary_temperature(scale: Scale) -> list[Case]:
-    """T_A, the temperature at which the nasty teacher differs from the adversary. `small` 60 minutes, `paper` 28."""
+    """T_A, the temperature at which the nasty teacher differs from the adversary.
+
+    Ours: the higher it is, the more classes below the top one count. `small` about 100 minutes, `paper` 28.
+    """
     chosen = setting("CIFAR-10", scale)
     return [
         case for value in TEMPERATURES for case in _nasty(chosen, f"T_A={value:g}", replace(chosen, T=value).defence)
@@ -48,7 +50,7 @@ def adversary_temperature(scale: Scale) -> list[Case]:
 def adversary(scale: Scale) -> list[Case]:
     """A weaker, the same and a stronger network as adversary. The paper: all of them work, whatever their strength.
 
-    `small` 70 minutes, `paper` 32.
+    `small` about 120 minutes, `paper` 32.
     """
     chosen = setting("CIFAR-10", scale)
     same = chosen.teacher()
@@ -62,7 +64,7 @@ def adversary(scale: Scale) -> list[Case]:
 def temperature(scale: Scale) -> list[Case]:
     """The student's temperature. The paper: the damage grows with it; at T = 1 little is left.
 
-    `small` 40 minutes, `paper` 11.
+    `small` 90 minutes, `paper` 11.
     """
     chosen = setting("CIFAR-10", scale)
     return [
@@ -74,7 +76,7 @@ def temperature(scale: Scale) -> list[Case]:
 def alpha(scale: Scale) -> list[Case]:
     """The weight of the soft term. The paper: a smaller alpha hurts less, and teaches less from a normal teacher.
 
-    `small` 40 minutes, `paper` 11.
+    `small` 90 minutes, `paper` 11.
     """
     chosen = setting("CIFAR-10", scale)
     return [
@@ -86,7 +88,7 @@ def alpha(scale: Scale) -> list[Case]:
 def samples(scale: Scale) -> list[Case]:
     """10 to 90 % of the training images in the thief's hands. The paper: the nasty teacher's students stay worse.
 
-    `small` 50 minutes, `paper` 13.
+    `small` about 80 minutes, `paper` 13.
     """
     chosen = setting("CIFAR-10", scale)
     return [
@@ -99,7 +101,7 @@ def samples(scale: Scale) -> list[Case]:
 def student_epochs(scale: Scale) -> list[Case]:
     """A thief in a hurry, one with as many epochs as elsewhere, and one with twice as many: is the damage lasting?
 
-    Ours: students whose curves are not flat yet hide effects. `small` 60 minutes, `paper` 15.
+    Ours: students whose curves are not flat yet hide effects. `small` about 100 minutes, `paper` 15.
     """
     chosen = setting("CIFAR-10", scale)
     student = next(iter(chosen.students.values()))
@@ -113,7 +115,10 @@ def student_epochs(scale: Scale) -> list[Case]:
 
 
 def stronger_student(scale: Scale) -> list[Case]:
-    """A student with more capacity than the teacher. The paper: it is hurt as well. `small` 110 minutes, `paper` 54."""
+    """A student with more capacity than the teacher. The paper: it is hurt as well.
+
+    `small` about 180 minutes, `paper` 54.
+    """
     chosen = setting("CIFAR-10", scale)
     chosen = replace(chosen, students={chosen.stronger: Student(chosen.stronger, chosen.recipe)})
     return [_scratch(chosen), *_attacks(chosen, {"KD": chosen.attack, "labels": HARD})]
@@ -124,7 +129,7 @@ def collapse(scale: Scale) -> list[Case]:
 
     The published lr, T and alpha without clipping, then a lower learning rate, a clipped gradient, a lower T, a lower
     alpha, and all of them.
-    Published: 73.11 from the normal teacher, 3.45 from the nasty one. `small` 60 minutes, `paper` 24.
+    Published: 73.11 from the normal teacher, 3.45 from the nasty one. `small` about 120 minutes, `paper` 24.
     """
     student, share = COLLAPSING[scale]
     chosen = replace(setting("CIFAR-100", scale), students={"MobileNetV2": student})
@@ -148,7 +153,7 @@ def nan(scale: Scale) -> list[Case]:
     """Nasty teachers that end in NaN for users of the authors' code: ResNet-50 on CIFAR-100, batch 512 on CIFAR-10.
 
     Each from scratch with the published omega and schedule, and again with its gradients clipped. Expected: an
-    accuracy, or a training that stopped as soon as it was lost. `small` 30 minutes, `paper` 73.
+    accuracy, or a training that stopped as soon as it was lost. `small` about 50 minutes, `paper` 73.
     """
     cases = []
     for data, (teacher, omega) in DIVERGING[scale].items():

@@ -1,9 +1,4 @@
-"""Tables 1 to 3 of "Undistillable" (Ma et al., ICLR 2021).
-
-Published figures are quoted second-hand and unverified; a dash is a figure that is not known. Minutes are those of one
-seed with nothing done yet: at `small` of two cores, at `paper` of a GPU with 10^14 operations a second, calculated
-(`python -m benchmarks.paper`).
-"""
+"""Tables 1 to 3 of "Undistillable" (Ma et al., ICLR 2021). A dash is a figure that is not known."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -11,6 +6,13 @@ from dataclasses import replace
 from undistill.reproduce.case import Case, Teacher
 from undistill.reproduce.scales import DATA_FREE, Scale, Setting, Student, setting
 
+HARDWARE = (
+    "Minutes are those of one seed with nothing done yet; experiments in one folder share teachers. 'small': one CPU "
+    "core beside another experiment, measured, or estimated where it says 'about'. 'paper': a GPU with 10^14 "
+    "operations a second, calculated by 'python -m benchmarks.paper'. What the paper reports is quoted second-hand "
+    "and unverified."
+)
+"""What the docstrings of experiments leave out."""
 HARD, SCRATCH = "HardLabels()", "Scratch()"
 Published = Mapping[str, Mapping[str, float]]
 """Percent, by row ("none", "ResNet-18 normal", "ResNet-18 nasty") and column ("teacher", or the student)."""
@@ -20,7 +22,7 @@ def table1(scale: Scale) -> list[Case]:
     """Table 1: CIFAR-10, ResNet-18 as teacher; students CNN, ResNetC-20, ResNetC-32, ResNet-18.
 
     Expected: nasty within a point of normal; students of the nasty one 2 to 4 points below students without teacher.
-    `small` 50 minutes, `paper` 31.
+    `small` 110 minutes, `paper` 31.
     """
     published = {
         "none": {"CNN": 86.64, "ResNetC-20": 92.28, "ResNetC-32": 93.04, "ResNet-18": 95.13},
@@ -46,7 +48,7 @@ def table2(scale: Scale) -> list[Case]:
     """Table 2: CIFAR-100; ResNet-18, ResNet-50 and ResNeXt-29 as teachers.
 
     Expected: nasty within 2 points of normal; ShuffleNetV2 loses 10 to 15 points, MobileNetV2 collapses (`collapse`).
-    `small` 50 minutes, with one teacher and the students of table 1; `paper` 410.
+    `small` 110 minutes, with one teacher and the students of table 1; `paper` 410.
     """
     published = {
         "none": {"ShuffleNetV2": 71.17, "MobileNetV2": 69.12, "ResNet-18": 77.44},
@@ -87,8 +89,8 @@ def table2(scale: Scale) -> list[Case]:
 def table3(scale: Scale) -> list[Case]:
     """Table 3: Tiny-ImageNet; ResNet-18, ResNet-50 and ResNeXt-29 as teachers.
 
-    Expected: nasty within 3 points of normal; students lose 3 to 22 points against those of the normal teacher, and
-    MobileNetV2 collapses. `paper` 3,300 minutes.
+    Expected: nasty within 3 points of normal; students lose 5 to 35 points against those of the normal teacher, and
+    MobileNetV2 collapses. No `small`: these images were not at hand. `paper` 3,300 minutes.
     """
     published = {
         "none": {"ShuffleNetV2": 55.74, "MobileNetV2": 51.72, "ResNet-18": 58.73},
@@ -130,7 +132,8 @@ def data_free(scale: Scale) -> list[Case]:
     """Thieves without data, who have the weights: DAFL as in the paper (ResNet-34 teaches ResNet-18), and Fast.
 
     `small` is on Fashion-MNIST, with DeepInversion as well; `figure synthesised` draws all their images. Expected: the
-    normal teacher's student is useful, the nasty one's some points worse. `paper` 1,500 minutes.
+    normal teacher's student is useful, the nasty one's is worse (CIFAR-10: 92.49 and 86.15). `small` 80 minutes,
+    `paper` 1,500.
     """
     published = {
         "CIFAR-10: normal": 95.42,
@@ -157,7 +160,7 @@ def data_free(scale: Scale) -> list[Case]:
 def fashion(scale: Scale) -> list[Case]:
     """The columns of table 1 on Fashion-MNIST, which the paper does not have: the same shape is expected.
 
-    `small` 25 minutes.
+    `small` about 40 minutes.
     """
     return list(table(setting("Fashion-MNIST", scale), {}))
 
