@@ -50,7 +50,7 @@ def adversary_temperature(scale: Scale) -> list[Case]:
 def adversary(scale: Scale) -> list[Case]:
     """A weaker, the same and a stronger network as adversary. The paper: all of them work, whatever their strength.
 
-    `small` about 120 minutes, `paper` 32.
+    `small` 130 minutes, `paper` 32.
     """
     chosen = setting("CIFAR-10", scale)
     same = chosen.teacher()
