@@ -19,7 +19,8 @@ STAGES = (
 
 
 class MobileNetV2(Model):
-    """For images up to 64 pixels the stem and the first wide stage keep the resolution."""
+    """For images up to 64 pixels as in the code of "Undistillable": a 1 x 1 stem and the stage of 160 channels, which
+    both keep the resolution."""
 
     width: float = Field(1.0, gt=0)
     """Multiplies all channels, which stay multiples of 8; the last 1280 only above 1."""
@@ -27,11 +28,12 @@ class MobileNetV2(Model):
     def network(self, shape: Shape, num_classes: int) -> nn.Module:
         small = is_small(shape)
         inputs, last = self._scaled(32), max(self._scaled(1280), 1280)
-        layers: list[nn.Module] = [*conv_norm(shape[0], inputs, 3, 1 if small else 2), nn.ReLU6()]
+        kernel, stride = (1, 1) if small else (3, 2)
+        layers: list[nn.Module] = [*conv_norm(shape[0], inputs, kernel, stride), nn.ReLU6()]
         for expansion, channels, blocks, stride in STAGES:
             outputs = self._scaled(channels)
             for number in range(blocks):
-                first = number == 0 and not (small and channels == 24)
+                first = number == 0 and not (small and channels == 160)
                 layers.append(InvertedResidual(inputs, outputs, expansion, stride if first else 1))
                 inputs = outputs
         layers += [*conv_norm(inputs, last, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
