@@ -19,8 +19,8 @@ STAGES = (
 
 
 class MobileNetV2(Model):
-    """For images up to 64 pixels as in the code of "Undistillable": a 1 x 1 stem and the stage of 160 channels, which
-    both keep the resolution."""
+    """For images up to 64 pixels as in the code of "Undistillable": a 1 x 1 stem and the stage of 160 channels keep the
+    resolution, and the first block has an expansion, by 1."""
 
     width: float = Field(1.0, gt=0)
     """Multiplies all channels, which stay multiples of 8; the last 1280 only above 1."""
@@ -34,7 +34,8 @@ class MobileNetV2(Model):
             outputs = self._scaled(channels)
             for number in range(blocks):
                 first = number == 0 and not (small and channels == 160)
-                layers.append(InvertedResidual(inputs, outputs, expansion, stride if first else 1))
+                expanded = small or expansion > 1
+                layers.append(InvertedResidual(inputs, outputs, expansion, stride if first else 1, expanded))
                 inputs = outputs
         layers += [*conv_norm(inputs, last, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         return he_normal(nn.Sequential(*layers, nn.Linear(last, num_classes)))
@@ -46,10 +47,10 @@ class MobileNetV2(Model):
 class InvertedResidual(nn.Module):
     """Expand, a depthwise 3 x 3 convolution, a linear bottleneck; added to the input where the shape stays."""
 
-    def __init__(self, inputs: int, outputs: int, expansion: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, expansion: int, stride: int, expanded: bool) -> None:
         super().__init__()
         inner = inputs * expansion
-        expand = [*conv_norm(inputs, inner, 1), nn.ReLU6()] if expansion > 1 else []
+        expand = [*conv_norm(inputs, inner, 1), nn.ReLU6()] if expanded else []
         depthwise = [*conv_norm(inner, inner, 3, stride, inner), nn.ReLU6()]
         self.body = nn.Sequential(*expand, *depthwise, *conv_norm(inner, outputs, 1))
         self.added = stride == 1 and inputs == outputs

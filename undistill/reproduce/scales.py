@@ -196,7 +196,7 @@ DIVERGING: Mapping[Scale, Mapping[str, tuple[Teacher, float]]] = {
     "smoke": {"digits": (Teacher("Digits()", "ConvNet(width=4)", Recipe(epochs=6, clip=0)), 0.03)},
     "small": {
         "CIFAR-100": (
-            Teacher("CIFAR100(count=10000)", "ResNet(depth=50, width=16)", sgd(10, (0.3, 0.6, 0.8), 0.2, PHOTOS)),
+            Teacher("CIFAR100(count=10000)", "ResNet(depth=50, width=16)", sgd(6, (0.3, 0.6, 0.8), 0.2, PHOTOS)),
             0.005,
         ),
         "CIFAR-10": (
