@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from undistill.attacks.soft_labels import SoftLabels
 from undistill.cli import app
+from undistill.code import source_sha256
 from undistill.errors import NonFiniteLoss, SpecError, StoreError
 from undistill.fit import Recipe
 from undistill.launch import Serial
@@ -28,7 +30,10 @@ def test_the_authors_selection_is_another_table(toy_file: Path, tmp_path: Path, 
     runs = [Run.open(folder).record for folder in sorted((tmp_path / "teachers").iterdir())]
     (chosen,) = [run for run in runs if run["data"].startswith("Leaky(")]
     assert chosen["settings"]["recipe"]["selection"] == "best"
-    assert leaky[0].measured[0].accuracy == leaky[0].measured[0].validation_accuracy, "chosen by what it is measured on"
+    (folder,) = [folder for folder in (tmp_path / "teachers").iterdir() if Run.open(folder).record == chosen]
+    epochs = [json.loads(line)["validation_accuracy"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert epochs[-1] < max(epochs), "or nothing is chosen"
+    assert leaky[0].measured[0].accuracy == pytest.approx(100 * max(epochs)), "the epoch best on the test images"
     assert plain[0].measured[0].accuracy != plain[0].measured[0].validation_accuracy
 
 
@@ -112,8 +117,24 @@ def test_a_teacher_that_diverges_is_trained_once(
         Case("no teacher", teacher, attack="Scratch()", student="ConvNet(width=2)", share=0.5),
     ]
     found = {case.name: one.diverged for case, one in Workshop(tmp_path, Serial()).measure(cases, 0)}
-    assert found == {"normal": "NaN", "nasty": "NaN", "no teacher": "its teacher: NaN"}
+    assert set(found) == {"normal", "nasty", "no teacher"}
+    assert set(found.values()) == {"the honest ConvNet(width=3): NaN"}
     assert len(trained) == 1
+
+
+def test_a_nasty_teacher_that_diverges_is_trained_once(
+    toy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protected = []
+    monkeypatch.setattr("undistill.reproduce.case.protect", lambda *asked, **_: protected.append(asked) or lost())
+    teacher = Teacher(str(toy_file), "ConvNet(width=3)", Recipe(epochs=1))
+    shares = [
+        Case(f"{share:.0%}", teacher, "Nasty(omega=0.1)", None, "HardLabels()", "ConvNet(width=2)", Recipe(), share)
+        for share in (0.5, 0.9, 1.0)
+    ]
+    found = {one.diverged for _, one in Workshop(tmp_path, Serial()).measure(shares, 0)}
+    assert found == {"the protected ConvNet(width=3): NaN"}
+    assert len(protected) == 1
 
 
 def lost() -> None:
@@ -208,7 +229,7 @@ def test_what_diverged_is_not_trained_again_by_the_same_code(
     (after,) = reproduce("toy", "smoke", [0], "*", Workshop(tmp_path, Serial()))
     assert before.measured[0].diverged
     assert (after.measured, trained) == (before.measured, [])
-    monkeypatch.setattr("undistill.store.core_sha256", lambda: "another revision")
+    monkeypatch.setattr("undistill.code.core_sha256", lambda: "another revision")
     with pytest.raises(ZeroDivisionError):
         reproduce("toy", "smoke", [0], "*", Workshop(tmp_path, Serial()))
 
@@ -233,16 +254,26 @@ def test_a_folder_may_be_moved(toy_file: Path, tmp_path: Path, monkeypatch: pyte
     assert list(Workshop(tmp_path / "there", Serial()).measure([case], 0)) == before
 
 
-def test_what_was_measured_by_other_code_says_so(
+def test_an_edited_attack_costs_its_own_figures_and_no_teacher(
     toy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = find("table1")("smoke")[0].teacher.recipe
-    case = Case("teacher", Teacher(str(toy_file), "ConvNet(width=3)", recipe))
-    monkeypatch.setitem(EXPERIMENTS, "toy", lambda scale: [case])
-    (before,) = reproduce("toy", "smoke", [0], "*", Workshop(tmp_path, Serial()))
-    monkeypatch.setattr("undistill.store.core_sha256", lambda: "another revision")
-    (after,) = reproduce("toy", "smoke", [0], "*", Workshop(tmp_path, Serial()))
-    assert after.measured == before.measured, "the network is that of the first revision, and so is its stamp"
+    recipe = Recipe(epochs=1)
+    teacher = Teacher(str(toy_file), "ConvNet(width=3)", recipe)
+    attacks = ("", "SoftLabels()", "HardLabels()")
+    cases = [Case(attack, teacher, attack=attack, student="ConvNet(width=2)", recipe=recipe) for attack in attacks]
+    monkeypatch.setitem(EXPERIMENTS, "toy", lambda scale: cases)
+
+    def made() -> set[Path]:
+        return {*tmp_path.glob("cells/*.json"), *tmp_path.glob("teachers/*")}
+
+    before, known = reproduce("toy", "smoke", [0], "*", Workshop(tmp_path, Serial())), made()
+    for module in ("reproduce.case", "cells"):
+        monkeypatch.setattr(
+            f"undistill.{module}.source_sha256", lambda kind: source_sha256(kind) + "!" * (kind is SoftLabels)
+        )
+    after = reproduce("toy", "smoke", [0], "*", Workshop(tmp_path, Serial()))
+    assert [new.measured[0].code != old.measured[0].code for new, old in zip(after, before, strict=True)] == [0, 1, 0]
+    assert [file.suffix for file in made() - known] == [".json"]
 
 
 def test_thieves_without_data_are_measured_on_digits(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -71,7 +71,9 @@ class Measured:
     diverged: str = ""
     """Why training ended without a network."""
     environment: str = ""
-    """By which code it was measured, and on what."""
+    """On what it was measured, in words."""
+    code: str = ""
+    """Hash of all code that it depends on, and of the kind of machine."""
     sheet: str = ""
     """Where the images lie that an attack without data made, seen from the folder of the table."""
 
@@ -86,26 +88,34 @@ class Workshop:
     progress: Progress = field(default_factory=Progress.silent)
     remember: float = REMEMBER
     """GiB of disk for the answers of each teacher."""
-    diverged: dict[tuple[Teacher, int], str] = field(default_factory=dict, init=False)
-    """Honest teachers, by seed, that ended without a network, and why; they are not trained again."""
+    diverged: dict[Path, str] = field(default_factory=dict, init=False)
+    """Folders of teachers that ended without a network, and why; they are not trained again."""
 
-    @cached_property
-    def environment(self) -> str:
-        """By which code is measured here, and on what."""
-        return described(environment(self.device))
+    def code(self, case: Case) -> str:
+        """What `Measured.code` is for a figure that is measured here and now."""
+        teachers = [teacher for teacher in (case.teacher, case.adversary) if teacher]
+        specs: list[Spec] = [Model.parse(teacher.model) for teacher in teachers]
+        specs += [Defence.parse(case.defence)] if case.defence else []
+        specs += [Attack.parse(case.attack), Model.parse(case.student)] if case.attack else []
+        made_on = environment(self.device)
+        parts = [*(source_sha256(type(spec)) for spec in specs), made_on["torch"], made_on["device"]]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
     def measure(self, cases: Sequence[Case], seed: int) -> Iterator[tuple[Case, Measured]]:
         """Every case, those of one teacher together. A training that diverges is a result."""
         for asked in dict.fromkeys(map(_subject_of, cases)):
             together = [case for case in cases if _subject_of(case) == asked]
-            try:
-                subject = self.subject(*asked, seed)
-            except NonFiniteLoss as error:
-                for case in together:
-                    why = f"its teacher: {error}" if case.attack else str(error)
-                    yield case, Measured(0.0, diverged=why, environment=self.environment)
-            else:
-                yield from self._measure(subject, together, seed)
+            for case, measured in self._of_subject(asked, together, seed):
+                yield case, replace(measured, code=self.code(case))
+
+    def _of_subject(self, asked: "Asked", cases: Sequence[Case], seed: int) -> Iterator[tuple[Case, Measured]]:
+        try:
+            subject = self.subject(*asked, seed)
+        except NonFiniteLoss as error:
+            lost = Measured(0.0, diverged=str(error), environment=described(environment(self.device)))
+            yield from ((case, lost) for case in cases)
+        else:
+            yield from self._measure(subject, cases, seed)
 
     def _measure(self, subject: Subject, cases: Sequence[Case], seed: int) -> Iterator[tuple[Case, Measured]]:
         metrics = subject.victim.record["metrics"]
@@ -137,13 +147,8 @@ class Workshop:
         settings = TrainSettings(seed=seed, recipe=teacher.recipe)
         model = Model.parse(teacher.model)
         folder = self._folder(model, seed, str(source), str(settings))
-        if (teacher, seed) in self.diverged:
-            raise NonFiniteLoss(self.diverged[teacher, seed])
-        try:
+        with self._once(folder, f"the honest {model}"):
             return train(source, model, folder, settings=settings, device=str(self.device), progress=self.progress)
-        except NonFiniteLoss as error:
-            self.diverged[teacher, seed] = str(error)
-            raise
 
     def victim(self, honest: Run, teacher: Teacher, defence: str, adversary: Teacher | None, seed: int) -> Run:
         spec = Defence.parse(defence)
@@ -154,15 +159,27 @@ class Workshop:
             return Run.open(folder)
         if adversary:
             spec = type(spec)(**(spec.model_dump() | {"adversary": str(other.folder.resolve())}))
-        return protect(
-            honest,
-            spec,
-            folder,
-            settings=settings,
-            device=str(self.device),
-            remember=self.remember,
-            progress=self.progress,
-        )
+        with self._once(folder, f"the protected {teacher.model}"):
+            return protect(
+                honest,
+                spec,
+                folder,
+                settings=settings,
+                device=str(self.device),
+                remember=self.remember,
+                progress=self.progress,
+            )
+
+    @contextmanager
+    def _once(self, folder: Path, who: str) -> Iterator[None]:
+        """A training that diverged is not begun again; `NonFiniteLoss` says whose it was."""
+        if folder in self.diverged:
+            raise NonFiniteLoss(self.diverged[folder])
+        try:
+            yield
+        except NonFiniteLoss as error:
+            self.diverged[folder] = f"{who}: {error}"
+            raise NonFiniteLoss(self.diverged[folder]) from error
 
     def _folder(self, spec: Spec, seed: int, *parts: str) -> Path:
         """Where the network that `spec` makes lies, named by all that it depends on."""
@@ -171,7 +188,11 @@ class Workshop:
         return self.folder / "teachers" / f"{type(spec).__name__.lower()}-{digest}-seed{seed}"
 
 
-def _subject_of(case: Case) -> tuple[Teacher, str, Teacher | None, float]:
+Asked = tuple[Teacher, str, Teacher | None, float]
+"""Whom an attacker meets: teacher, defence, adversary, and his share of the images."""
+
+
+def _subject_of(case: Case) -> Asked:
     return case.teacher, case.defence, case.adversary, case.share
 
 

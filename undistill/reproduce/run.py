@@ -58,9 +58,9 @@ class Row:
         """Percent, of the seeds whose training did not diverge."""
         return [one.accuracy for _, one in sorted(self.measured.items()) if not one.diverged]
 
-    def holds(self, seed: int, environment: str) -> bool:
-        """Whether the figure of that seed is known, and was measured there."""
-        return seed in self.measured and self.measured[seed].environment == environment
+    def holds(self, seed: int, code: str) -> bool:
+        """Whether the figure of that seed is known, and was measured by that code."""
+        return seed in self.measured and self.measured[seed].code == code
 
     def cells(self) -> list[str]:
         """Name, published, measured with its 95 % interval, n, divergence."""
@@ -131,7 +131,7 @@ def reproduce(
     asked for, because a setting was changed, is kept under "earlier".
 
     Teachers and cells that the workshop's folder holds are not done again, whichever experiment asked for them; nor are
-    figures that the table holds, if they were measured by this version on this device.
+    figures that the table holds, if they were measured by the same code on the same kind of machine.
     `as_authors` keeps the epoch that is best on the test images, as the authors' code does. The difference to the plain
     table is the selection alone; at `small` and `smoke`, whose plain recipes keep the last epoch, that of best and last
     as well. Attacks without data choose nothing themselves; only their victim is another.
@@ -149,7 +149,7 @@ def reproduce(
         rows = {case.name: Row(case) for case in cases}
         kept = recall(path, list(rows.values()))
         for seed in seeds:
-            missing = [case for case in chosen if not rows[case.name].holds(seed, workshop.environment)]
+            missing = [case for case in chosen if not rows[case.name].holds(seed, workshop.code(case))]
             for case, measured in workshop.measure(missing, seed):
                 rows[case.name].measured[seed] = measured
                 write(path, list(rows.values()), kept)
