@@ -239,6 +239,16 @@ def test_a_full_disk_loses_nothing(toy_file: Path, tmp_path: Path) -> None:
     assert Run.open(tmp_path / "run").network()
 
 
+def test_whoever_reads_may_stop() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "undistill", "list"], stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 def test_data_check_shows_counts_and_a_sheet(toy_file: Path, tmp_path: Path) -> None:
     done = call("data", "check", toy_file, "--out", tmp_path / "new" / "sheet.png")
     assert done.exit_code == 0, done.stderr

@@ -84,6 +84,13 @@ def test_what_is_in_the_way_of_an_archive_is_named(root: Path) -> None:
     with pytest.raises(DataError, match="cifar-10-batches-py is in the way"):
         CIFAR10().load()
     assert [path.name for path in (root / "cifar-10-batches-py").iterdir()] == ["readme.html"]
+    assert not (root / "cifar-10-python.tar.gz").exists(), "nothing is downloaded in vain"
+
+
+@pytest.mark.usefixtures("published")
+def test_who_removed_the_files_and_left_the_folder_gets_them_again(root: Path) -> None:
+    (root / "cifar-10-batches-py").mkdir()
+    assert len(CIFAR10().load().test) == 20
 
 
 @pytest.mark.usefixtures("published")

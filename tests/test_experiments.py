@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from undistill.data import Source
 from undistill.defences import Defence
 from undistill.models import Model
 from undistill.reproduce.case import Case
-from undistill.reproduce.run import EXPERIMENTS, about, find, selected_on_test
+from undistill.reproduce.run import EXPERIMENTS, Row, about, find, recall, selected_on_test
 from undistill.reproduce.scales import SCALES, Scale, setting
 from undistill.views import Views
 
@@ -35,6 +36,19 @@ def test_every_experiment_is_made_of_what_there_is(name: str, scale: Scale) -> N
         if case.attack:
             assert Attack.parse(case.attack)
             assert Model.parse(case.student)
+
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+
+
+@pytest.mark.parametrize("table", sorted(RESULTS.glob("*.json")), ids=lambda table: table.stem)
+def test_published_results_are_of_experiments_as_they_are(table: Path) -> None:
+    """A setting that is changed must be measured anew, or its old figures leave the documents."""
+    name, scale = table.stem.rsplit("-", 1)
+    rows = [Row(case) for case in find(name)(scale)]
+    earlier = recall(table.with_suffix(""), rows)
+    assert all(row.measured for row in rows)
+    assert earlier == []
 
 
 ABLATED: dict[str, Callable[[Case], object]] = {

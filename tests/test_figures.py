@@ -119,6 +119,14 @@ def test_an_ablation_has_a_line_for_each_series(table: Path) -> None:
     assert len(axes.collections) == 2, "bands"
 
 
+def test_a_value_with_one_seed_leaves_the_band_of_the_others(tmp_path: Path) -> None:
+    rows = [{"name": f"omega={value}: student", "accuracies": [80, 82][: 2 - value // 2]} for value in (0, 1, 2)]
+    (tmp_path / "table.json").write_text(json.dumps({"rows": rows}))
+    (axes,) = ablation(tmp_path / "table.json").axes
+    (band,) = axes.collections
+    assert band.get_paths()[0].vertices[:, 0].max() == 1
+
+
 def test_shares_are_values_too(tmp_path: Path) -> None:
     rows = [{"name": f"{share} %: KD from nasty".replace(" %", "%"), "accuracies": [share]} for share in (10, 90)]
     (tmp_path / "samples.json").write_text(json.dumps({"rows": rows}))

@@ -149,6 +149,20 @@ def test_what_is_carried_is_restored(toy: Data, tmp_path: Path) -> None:
     assert second.count == first.count == RECIPE.epochs * len(toy.train)
 
 
+def test_what_is_made_once_is_timed_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def make() -> torch.Tensor:
+        clock[0] += 5
+        return torch.rand(3)
+
+    first, again = (Fit(Recipe(), 0, torch.device("cpu"), tmp_path) for _ in range(2))
+    made = first.once("noise", make)
+    assert torch.equal(again.once("noise", lambda: torch.zeros(3)), made)
+    assert first.seconds == again.seconds == 5
+
+
 def test_damaged_checkpoint_starts_again(toy: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "checkpoint-0.pt").write_bytes(b"PK\x03\x04 half a file")
     assert same(trained(toy, RECIPE, folder=tmp_path), trained(toy, RECIPE))

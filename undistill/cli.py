@@ -238,8 +238,8 @@ def data_check(
         console.print(f"  {part}: {int(counts.sum()):,} images, {int(counts.min()):,} to {int(counts.max()):,} a class")
     out = out or Path("runs") / f"{source.title}-samples.png"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_sheet(out, found.sheet().pixels)
-    console.print(f"  {COLUMNS} images of each of the first classes: {out}", soft_wrap=True)
+    write_sheet(out, found.sheet())
+    console.print(f"  up to {COLUMNS} images of each of the first classes: {out}", soft_wrap=True)
     if not found.as_published:
         console.print("These are not the published files, or they were packed anew. Trainings take them all the same.")
         raise typer.Exit(1)
@@ -248,20 +248,27 @@ def data_check(
 @app.command()
 def figure(
     name: Annotated[str, typer.Argument(help="answers, maps, students, synthesised, training or ablation.")],
-    sources: Annotated[list[Path], typer.Argument(help="An audit, runs, or a table of 'reproduce'.")],
+    sources: Annotated[list[Path] | None, typer.Argument(help="An audit, runs, or a table of 'reproduce'.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where it goes: both .svg and .png.")] = None,
     model: Code = None,
     data_dir: DataDir = None,
 ) -> None:
     """Draw one figure as SVG and PNG.
 
-    answers and maps: an audit; or the run of a protected model; or two runs, the unprotected one first. students: an
-    audit. synthesised: an audit, or the JSON of a table with attacks that have no data. training: runs. ablation: the
-    JSON of a table.
+    answers, maps: of an audit, of a protected model's run, or of two runs, the unprotected one first
+
+    students: of an audit
+
+    synthesised: of an audit, or the JSON of a table with attacks that have no data
+
+    training: of runs
+
+    ablation: of the JSON of a table
     """
     from undistill.report.drawing import draw_named
     from undistill.report.figures import save
 
+    sources = sources or []
     drawn = draw_named(name, sources, model)
     beside_it = sources[0] / name if sources[0].is_dir() else sources[0]
     for file in save(drawn, out or beside_it.with_suffix("")):
@@ -290,6 +297,7 @@ def reproduce(
 ) -> None:
     """Measure the paper's tables and ablations, beside what it reports."""
     from rich.console import Console
+    from rich.padding import Padding
     from rich.table import Table
 
     from undistill.reproduce import run as experiments
@@ -300,7 +308,8 @@ def reproduce(
     console = Console(highlight=False)
     if name == "list":
         for known, experiment in experiments.EXPERIMENTS.items():
-            console.print(f"[bold]{known}[/] {experiments.about(experiment)}")
+            console.print(f"[bold]{known}[/]")
+            console.print(Padding(experiments.about(experiment), (0, 0, 0, 2)), markup=False)
         console.print(f"\n{HARDWARE}", style="dim")
         return
     with working() as progress:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -112,6 +112,8 @@ class Fit:
     """Every epoch's metrics: the terms, their sum, validation accuracy and NLL, seconds."""
     engines: list[str] = field(default_factory=list)
     """How the network of each call was computed."""
+    asides: list[float] = field(default_factory=list)
+    """Seconds of what was made `once`, between epochs."""
     calls: int = 0
 
     def answers(self, network: nn.Module) -> Answers:
@@ -121,15 +123,16 @@ class Fit:
     def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """What `make` makes with a seed of its own; a stopped run finds it again in its folder."""
         file = self.folder / f"{name}.pt" if self.folder else None
-        found = read_tensors(file, self.device) if file else None
-        if found is not None:
-            made: Tensor = found[name]
-            return made
-        with seeded(derive(self.seed, name)):
-            made = make()
-        if file:
-            write_tensors(file, {name: made})
-        return made
+        held = read_tensors(file, self.device) if file else None
+        if held is None:
+            began = time.perf_counter()
+            with seeded(derive(self.seed, name)):
+                made = make()
+            held = {"made": made, "seconds": time.perf_counter() - began}
+            if file:
+                write_tensors(file, held)
+        self.asides.append(held["seconds"])
+        return cast(Tensor, held["made"])
 
     def show(self, images: Tensor) -> None:
         """Leave a sheet of the first of (N, C, H, W) uint8 images that an attack made."""
@@ -138,8 +141,8 @@ class Fit:
 
     @property
     def seconds(self) -> float:
-        """Time spent in all epochs so far, those before an interruption included."""
-        return sum(epoch["seconds"] for epoch in self.history)
+        """Time spent so far in all epochs and what was made between them, before an interruption included."""
+        return sum(epoch["seconds"] for epoch in self.history) + sum(self.asides)
 
     def __call__(
         self, network: nn.Module, data: Split, objective: Objective, *, epochs: int | None = None

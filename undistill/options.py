@@ -28,6 +28,9 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except UndistillError as error:
             fail(str(error))
+        except BrokenPipeError:  # whoever reads has seen enough, such as head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
         except OSError as error:
             where = f" {error.filename}" if error.filename else ""
             fail(

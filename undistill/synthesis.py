@@ -59,8 +59,6 @@ class GeneratorTraining:
     def __init__(self, generator: Generator, lr: float) -> None:
         self.generator = generator
         self.optimiser = torch.optim.Adam(generator.parameters(), lr)
-        self.steps = 0
-        self.noise = generator.noise(0)
 
     def learn(self, loss: Tensor) -> None:
         self.optimiser.zero_grad()
@@ -73,17 +71,11 @@ class GeneratorTraining:
         return to_bytes(self.generator.sample(64))
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "generator": self.generator.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "steps": self.steps,
-            "noise": self.noise,
-        }
+        return {"generator": self.generator.state_dict(), "optimiser": self.optimiser.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.load_state_dict(state["generator"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.steps, self.noise = state["steps"], state["noise"]
 
 
 def without_data(data: Split, fit: Fit, *carried: Stateful) -> tuple[Split, Fit]:

@@ -1,6 +1,7 @@
 """ZSKT: zero-shot knowledge transfer via adversarial belief matching (Micaelli and Storkey, NeurIPS 2019)."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -12,7 +13,7 @@ from undistill.fit import Fit
 from undistill.losses import kl
 from undistill.oracle import Oracle
 from undistill.stream import Batch
-from undistill.synthesis import GeneratorTraining, without_data
+from undistill.synthesis import Generator, GeneratorTraining, without_data
 
 
 class ZSKT(Generative):
@@ -25,7 +26,7 @@ class ZSKT(Generative):
 
     def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
         victim = oracle.weights
-        training = GeneratorTraining(self.generator(data, fit), self.lr)
+        training = _Game(self.generator(data, fit), self.lr)
         data, fit = without_data(data, fit, training)
 
         def objective(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -42,3 +43,19 @@ class ZSKT(Generative):
         student = fit(student, data, objective)
         fit.show(training.pictures())
         return student
+
+
+class _Game(GeneratorTraining):
+    """Whose turn it is, and on which noise."""
+
+    def __init__(self, generator: Generator, lr: float) -> None:
+        super().__init__(generator, lr)
+        self.steps = 0
+        self.noise = generator.noise(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"steps": self.steps, "noise": self.noise}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.steps, self.noise = state["steps"], state["noise"]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from undistill.data.official import File, Official
 from undistill.data.source import Source
-from undistill.data.split import Data, Samples
+from undistill.data.split import Data
 from undistill.sheet import COLUMNS
 
 OTHER = "other bytes than published, but complete and well-formed"
@@ -33,11 +33,14 @@ class Check:
         parts = {"train": self.data.train, "validation": self.data.validation, "test": self.data.test}
         return {name: torch.bincount(part.labels, minlength=self.data.num_classes) for name, part in parts.items()}
 
-    def sheet(self, rows: int = 10) -> Samples:
-        """`COLUMNS` training images of each of the first `rows` classes."""
+    def sheet(self, rows: int = 10) -> Tensor:
+        """uint8 (N, C, H, W): `COLUMNS` training images of each of the first `rows` classes, white if it has fewer."""
         labels = self.data.train.labels
         found = [(labels == label).nonzero().flatten()[:COLUMNS] for label in range(min(rows, self.data.num_classes))]
-        return self.data.train[torch.cat(found)]
+        whole = torch.full((len(found) * COLUMNS, *self.data.shape), 255, dtype=torch.uint8)
+        for row, index in zip(whole.split(COLUMNS), found, strict=True):
+            row[: len(index)] = self.data.train[index].pixels
+        return whole
 
 
 def check(source: Source) -> Check:

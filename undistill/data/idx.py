@@ -48,7 +48,7 @@ class Idx(Official):
                 if file.matches(folder / file.name):
                     raise DataError(
                         f"{folder / file.name} is a file of {other.__name__}, not of {type(self).__name__}. "
-                        f"It is not used. {AGAIN}"
+                        f"It is not used. {AGAIN.format('it')}"
                     )
 
     def _samples(self, images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Samples:

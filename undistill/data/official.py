@@ -22,7 +22,7 @@ from undistill.errors import DataError
 log = logging.getLogger(__name__)
 
 VARIABLE = "UNDISTILL_DATA"
-AGAIN = "Remove those files, and they are downloaded again."
+AGAIN = "Remove {}, and what was published is downloaded again."
 
 
 def data_dir() -> Path:
@@ -69,13 +69,14 @@ class Official(Source):
             if isinstance(error, OSError) and error.errno is not None:  # the machine refuses, the file is not to blame
                 raise
             raise DataError(
-                f"{self._what(folder)} is damaged, or not the published one ({type(error).__name__}: {error}). {AGAIN}"
+                f"{self._what(folder)} is damaged, or not the published one ({type(error).__name__}: {error}). "
+                f"{self._again}"
             ) from None
         for kind, samples, count in (("training", pool, self.counts[0]), ("test", test, self.counts[1])):
             if len(samples) != count:
                 raise DataError(
                     f"{self._what(folder)} holds {len(samples):,} {kind} images, the published data set {count:,}: "
-                    f"it is partial, or another one. {AGAIN}"
+                    f"it is partial, or another one. {self._again}"
                 )
         self._remark(folder)
         return pool, test, classes
@@ -101,7 +102,7 @@ class Official(Source):
         missing = self._missing(folder)
         if self.archive and 0 < len(missing) < len(self.files):
             others = f" and {len(missing) - 1} more" if missing[1:] else ""
-            raise DataError(f"{self._what(folder)} is partial: it lacks {missing[0].name}{others}. {AGAIN}")
+            raise DataError(f"{self._what(folder)} is partial: it lacks {missing[0].name}{others}. {self._again}")
         if missing:
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / ".lock"):  # of several processes that find nothing, one fetches it
@@ -121,10 +122,15 @@ class Official(Source):
         folder = self._folder(root)
         missing = self._missing(folder)
         if missing and self.archive:
+            _refuse_occupied(folder, self.archive)
             unpack(fetch(self.home, self.archive, root), root)
             return
         for file in missing:
             fetch(self.home, file, folder)
+
+    @property
+    def _again(self) -> str:
+        return AGAIN.format("that folder" if self.archive else "those files")
 
     def _what(self, folder: Path) -> str:
         return f"{type(self).__name__} in {folder} ({self.files[0].name} ...)"
@@ -145,7 +151,7 @@ def fetch(home: str, file: File, folder: Path) -> Path:
         if not file.matches(path):
             raise DataError(
                 f"{path} is partial, damaged or another file: its MD5 is not the published {file.md5}. "
-                f"It is not used. {AGAIN}"
+                f"It is not used. {AGAIN.format('it')}"
             )
         return path
     try:
@@ -174,10 +180,15 @@ def unpack(archive: Path, root: Path) -> None:
             with tarfile.open(archive) as packed_tar:
                 packed_tar.extractall(part, filter="data")
         for folder in part.iterdir():
-            if (root / folder.name).exists():
-                raise DataError(f"{root / folder.name} is in the way of what {archive.name} holds; move it away.")
+            _refuse_occupied(root / folder.name, archive)
             folder.replace(root / folder.name)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
-        raise DataError(f"{archive} cannot be unpacked ({error}). {AGAIN}") from None
+        raise DataError(f"{archive} cannot be unpacked ({error}). {AGAIN.format('it')}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _refuse_occupied(folder: Path, archive: File | Path) -> None:
+    """An empty folder gives way to what is unpacked; anything else does not."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise DataError(f"{folder} is in the way of what {archive.name} holds; move it away.")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from undistill.data.files import read_picture
+from undistill.data.files import read_header, read_picture
 from undistill.data.official import File, Official
 from undistill.data.split import Samples
 from undistill.errors import DataError
@@ -71,5 +71,8 @@ def _samples(found: Sequence[tuple[Path, str]], ids: Sequence[str]) -> Samples:
     labels = torch.tensor([label[name] for _, name in found])
     pixels = torch.empty(len(found), 3, SIDE, SIDE, dtype=torch.uint8)
     for row, (file, _) in zip(pixels, found, strict=True):
+        _, (width, height) = read_header(file)
+        if (width, height) != (SIDE, SIDE):
+            raise DataError(f"{file} has {width} x {height} pixels, and is none of Tiny-ImageNet's: they are 64 x 64.")
         row.copy_(read_picture(file, 3, (SIDE, SIDE)))
     return Samples(pixels, labels)

@@ -26,8 +26,8 @@ def read_batch(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # a crafted or damaged pickle can raise any kind, MemoryError and RecursionError too
         raise DataError(
-            f"{path} is not used: {str(error) or type(error).__name__}. If damaged, remove it and its siblings, and "
-            "they are downloaded again."
+            f"{path} is not used: {str(error) or type(error).__name__}. If damaged, remove its folder, and it "
+            "is downloaded again."
         ) from None
     if not isinstance(batch, dict):
         raise DataError(f"{path} is not used: it holds {type(batch).__name__}, not a batch.")

@@ -110,8 +110,8 @@ def _line(axes: Axes, name: str, points: Sequence[tuple[float | str, list[float]
     x, spreads = [value for value, _ in points], [interval(values) for _, values in points]
     style = LINES[number % len(LINES)] + MARKS[number % len(MARKS)]
     (line,) = axes.plot(x, [spread.mean for spread in spreads], style, label=name, markersize=5)
-    if all(spread.low is not None for spread in spreads):
-        low, high = ([min(max(getattr(spread, end), 0), 100) for spread in spreads] for end in ("low", "high"))
+    low, high = np.array([(spread.low, spread.high) for spread in spreads], float).clip(0, 100).T
+    if np.isfinite(low).any():
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
