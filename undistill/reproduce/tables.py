@@ -7,8 +7,8 @@ from undistill.reproduce.case import Case, Teacher
 from undistill.reproduce.scales import DATA_FREE, Scale, Setting, Student, setting
 
 HARDWARE = (
-    "Minutes are those of one seed with nothing done yet; experiments in one folder share teachers. 'small': one CPU "
-    "core beside another experiment, measured, or estimated where it says 'about'. 'paper': a GPU with 10^14 "
+    "Minutes are those of one seed with nothing done yet; experiments in one folder share teachers, and are done one "
+    "after another. 'small': one CPU core, the other busy with the like, measured, or estimated where it says 'about'. 'paper': a GPU with 10^14 "
     "operations a second, calculated by 'python -m benchmarks.paper'. What the paper reports is quoted second-hand "
     "and unverified."
 )
@@ -90,7 +90,7 @@ def table3(scale: Scale) -> list[Case]:
     """Table 3: Tiny-ImageNet; ResNet-18, ResNet-50 and ResNeXt-29 as teachers.
 
     Expected: nasty within 3 points of normal; students lose 5 to 35 points against those of the normal teacher, and
-    MobileNetV2 collapses. No `small`: these images were not at hand. `paper` 3,300 minutes.
+    MobileNetV2 collapses. No `small`: these images were not at hand. `paper` 3,250 minutes.
     """
     published = {
         "none": {"ShuffleNetV2": 55.74, "MobileNetV2": 51.72, "ResNet-18": 58.73},
