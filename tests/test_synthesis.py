@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import STUDENT
+from undistill.attacks import Attack
 from undistill.attacks.dafl import DAFL
 from undistill.attacks.deep_inversion import DeepInversion
 from undistill.attacks.fast import Fast
 from undistill.attacks.zskt import ZSKT
 from undistill.data import Data
+from undistill.engine import Engine
 from undistill.fit import Fit, Recipe
 from undistill.models import Model
 from undistill.oracle import Oracle
@@ -219,3 +221,18 @@ def test_zskt_looks_for_what_the_student_believes_least(toy: Data) -> None:
     fit = Fit(Recipe(epochs=8, batch_size=16, lr=1e-9), 0, torch.device("cpu"))
     ZSKT(student_steps=1, lr=0.01, width=4).run(Oracle(victim, ZSKT.needs), student, toy.attackers(0.1, 0), fit)
     assert fit.history[-1]["belief"] > 1.1 * fit.history[0]["belief"]
+
+
+@pytest.mark.parametrize("name", ["DAFL()", "DeepInversion(count=8, steps=2)", "Fast(every=2, warmup=1)", "ZSKT()"])
+def test_the_victim_is_laid_out_as_the_student_is(name: str, toy: Data) -> None:
+    victim, seen = Model.parse("ConvNet(width=4)").build(toy.shape, toy.num_classes, 0), []
+
+    def look(layer: nn.Module, _: object) -> None:
+        seen.append(layer.weight.is_contiguous(memory_format=torch.channels_last))
+
+    [layer for layer in victim.modules() if isinstance(layer, nn.Conv2d)][-1].register_forward_pre_hook(look)
+    recipe = Recipe(epochs=2, engine=Engine(layout="channels_last"))
+    student = Model.parse("ConvNet(width=2)").build(toy.shape, toy.num_classes, 0)
+    attack = Attack.parse(name)
+    attack.run(Oracle(victim, attack.needs), student, toy.attackers(0.1, 0), Fit(recipe, 0, torch.device("cpu")))
+    assert seen[-1]

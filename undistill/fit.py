@@ -108,6 +108,8 @@ class Fit:
     """Where an attack leaves a picture of the images that it made."""
     carried: Sequence[Stateful] = ()
     """Saved and restored with every checkpoint, such as an oracle's count."""
+    beside: Sequence[nn.Module] = ()
+    """Networks that the objective calls beside the trained one; they get its layout in memory."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Every epoch's metrics: the terms, their sum, validation accuracy and NLL, seconds."""
     engines: list[str] = field(default_factory=list)
@@ -189,7 +191,8 @@ class _Loop:
             training=True,
             folder=fit.trials or fit.folder,
         )
-        self.engine.lay_out(self.network)
+        for each in (self.network, *fit.beside):
+            self.engine.lay_out(each)
         self.optimiser = build_optimiser(self.network, self.recipe)
         self.called = self.engine.compiled(distributed.parallel(self.network, self._sample))
         self.schedule = build_schedule(self.optimiser, self.recipe, epochs * self.batches)

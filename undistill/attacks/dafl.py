@@ -33,7 +33,7 @@ class DAFL(Generative):
     def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
         victim = oracle.weights
         training = GeneratorTraining(self.generator(data, fit), self.lr)
-        data, fit = without_data(data, fit, training)
+        data, fit = without_data(data, fit, (victim, training.generator), (training,))
 
         def objective(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
             images = training.generator.sample(len(batch.images))

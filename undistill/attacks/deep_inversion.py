@@ -49,7 +49,7 @@ class DeepInversion(Attack):
 
     def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
         victim = oracle.weights
-        _, fit = without_data(data, fit)
+        _, fit = without_data(data, fit, (victim,))
         made: list[Tensor] = []
         for number in range(self.rounds):
             rival = student if number else None

@@ -62,7 +62,7 @@ class Fast(Generative):
     def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
         victim = oracle.weights
         memory = _Memory(self.generator(data, fit), self.bank)
-        data, fit = without_data(data, fit, memory)
+        data, fit = without_data(data, fit, (victim, memory.generator), (memory,))
 
         def objective(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
             count = len(batch.images)

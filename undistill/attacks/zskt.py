@@ -27,7 +27,7 @@ class ZSKT(Generative):
     def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
         victim = oracle.weights
         training = _Game(self.generator(data, fit), self.lr)
-        data, fit = without_data(data, fit, training)
+        data, fit = without_data(data, fit, (victim, training.generator), (training,))
 
         def objective(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
             if training.steps % self.student_steps == 0:
