@@ -125,15 +125,15 @@ class Workshop:
                 logits, labels = subject.test_logits("victim"), subject.data.test.labels
                 accuracy = 100 * measure.accuracy(logits, labels)
                 known, made_on = 100 * metrics["validation_accuracy"], described(subject.victim.record["environment"])
-                yield case, Measured(accuracy, divergence, known, environment=made_on)
+                yield case, Measured(accuracy, divergence, validation_accuracy=known, environment=made_on)
         students = [case for case in cases if case.attack]
         jobs = [job(subject, case, seed) for case in students]
         cells = self.launcher.run(jobs, self.folder / "cells", self.progress) if jobs else []
         for case, one, cell in zip(students, jobs, cells, strict=True):
             sheet = one.sheet(self.folder / "cells")
             shown = sheet.relative_to(self.folder).as_posix() if sheet.exists() else ""
-            accuracy = 100 * cell.accuracy
-            yield case, Measured(accuracy, divergence, None, cell.diverged, cell.environment, shown)
+            made_on, why = cell.environment, cell.diverged
+            yield case, Measured(100 * cell.accuracy, divergence, diverged=why, environment=made_on, sheet=shown)
 
     def subject(self, teacher: Teacher, defence: str, adversary: Teacher | None, share: float, seed: int) -> Subject:
         """The victim beside its honest twin, which is its own twin where nothing defends it."""
