@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TypeGuard
 
 
 class UndistillError(Exception):
@@ -38,6 +39,11 @@ class NonFiniteLoss(UndistillError):
 
 class LaunchError(UndistillError):
     """Worker processes that cannot be reached, or keep dying."""
+
+
+def refused(error: BaseException) -> TypeGuard[OSError]:
+    """Whether the machine refuses (a full disk, a missing right), so that no file's content is to blame."""
+    return isinstance(error, OSError) and isinstance(error.errno, int)
 
 
 def unknown(what: str, name: str, choices: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from undistill.errors import DataError
+from undistill.errors import DataError, refused
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ def _readable(file: Path) -> Iterator[Image.Image]:
                 raise DataError(f"{file} has mode {opened.mode}; convert it to 8-bit grey or colour.")
             yield opened
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the machine refuses, the file is not to blame
+        if refused(error):
             raise DataError(f"{file} cannot be read: {error.strerror}.") from None
         raise DataError(f"{file} is not a readable image ({error}); repair or remove it.") from None
 

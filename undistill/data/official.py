@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from undistill.data.source import Source
 from undistill.data.split import Samples
-from undistill.errors import DataError
+from undistill.errors import DataError, refused
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Official(Source):
         except (DataError, MemoryError):
             raise
         except Exception as error:  # gzip, zlib, struct, scipy and pillow raise many kinds for damaged files
-            if isinstance(error, OSError) and error.errno is not None:  # the machine refuses, the file is not to blame
+            if refused(error):
                 raise
             raise DataError(
                 f"{self._what(folder)} is damaged, or not the published one ({type(error).__name__}: {error}). "
@@ -159,7 +159,7 @@ def fetch(home: str, file: File, folder: Path) -> Path:
     except ValueError as error:
         raise DataError(f"What {url} delivers is not the published file ({error}); nothing of it was kept.") from None
     except OSError as error:
-        if isinstance(error.errno, int):  # the machine refuses: a full disk, a folder that is read-only
+        if refused(error):
             raise
         raise DataError(
             f"{url} cannot be downloaded ({type(error).__name__}). Get it in another way and put it into {folder}, "
