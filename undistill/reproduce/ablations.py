@@ -88,7 +88,7 @@ def alpha(scale: Scale) -> list[Case]:
 def samples(scale: Scale) -> list[Case]:
     """10 to 90 % of the training images in the thief's hands. The paper: the nasty teacher's students stay worse.
 
-    `small` about 80 minutes, `paper` 13.
+    `small` 80 minutes, `paper` 13.
     """
     chosen = setting("CIFAR-10", scale)
     return [
