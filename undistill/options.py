@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from undistill.launch import Launcher
     from undistill.progress import Progress
 
-# of the processes that torchrun started, the first one speaks
-FIRST = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun
+FIRST = not LAUNCHED or os.environ["RANK"] == "0"  # the one that speaks
 
 
 class Commands(TyperGroup):
