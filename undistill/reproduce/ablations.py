@@ -153,7 +153,7 @@ def nan(scale: Scale) -> list[Case]:
     """Nasty teachers that end in NaN for users of the authors' code: ResNet-50 on CIFAR-100, batch 512 on CIFAR-10.
 
     Each from scratch with the published omega and schedule, and again with its gradients clipped. Expected: an
-    accuracy, or a training that stopped as soon as it was lost. `small` about 50 minutes, `paper` 73.
+    accuracy, or a training that stopped as soon as it was lost. `small` 60 minutes, `paper` 73.
     """
     cases = []
     for data, (teacher, omega) in DIVERGING[scale].items():
