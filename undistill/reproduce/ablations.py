@@ -136,11 +136,11 @@ def collapse(scale: Scale) -> list[Case]:
     model, plain = student.model, student.recipe
     careful = {
         "published lr, T, alpha": (plain, chosen.attack),
-        "lr / 10": (plain.model_copy(update={"lr": plain.lr / 10}), chosen.attack),
+        "lr / 3": (plain.model_copy(update={"lr": plain.lr / 3}), chosen.attack),
         "clip 1": (plain.model_copy(update={"clip": 1.0}), chosen.attack),
         "T 4": (plain, f"SoftLabels(T=4, alpha={chosen.alpha:g})"),
         "alpha 0.5": (plain, f"SoftLabels(T={chosen.T:g}, alpha=0.5)"),
-        "all": (plain.model_copy(update={"lr": plain.lr / 10, "clip": 1.0}), "SoftLabels(T=4, alpha=0.5)"),
+        "all": (plain.model_copy(update={"lr": plain.lr / 3, "clip": 1.0}), "SoftLabels(T=4, alpha=0.5)"),
     }
     cases = [_scratch(chosen)]
     for how, (recipe, attack) in careful.items():
