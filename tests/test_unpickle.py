@@ -55,7 +55,22 @@ def test_bytes_as_python_2_wrote_them(tmp_path: Path) -> None:
     assert batch["labels"] == [6, 9]
 
 
+NEVER_ENDS = b")" + b"2\x86" * 40
+"""A tuple of two tuples of two tuples: 2 to the power of 40 values to hash, or to print."""
+TOO_DEEP = b")" + b"\x85" * 400_000
+"""A tuple in a tuple in a tuple: to hash it overflows the stack."""
+ENCODE = b"\x80\x02}(U\x01ac_codecs\nencode\n"
 CRAFTED = {
+    "an endless name": b"\x80\x02}" + NEVER_ENDS + b"K\x01s.",
+    "a deep name": b"\x80\x02}" + TOO_DEEP + b"K\x01s.",
+    "a deep name in protocol 0": b"(" + TOO_DEEP + b"K\x01d.",
+    "a deep member of a set": b"\x80\x04\x8f(" + TOO_DEEP + b"\x90.",
+    "a deep member of a frozen set": b"\x80\x04(" + TOO_DEEP + b"\x91.",
+    "an endless text": ENCODE + b"(" + NEVER_ENDS + b"U\x06latin1tRu.",
+    "a deep text": ENCODE + b"(" + TOO_DEEP + b"U\x06latin1tRu.",
+    "an endless encoding": ENCODE + b"(U\x01a" + NEVER_ENDS + b"tRu.",
+    "an endless type": b"\x80\x02}(U\x01acnumpy\ndtype\n(" + NEVER_ENDS + b"tRu.",
+    "a deep value": b"\x80\x02}(U\x01a" + TOO_DEEP + b"u.",
     "the stand-in itself": b"\x80\x02}(U\x01acnumpy\nndarray\nu.",
     "the encoder itself": b"\x80\x02}(U\x01ac_codecs\nencode\nu.",
     "changes the encoder": b"\x80\x02c_codecs\nencode\nN}U\x0c__defaults__(U\x05utf-8ts\x86b0}.",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,15 +25,24 @@ class Cifar(Official):
 
     def read_from(self, folder: Path) -> tuple[Samples, Samples, list[str]]:
         *train, test, meta = (folder / file.name for file in self.files)
-        return self._samples(train), self._samples([test]), read_batch(meta)[self.names]
+        return self._samples(train), self._samples([test]), _list_of(str, read_batch(meta)[self.names])
 
     def _samples(self, files: Sequence[Path]) -> Samples:
         batches = [read_batch(file) for file in files]
+        if not all(isinstance(batch["data"], np.ndarray) for batch in batches):
+            raise ValueError("images that are no array")
         rows = np.concatenate([batch["data"] for batch in batches])
-        labels = np.concatenate([np.asarray(batch[self.label], np.int64) for batch in batches])
+        labels = np.concatenate([np.array(_list_of(int, batch[self.label]), np.int64) for batch in batches])
         if rows.dtype != np.uint8 or rows.shape != (len(labels), 3072):
             raise ValueError(f"{len(labels)} labels, but images of {rows.dtype} in shape {rows.shape}")
         return Samples(torch.from_numpy(rows.reshape(-1, 3, 32, 32)), torch.from_numpy(labels))
+
+
+def _list_of(kind: type, values: Any) -> list[Any]:
+    """`ValueError` for anything else."""
+    if not isinstance(values, list) or any(type(value) is not kind for value in values):
+        raise ValueError(f"no list of {kind.__name__}")
+    return values
 
 
 class CIFAR10(Cifar):

@@ -4,7 +4,7 @@ import pickle
 import pickletools
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,8 @@ from undistill.errors import DataError
 def read_batch(path: Path) -> dict[str, Any]:
     """A pickled dict of plain containers, text, bytes and number arrays; `DataError` for anything else.
 
-    Even numpy's own functions are not called: what they would have been told is read as plain data.
+    Names are text or bytes. Even numpy's own functions are not called: what they would have been told is read as plain
+    data.
     """
     try:
         with path.open("rb") as file:
@@ -51,7 +52,7 @@ class _Array:
         _, shape, kind, fortran, raw = state
         if isinstance(raw, str):  # Python 2 wrote bytes as text
             raw = raw.encode("latin1")
-        if not isinstance(kind, _Type) or not isinstance(raw, bytes):
+        if not (isinstance(kind, _Type) and isinstance(raw, bytes) and all(type(size) is int for size in shape)):
             raise pickle.UnpicklingError("an array in it is not made of numbers.")
         self.values = np.frombuffer(raw, kind.code).reshape(shape, order="F" if fortran else "C")
 
@@ -60,7 +61,7 @@ class _Type:
     """Stands for numpy's dtype; its state says the byte order, which one byte and our machines do not need."""
 
     def __init__(self, code: str, *_: object) -> None:
-        if code not in ("u1", "i8"):
+        if _text(code) not in ("u1", "i8"):
             raise pickle.UnpicklingError(f"it holds an array of type {code!r}; only u1 and i8 are read.")
         self.code = "<" + code
 
@@ -79,14 +80,56 @@ class _Encode:
         self._done: dict[str, bytes] = {}
 
     def __call__(self, text: str, encoding: str = "latin1") -> bytes:
-        if encoding not in ("latin1", "latin-1"):
+        if _text(encoding) not in ("latin1", "latin-1"):
             raise pickle.UnpicklingError(f"it encodes text as {encoding!r}.")
-        if text not in self._done:
+        if _text(text) not in self._done:
             self._done[text] = text.encode("latin1")
         return self._done[text]
 
 
-class _Unpickler(pickle.Unpickler):
+def _text(value: Any) -> str:
+    """`UnpicklingError` for anything else, which may be so nested that to hash or to print it never ends."""
+    if not isinstance(value, str):
+        raise pickle.UnpicklingError(f"it holds {_kind(value)} where text is expected.")
+    return value
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__.lstrip("_")
+
+
+class _Dict(dict[str | bytes, Any]):
+    """Stands for dict: hashing a nested tuple, as a name, may never end or break the stack."""
+
+    def __setitem__(self, name: str | bytes, value: Any) -> None:
+        super().__setitem__(name if isinstance(name, bytes) else _text(name), value)
+
+
+def _empty_dict(unpickler: Any) -> None:
+    unpickler.append(_Dict())
+
+
+def _filled_dict(unpickler: Any) -> None:
+    items, filled = unpickler.pop_mark(), _Dict()
+    for name, value in zip(items[::2], items[1::2], strict=True):
+        filled[name] = value
+    unpickler.append(filled)
+
+
+def _set(unpickler: Any) -> None:
+    raise pickle.UnpicklingError("it holds a set, which a batch of images has no use for.")
+
+
+class _Unpickler(pickle._Unpickler):
+    """The one that is written in Python, whose steps can be replaced."""
+
+    dispatch: ClassVar[Any] = pickle._Unpickler.dispatch | {
+        pickle.EMPTY_DICT[0]: _empty_dict,
+        pickle.DICT[0]: _filled_dict,
+        pickle.EMPTY_SET[0]: _set,
+        pickle.FROZENSET[0]: _set,
+    }
+
     @cached_property
     def _encode(self) -> _Encode:
         return _Encode()
@@ -112,7 +155,7 @@ def _plain(value: Any, done: dict[int, Any]) -> Any:
         return done[id(value)]
     if kind is _Array and value.values is not None:
         return value.values
-    if kind is dict:
+    if kind is _Dict:
         return done.setdefault(id(value), {_plain(name, done): _plain(held, done) for name, held in value.items()})
     if kind in (list, tuple):
         return done.setdefault(id(value), kind(_plain(held, done) for held in value))
@@ -120,4 +163,4 @@ def _plain(value: Any, done: dict[int, Any]) -> Any:
         return done.setdefault(id(value), value.decode("latin1"))
     if value is None or kind in (str, int, float, bool):
         return value
-    raise pickle.UnpicklingError(f"it holds {kind.__name__.lstrip('_')}, which a batch of images has no use for.")
+    raise pickle.UnpicklingError(f"it holds {_kind(value)}, which a batch of images has no use for.")
