@@ -134,10 +134,18 @@ def test_bad_npz_is_explained(tmp_path: Path, name: str, said: str) -> None:
         Npz(path=str(tmp_path / "bad.npz")).load()
 
 
-def test_truncated_npz_is_explained(tmp_path: Path, toy_file: Path) -> None:
-    (tmp_path / "half.npz").write_bytes(toy_file.read_bytes()[:3000])
-    with pytest.raises(DataError, match=r"not a readable \.npz"):
-        Npz(path=str(tmp_path / "half.npz")).load()
+def test_what_is_no_npz_is_explained(tmp_path: Path, toy_file: Path) -> None:
+    """In our words: numpy's recommend to load it with pickle."""
+    for content in (toy_file.read_bytes()[:3000], b"{}", b""):
+        (tmp_path / "half.npz").write_bytes(content)
+        with pytest.raises(DataError, match=r"not a readable \.npz archive of plain arrays: it is none, or"):
+            Npz(path=str(tmp_path / "half.npz")).load()
+
+
+def test_count_leaves_out_an_image_of_each_class_or_none() -> None:
+    with pytest.raises(DataError, match=r"count=1195 leaves out 3 of 1198 images.*at most 1188"):
+        Digits(count=1195).load()
+    assert len(Digits(count=1188).load().train) + len(Digits(count=1188).load().validation) == 1188
 
 
 def test_folder_is_read_like_the_arrays(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_what_is_in_the_way_of_an_archive_is_named(root: Path) -> None:
     with pytest.raises(DataError, match="cifar-10-batches-py is in the way"):
         CIFAR10().load()
     assert [path.name for path in (root / "cifar-10-batches-py").iterdir()] == ["readme.html"]
-    assert not (root / "cifar-10-python.tar.gz").exists(), "nothing is downloaded in vain"
+    assert not (root / "c10.tar.gz").exists(), "nothing is downloaded in vain"
 
 
 @pytest.mark.usefixtures("published")

@@ -5,6 +5,7 @@ import hashlib
 import os
 import pickle
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,13 @@ def write_idx(folder: Path, source: type[Official], counts: tuple[int, int] = (4
         arrays += [RANDOM.integers(0, 256, (count, 28, 28)), np.arange(count) % 10]
     for file, values in zip(source.files, arrays, strict=True):
         (folder / file.name).write_bytes(idx(values))
+
+
+def write_svhn(folder: Path) -> np.ndarray:
+    for file, count in zip(SVHN.files, (40, 20), strict=True):
+        images = RANDOM.integers(0, 256, (32, 32, 3, count), np.uint8)
+        savemat(folder / file.name, {"X": images, "y": (np.arange(count) % 10 + 1)[:, None]})
+    return images
 
 
 def write_tiny(folder: Path, per_class: int = 6) -> list[str]:
@@ -113,9 +121,7 @@ def test_idx_files_where_we_and_where_torchvision_put_them(
 
 def test_svhn_writes_zero_as_ten(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch, SVHN, 40, 20)
-    for file, count in zip(SVHN.files, (40, 20), strict=True):
-        images = RANDOM.integers(0, 256, (32, 32, 3, count), np.uint8)
-        savemat(root / file.name, {"X": images, "y": (np.arange(count) % 10 + 1)[:, None]})
+    images = write_svhn(root)
     data = SVHN(validation=0.25).load()
     assert data.test.labels.tolist() == [(k + 1) % 10 for k in range(20)]
     assert np.array_equal(data.test.pixels[3].numpy(), images[:, :, :, 3].transpose(2, 0, 1))
@@ -233,14 +239,14 @@ def test_partial_and_foreign_folders_are_named_and_not_used(root: Path, monkeypa
 def test_a_truncated_idx_file_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch, MNIST, 40, 20)
     write_idx(root / "mnist", MNIST)
-    path = root / "mnist" / MNIST.files[0].name
+    path = root / "mnist" / MNIST.files[2].name
     whole = gzip.decompress(path.read_bytes())
     flipped = bytearray(path.read_bytes())
     flipped[len(flipped) // 2] ^= 0xFF
     other_type = gzip.compress(b"\0\0\x0d\x03" + whole[4:])
     for content in (path.read_bytes()[:-20], gzip.compress(whole[:-5]), other_type, bytes(flipped)):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=r"MNIST in .*mnist .* is damaged"):
+        with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte.gz is damaged.*Remove it"):
             MNIST().load()
 
 
@@ -258,14 +264,46 @@ def test_files_of_another_data_set_under_the_same_names_are_refused(
 
 
 @pytest.mark.parametrize("content", [b"", b"no matlab file", b"\x89HDF" * 40], ids=["empty", "text", "newer"])
-def test_a_damaged_svhn_does_not_ask_for_the_whole_folder(
-    content: bytes, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_svhn_names_the_file(content: bytes, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch, SVHN, 40, 20)
-    for file in SVHN.files:
-        (root / file.name).write_bytes(content)
-    with pytest.raises(DataError, match=r"SVHN in .*train_32x32.mat.* is damaged.*Remove those files"):
+    write_svhn(root)
+    (root / "test_32x32.mat").write_bytes(content)
+    with pytest.raises(DataError, match=r"/test_32x32.mat is damaged.*Remove it"):
         SVHN().load()
+
+
+@pytest.mark.parametrize(("source", "write"), [(CIFAR10, write_cifar10), (MNIST, lambda root: write_idx(root, MNIST))])
+def test_who_names_the_data_sets_own_folder_is_told_which_one_to_name(
+    source: type[Official], write: Callable[[Path], object], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = root / source.folders[0]
+    write(folder)
+    monkeypatch.setenv(VARIABLE, str(folder))
+    with pytest.raises(
+        DataError, match=rf"{folder.name} holds the files of {source.__name__} itself.*in which {folder.name}"
+    ):
+        source().load()
+    assert not (folder / folder.name).exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("test_batch", {b"data": [[1, 2], [3, 4]], b"labels": [0, 1]}),
+        ("test_batch", {b"data": np.zeros((1, 3072), np.uint8), b"labels": [[0]]}),
+        ("batches.meta", {b"label_names": [[b"cat"]]}),
+        ("batches.meta", {b"label_names": b"cat"}),
+    ],
+)
+def test_a_batch_of_nested_lists_is_none(
+    file: str, content: object, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists in lists may be more than fits into memory, each named again and again."""
+    small(monkeypatch, CIFAR10, 100, 20)
+    write_cifar10(root / "cifar-10-batches-py")
+    dump(root / "cifar-10-batches-py" / file, content)
+    with pytest.raises(DataError, match=r"CIFAR10 in .* is damaged"):
+        CIFAR10().load()
 
 
 def test_a_lack_of_memory_is_not_blamed_on_the_files(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

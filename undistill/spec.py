@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from undistill.code import code_sha256, is_code, load_code, trust
 from undistill.errors import SpecError, unknown
 
-_CALL = re.compile(r"\s*(?:(?P<origin>[^()]+):)?(?P<name>\w+)\s*(?P<arguments>\(.*\))?\s*", re.S)
+_CALL = re.compile(r"\s*(?:(?P<origin>[^()]+):)?(?P<name>[\w-]+)\s*(?P<arguments>\(.*\))?\s*", re.S)
 
 
 class Spec(BaseModel):

@@ -11,22 +11,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from undistill.data.official import AGAIN, File, Official
+from undistill.data.official import AGAIN, File, Official, reading
 from undistill.data.split import Samples
 from undistill.errors import DataError
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """The array in a gzipped IDX file of unsigned bytes; `ValueError` if it is not a whole one."""
-    content = gzip.decompress(path.read_bytes())
-    zeros, kind, dimensions = struct.unpack_from(">HBB", content)
-    if zeros or kind != 8:
-        raise ValueError(f"{path.name} is no IDX file of unsigned bytes")
-    shape = struct.unpack_from(f">{dimensions}I", content, 4)
-    values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
-    if values.size != math.prod(shape):
-        raise ValueError(f"{path.name} announces {shape} and holds {values.size} bytes")
-    return values.reshape(shape)
+    """The array in a gzipped IDX file of unsigned bytes; `DataError` if it is not a whole one."""
+    with reading(path):
+        content = gzip.decompress(path.read_bytes())
+        zeros, kind, dimensions = struct.unpack_from(">HBB", content)
+        if zeros or kind != 8:
+            raise ValueError("no IDX file of unsigned bytes")
+        shape = struct.unpack_from(f">{dimensions}I", content, 4)
+        values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
+        if values.size != math.prod(shape):
+            raise ValueError(f"it announces {shape} and holds {values.size} bytes")
+        return values.reshape(shape)
 
 
 class Idx(Official):

@@ -7,7 +7,8 @@ import shutil
 import tarfile
 import zipfile
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -61,17 +62,8 @@ class Official(Source):
 
     def read(self) -> tuple[Samples, Samples, list[str]]:
         folder = self.find()
-        try:
+        with reading(self._what(folder), self._again):
             pool, test, classes = self.read_from(folder)
-        except (DataError, MemoryError):
-            raise
-        except Exception as error:  # gzip, zlib, struct, scipy and pillow raise many kinds for damaged files
-            if refused(error):
-                raise
-            raise DataError(
-                f"{self._what(folder)} is damaged, or not the published one ({type(error).__name__}: {error}). "
-                f"{self._again}"
-            ) from None
         for kind, samples, count in (("training", pool, self.counts[0]), ("test", test, self.counts[1])):
             if len(samples) != count:
                 raise DataError(
@@ -104,6 +96,7 @@ class Official(Source):
             others = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise DataError(f"{self._what(folder)} is partial: it lacks {missing[0].name}{others}. {self._again}")
         if missing:
+            self._refuse_inside(root)
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / ".lock"):  # of several processes that find nothing, one fetches it
                 self._fetch(root)
@@ -113,6 +106,14 @@ class Official(Source):
         """Where any of the files lie already, or else where they are to be put."""
         found = [root / folder for folder in self.folders if any((root / folder / f.name).exists() for f in self.files)]
         return (found or [root / self.folders[0]])[0]
+
+    def _refuse_inside(self, root: Path) -> None:
+        if not self._missing(root):
+            places = " or ".join(name for name in self.folders if name)
+            raise DataError(
+                f"{root} holds the files of {type(self).__name__} itself; --data-dir and {VARIABLE} name the folder "
+                f"in which {places} lies. Name that one, or move the files into {root / self.folders[0]}."
+            )
 
     def _missing(self, folder: Path) -> list[File]:
         return [file for file in self.files if not (folder / file.name).exists()]
@@ -134,6 +135,21 @@ class Official(Source):
 
     def _what(self, folder: Path) -> str:
         return f"{type(self).__name__} in {folder} ({self.files[0].name} ...)"
+
+
+@contextmanager
+def reading(what: object, again: str = AGAIN.format("it")) -> Iterator[None]:
+    """`DataError`, that says `what` is damaged and what to do, for whatever a reader raises."""
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # gzip, zlib, struct, scipy and pillow raise many kinds for damaged files
+        if refused(error):
+            raise
+        raise DataError(
+            f"{what} is damaged, or not the published one ({type(error).__name__}: {error}). {again}"
+        ) from None
 
 
 @cache

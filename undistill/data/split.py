@@ -124,6 +124,11 @@ def divide(
     if test is None:
         pool, test = pool.carve(test_share, seed)
     if count is not None and count < len(pool):
+        if len(pool) - count < len(classes):
+            raise DataError(
+                f"count={count} leaves out {len(pool) - count} of {len(pool)} images, fewer than there are classes "
+                f"({len(classes)}). Leave count out to take all, or ask for at most {len(pool) - len(classes)}."
+            )
         _, pool = pool.carve(count, seed)
     train, validation = pool.carve(validation_share, seed)
     return Data(tuple(classes), train, validation, test)

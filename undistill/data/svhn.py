@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy.io import loadmat
 
-from undistill.data.official import File, Official
+from undistill.data.official import File, Official, reading
 from undistill.data.split import Samples
 
 
@@ -28,9 +28,10 @@ class SVHN(Official):
 
 def _read(path: Path) -> Samples:
     """`X` is (H, W, C, N); in `y` the digit 0 is written as 10."""
-    arrays = loadmat(str(path), variable_names=["X", "y"])
-    images, labels = arrays["X"], arrays["y"].ravel().astype(np.int64) % 10
-    if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)):
-        raise ValueError(f"images of {images.dtype} in shape {images.shape} with {len(labels)} labels")
+    with reading(path):
+        arrays = loadmat(str(path), variable_names=["X", "y"])
+        images, labels = arrays["X"], arrays["y"].ravel().astype(np.int64) % 10
+        if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)):
+            raise ValueError(f"images of {images.dtype} in shape {images.shape} with {len(labels)} labels")
     pixels = np.ascontiguousarray(images.transpose(3, 2, 0, 1))
     return Samples(torch.from_numpy(pixels), torch.from_numpy(labels))
