@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from tests.conftest import RECIPE, STUDENT
 from undistill.attacks import Attack
-from undistill.data import Data
+from undistill.data import Data, Samples
 from undistill.defences import Defence
 from undistill.errors import BudgetExceeded, ModelError
 from undistill.fit import Fit, Recipe
@@ -172,6 +173,29 @@ def test_data_free_attacks_that_read_statistics_need_some(toy: Data) -> None:
         student(toy, Attack.parse("DeepInversion(count=12, steps=2)"), victim)
     untracked = nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), nn.Flatten(), nn.Linear(144, 3))
     student(toy, Attack.parse("Fast()"), untracked)
+
+
+@pytest.mark.parametrize("attack", [one for one in ATTACKS if one.needs == Access.WEIGHTS], ids=str)
+def test_who_has_weights_needs_no_data(attack: Attack, toy: Data, honest: Run) -> None:
+    """Other training images, other labels, by which another epoch would be chosen: the same student."""
+    train = Samples(255 - toy.train.pixels, (toy.train.labels + 1) % toy.num_classes)
+    validation = Samples(toy.validation.images, (toy.validation.labels + 1) % toy.num_classes)
+    recipe = RECIPE.model_copy(update={"selection": "best", "epochs": 20})
+    one, other = (
+        student(data, attack, honest.network(), recipe=recipe)
+        for data in (toy, replace(toy, train=train, validation=validation))
+    )
+    assert same(one, other)
+
+
+@attacks
+def test_an_attack_without_an_epoch_leaves_the_student_as_it_was(
+    attack: Attack, toy: Data, honest: Run, tmp_path: Path
+) -> None:
+    network = Model.parse(STUDENT).build(toy.shape, toy.num_classes, 0)
+    fit = Fit(RECIPE.model_copy(update={"epochs": 0}), 0, CPU, sheet=tmp_path / "sheet.png")
+    attack.run(Oracle(honest.network(), attack.needs), network, toy.attackers(0.1, 0), fit)
+    assert same(network, Model.parse(STUDENT).build(toy.shape, toy.num_classes, 0))
 
 
 @attacks

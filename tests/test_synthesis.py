@@ -223,6 +223,23 @@ def test_zskt_looks_for_what_the_student_believes_least(toy: Data) -> None:
     assert fit.history[-1]["belief"] > 1.1 * fit.history[0]["belief"]
 
 
+def test_zskt_is_the_victims_divergence_from_the_student(toy: Data) -> None:
+    """KL(victim || student) of two networks that answer everything alike, by hand; the other way it is 0.51."""
+
+    class Alike(nn.Module):
+        def __init__(self, *probabilities: float) -> None:
+            super().__init__()
+            self.logits = nn.Parameter(torch.tensor(probabilities).log())
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.logits + 0 * images.mean((1, 2, 3))[:, None]
+
+    fit = Fit(Recipe(epochs=1, lr=1e-9), 0, torch.device("cpu"))
+    victim, student = Alike(0.9, 0.05, 0.05), Alike(0.5, 0.25, 0.25)
+    ZSKT(width=4).run(Oracle(victim, ZSKT.needs), student, toy.attackers(0.1, 0), fit)
+    assert fit.history[0]["belief"] == pytest.approx(0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.05 / 0.25))
+
+
 @pytest.mark.parametrize("name", ["DAFL()", "DeepInversion(count=8, steps=2)", "Fast(every=2, warmup=1)", "ZSKT()"])
 def test_the_victim_is_laid_out_as_the_student_is(name: str, toy: Data) -> None:
     victim, seen = Model.parse("ConvNet(width=4)").build(toy.shape, toy.num_classes, 0), []

@@ -137,8 +137,8 @@ class Fit:
         return cast(Tensor, held["made"])
 
     def show(self, images: Tensor) -> None:
-        """Leave a sheet of the first of (N, C, H, W) uint8 images that an attack made."""
-        if self.sheet:
+        """Leave a sheet of the first of (N, C, H, W) uint8 images that an attack made, if it made any."""
+        if self.sheet and len(images):
             write_sheet(self.sheet, images[: COLUMNS * COLUMNS], COLUMNS)
 
     @property
