@@ -255,7 +255,14 @@ def test_data_check_shows_counts_and_a_sheet(toy_file: Path, tmp_path: Path) -> 
     assert "toy: 3 classes, images 1 x 12 x 12" in done.stdout
     assert "test: 24 images, 8 to 8 a class" in done.stdout
     assert (tmp_path / "new" / "sheet.png").read_bytes().startswith(b"\x89PNG")
-    refused(call("data", "check", "CIFAR11"), "did you mean 'CIFAR10'")
+    assert call("data", "check", toy_file, "--out", tmp_path / "new").exit_code == 0
+    assert (tmp_path / "new" / "toy-samples.png").exists()
+    for written, meant in {
+        "CIFAR11": "CIFAR10",
+        "CIFAR-10": "CIFAR10",
+        "Fashion-MNIST(seed=1)": "FashionMNIST",
+    }.items():
+        refused(call("data", "check", written), f"did you mean '{meant}'")
 
 
 def test_data_check_fails_for_other_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

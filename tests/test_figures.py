@@ -198,6 +198,15 @@ def test_figures_of_two_runs_and_of_a_victim_alone(name: str, honest: Run, victi
     assert (tmp_path / "0.svg").read_bytes() == (tmp_path / "1.svg").read_bytes()
 
 
+def test_a_figure_may_go_into_a_folder_or_make_one(table: Path, tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    for out in ("figures", "new/omegas.svg"):
+        code, said = figure("ablation", table, "--out", tmp_path / out)
+        assert code == 0, said
+    made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
+    assert made == {"figures/omega-small.svg", "figures/omega-small.png", "new/omegas.svg", "new/omegas.png"}
+
+
 @pytest.mark.parametrize("name", ["answers", "maps"])
 def test_networks_of_different_data_are_not_compared(name: str, honest: Run, toy_file: Path, tmp_path: Path) -> None:
     source = Source.parse(str(toy_file)).model_copy(update={"seed": 5})

@@ -236,8 +236,8 @@ def data_check(
         console.print(f"  {file}: {state}", soft_wrap=True)
     for part, counts in found.counts.items():
         console.print(f"  {part}: {int(counts.sum()):,} images, {int(counts.min()):,} to {int(counts.max()):,} a class")
-    out = out or Path("runs") / f"{source.title}-samples.png"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    sheet = f"{source.title}-samples.png"
+    out = _place(out or Path("runs") / sheet, sheet)
     write_sheet(out, found.sheet())
     console.print(f"  up to {COLUMNS} images of each of the first classes: {out}", soft_wrap=True)
     if not found.as_published:
@@ -270,9 +270,16 @@ def figure(
 
     sources = sources or []
     drawn = draw_named(name, sources, model)
-    beside_it = sources[0] / name if sources[0].is_dir() else sources[0]
-    for file in save(drawn, out or beside_it.with_suffix("")):
+    beside_it = sources[0] / name if sources[0].is_dir() else sources[0].with_suffix("")
+    for file in save(drawn, _place(out or beside_it, beside_it.name)):
         print(file)
+
+
+def _place(out: Path, name: str) -> Path:
+    """`out`, or `name` in it where that is a folder; made ready to be written to."""
+    path = out / name if out.is_dir() else out
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 @app.command()
