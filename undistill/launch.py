@@ -121,11 +121,11 @@ class Ray(Launcher):
             )
         ray = self._connect()
         remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=PATIENCE)(perform)
+        orders = {job.key: Order.of(job, cells, max(int(self.cpus), 1)) for job in jobs}
         done: dict[str, Cell] = {}
         try:
-            with progress.task("audit", len(jobs)) as task, Board(progress, cells) as board:
-                threads = max(int(self.cpus), 1)
-                todo = {remote.remote(Order.of(job, cells, threads)): job.key for job in jobs}
+            with progress.task("audit", len(orders)) as task, Board(progress, cells) as board:
+                todo = {remote.remote(order): key for key, order in orders.items()}
                 while todo:
                     finished, _ = ray.wait(list(todo), timeout=POLL)
                     for future in finished:

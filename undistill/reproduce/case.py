@@ -17,6 +17,7 @@ from undistill.code import source_sha256
 from undistill.data import Source
 from undistill.defences import Defence
 from undistill.errors import NonFiniteLoss
+from undistill.files import sha256
 from undistill.fit import Recipe
 from undistill.launch import Launcher
 from undistill.models import Model
@@ -98,8 +99,8 @@ class Workshop:
         specs += [Defence.parse(case.defence)] if case.defence else []
         specs += [Attack.parse(case.attack), Model.parse(case.student)] if case.attack else []
         made_on = environment(self.device)
-        parts = [*(source_sha256(type(spec)) for spec in specs), made_on["torch"], made_on["device"]]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+        sources = [*(source_sha256(type(spec)) for spec in specs), sha256(Path(__file__))]
+        return hashlib.sha256(json.dumps([*sources, made_on["torch"], made_on["device"]]).encode()).hexdigest()[:20]
 
     def measure(self, cases: Sequence[Case], seed: int) -> Iterator[tuple[Case, Measured]]:
         """Every case, those of one teacher together. A training that diverges is a result."""
