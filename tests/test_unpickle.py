@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,13 @@ def test_bytes_as_python_2_wrote_them(tmp_path: Path) -> None:
     assert batch["labels"] == [6, 9]
 
 
-NEVER_ENDS = b")" + b"2\x86" * 40
+NEVER_ENDS = b")q\x01" + b"h\x01\x86q\x01" * 40
 """A tuple of two tuples of two tuples: 2 to the power of 40 values to hash, or to print."""
 TOO_DEEP = b")" + b"\x85" * 400_000
 """A tuple in a tuple in a tuple: to hash it overflows the stack."""
 ENCODE = b"\x80\x02}(U\x01ac_codecs\nencode\n"
+ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n)R"
+TYPE = b"cnumpy\ndtype\n(U\x02u1tR"
 CRAFTED = {
     "an endless name": b"\x80\x02}" + NEVER_ENDS + b"K\x01s.",
     "a deep name": b"\x80\x02}" + TOO_DEEP + b"K\x01s.",
@@ -78,9 +81,12 @@ CRAFTED = {
     "without init": b"\x80\x02}(U\x01acnumpy\nndarray\n)\x81u.",
     "a list that holds itself": b"\x80\x02}(U\x01a]q\x00h\x00au.",
     "a huge number": b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",
-    "a huge memo": b"\x80\x02}r\xff\xff\xff\xff.",
-    "a memo that fits into memory": b"\x80\x02}r\xff\xff\xff\x01.",
-    "a memo in digits": b"\x80\x02}p33554431\n.",
+    "an endless call": b"\x80\x02}U\x01a" + NEVER_ENDS + b"NRs.",
+    "a dict with an endless name of its own": b"\x80\x02}U\x01a(}}U\x08__name__" + NEVER_ENDS + b"sbos.",
+    "a call with bytes to unroll": b"\x80\x02}(U\x01acnumpy\nndarray\nU\x02xxRu.",
+    "a dict with fields": b"\x80\x02}}U\x05otherK\x01sb.",
+    "a step that takes memory": b"\x80\x05\x96\x00\x00\x00\x50\x00\x00\x00\x00.",
+    "an array of endless shape": b"\x80\x02}(U\x01a" + ARRAY + b"(K\x01" + NEVER_ENDS + TYPE + b"\x89U\x00tbu.",
 }
 
 
@@ -122,6 +128,30 @@ def test_one_text_is_encoded_once(tmp_path: Path) -> None:
     held = read_batch(tmp_path / "batch")["a"]
     assert held[0] == "same"
     assert held[1] is held[2]
+
+
+FEW = {
+    "a huge memo": b"\x80\x02}r\xff\xff\xff\x7f.",
+    "bytes of many arrays": b"\x80\x02}(U\x01a](T\x40\x42\x0f\x00"
+    + 1_000_000 * b"x"
+    + b"q\x00"
+    + 300 * (ARRAY + b"(K\x01J\x40\x42\x0f\x00\x85" + TYPE + b"\x89h\x00tb")
+    + b"eu.",
+}
+
+
+@pytest.mark.parametrize("content", FEW.values(), ids=FEW)
+def test_a_small_pickle_takes_little_memory(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "batch").write_bytes(content)
+    tracemalloc.start()
+    try:
+        read_batch(tmp_path / "batch")
+    except DataError:
+        pass
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 20 * len(content) + 1_000_000
 
 
 def test_a_damaged_batch_says_what_to_do(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from undistill.data.official import File, Official
+from undistill.data.official import File, Official, reading
 from undistill.data.split import Samples
 from undistill.data.unpickle import read_batch
 
@@ -25,24 +26,38 @@ class Cifar(Official):
 
     def read_from(self, folder: Path) -> tuple[Samples, Samples, list[str]]:
         *train, test, meta = (folder / file.name for file in self.files)
-        return self._samples(train), self._samples([test]), _list_of(str, read_batch(meta)[self.names])
+        with reading(meta, self._again):
+            classes = _names(read_batch(meta)[self.names])
+        return self._samples(train), self._samples([test]), classes
 
     def _samples(self, files: Sequence[Path]) -> Samples:
-        batches = [read_batch(file) for file in files]
-        if not all(isinstance(batch["data"], np.ndarray) for batch in batches):
-            raise ValueError("images that are no array")
-        rows = np.concatenate([batch["data"] for batch in batches])
-        labels = np.concatenate([np.array(_list_of(int, batch[self.label]), np.int64) for batch in batches])
-        if rows.dtype != np.uint8 or rows.shape != (len(labels), 3072):
-            raise ValueError(f"{len(labels)} labels, but images of {rows.dtype} in shape {rows.shape}")
-        return Samples(torch.from_numpy(rows.reshape(-1, 3, 32, 32)), torch.from_numpy(labels))
+        rows, labels = zip(*map(self._batch, files), strict=True)
+        pixels = torch.from_numpy(np.concatenate(rows)).view(-1, 3, 32, 32)
+        return Samples(pixels, torch.from_numpy(np.concatenate(labels)))
+
+    def _batch(self, file: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Pixels (N, 3072) and labels (N,)."""
+        with reading(file, self._again):
+            batch = read_batch(file)
+            rows, labels = batch["data"], _whole_numbers(batch[self.label])
+            if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.shape != (len(labels), 3072):
+                raise ValueError(f"{len(labels)} labels, and images that are not as many rows of 3072 bytes")
+            return rows, labels
 
 
-def _list_of(kind: type, values: Any) -> list[Any]:
-    """`ValueError` for anything else."""
-    if not isinstance(values, list) or any(type(value) is not kind for value in values):
-        raise ValueError(f"no list of {kind.__name__}")
-    return values
+def _whole_numbers(values: Any) -> NDArray[np.int64]:
+    """`ValueError` for anything else: lists in lists may be more than fits into memory, each named again and again."""
+    if isinstance(values, np.ndarray) and values.ndim == 1:
+        return values.astype(np.int64)
+    if isinstance(values, list | tuple) and all(type(value) is int for value in values):
+        return np.array(values, np.int64)
+    raise ValueError("labels that are no whole numbers")
+
+
+def _names(values: Any) -> list[str]:
+    if isinstance(values, list | tuple) and all(type(value) is str and value.isprintable() for value in values):
+        return list(values)
+    raise ValueError("class names that are no text")
 
 
 class CIFAR10(Cifar):

@@ -111,8 +111,8 @@ class Official(Source):
         if not self._missing(root):
             places = " or ".join(name for name in self.folders if name)
             raise DataError(
-                f"{root} holds the files of {type(self).__name__} itself; --data-dir and {VARIABLE} name the folder "
-                f"in which {places} lies. Name that one, or move the files into {root / self.folders[0]}."
+                f"{root} itself holds files named like those of {type(self).__name__}; --data-dir and {VARIABLE} name "
+                f"the folder in which {places} lies. Name that one, or move the files into {root / self.folders[0]}."
             )
 
     def _missing(self, folder: Path) -> list[File]:
