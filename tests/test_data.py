@@ -136,7 +136,7 @@ def test_bad_npz_is_explained(tmp_path: Path, name: str, said: str) -> None:
 
 def test_what_is_no_npz_is_explained(tmp_path: Path, toy_file: Path) -> None:
     """In our words: numpy's recommend to load it with pickle."""
-    for content in (toy_file.read_bytes()[:3000], b"{}", b""):
+    for content in (toy_file.read_bytes()[:3000], b"{}", b"", b"\0" + toy_file.read_bytes()):
         (tmp_path / "half.npz").write_bytes(content)
         with pytest.raises(DataError, match=r"not a readable \.npz archive of plain arrays: it is none, or"):
             Npz(path=str(tmp_path / "half.npz")).load()

@@ -276,6 +276,13 @@ def test_an_edited_attack_costs_its_own_figures_and_no_teacher(
     assert [file.suffix for file in made() - known] == [".json"]
 
 
+def test_edited_measuring_costs_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop, case = Workshop(tmp_path, Serial()), find("table1")("smoke")[0]
+    before = shop.code(case)
+    monkeypatch.setattr("undistill.reproduce.case.sha256", lambda path: f"edited {path.name}")
+    assert shop.code(case) != before
+
+
 def test_thieves_without_data_are_measured_on_digits(tmp_path: Path) -> None:
     rows = reproduce("data-free", "smoke", [0], "*", Workshop(tmp_path, Serial()))
     measured = {row.case.name: row.measured[0] for row in rows}

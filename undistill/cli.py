@@ -217,7 +217,7 @@ app.add_typer(data, name="data")
 @data.command("check")
 def data_check(
     name: Annotated[str, typer.Argument(help="A listed data set, a folder, an .npz file, or a spec.")],
-    out: Annotated[Path | None, typer.Option(help="Where the sheet of samples goes, a PNG.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the sheet of samples goes: a PNG, or a folder.")] = None,
     data_dir: DataDir = None,
 ) -> None:
     """Read a data set whole: files, counts, classes; and show a sheet of samples. Exit code 1 for other bytes."""
@@ -249,7 +249,7 @@ def data_check(
 def figure(
     name: Annotated[str, typer.Argument(help="answers, maps, students, synthesised, training or ablation.")],
     sources: Annotated[list[Path] | None, typer.Argument(help="An audit, runs, or a table of 'reproduce'.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where it goes: both .svg and .png.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where it goes, both .svg and .png: a name, or a folder.")] = None,
     model: Code = None,
     data_dir: DataDir = None,
 ) -> None:

@@ -87,7 +87,7 @@ def read_tensors(path: Path, device: torch.device) -> dict[str, Any] | None:
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of an `.npz` by name, without executing anything; `ValueError` if it is not a whole one."""
     content = path.read_bytes()
-    if not zipfile.is_zipfile(io.BytesIO(content)):
+    if content[:2] != b"PK" or not zipfile.is_zipfile(io.BytesIO(content)):
         raise ValueError("it is none, or the end of it is missing")
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
