@@ -106,9 +106,9 @@ def adam(epochs: int, views: Views) -> Recipe:
     return sgd(epochs, (), 0.1, views).model_copy(update={"optimiser": "adamw", "lr": 1e-3, "weight_decay": 0.0})
 
 
-def one_cycle(epochs: int, lr: float, views: Views, weight_decay: float = 5e-4) -> Recipe:
+def one_cycle(epochs: int, lr: float, views: Views, batch_size: int = 128) -> Recipe:
     """A short schedule, for two cores."""
-    return Recipe(epochs=epochs, batch_size=128, lr=lr, weight_decay=weight_decay, engine=FAST, views=views)
+    return Recipe(epochs=epochs, batch_size=batch_size, lr=lr, engine=FAST, views=views)
 
 
 _CIFAR10_SGD = sgd(160, (0.5, 0.75), 0.1, PHOTOS)
@@ -227,7 +227,6 @@ def _data_free_paper(one_hot: float) -> DataFree:
     )
 
 
-_CLOTHES_45 = one_cycle(45, 0.1, CLOTHES)
 DATA_FREE: Mapping[Scale, Mapping[str, DataFree]] = {
     "smoke": {
         "digits": DataFree(
@@ -243,8 +242,8 @@ DATA_FREE: Mapping[Scale, Mapping[str, DataFree]] = {
         "Fashion-MNIST": DataFree(
             "PlainCNN(width=16)",
             {
-                "DAFL": ("DAFL(width=32, lr=0.05, T=4)", _CLOTHES_45),
-                "Fast": ("Fast(width=32)", _CLOTHES_45),
+                "DAFL": ("DAFL(width=32, lr=0.05, one_hot=0.2, T=4)", one_cycle(45, 0.1, CLOTHES, batch_size=64)),
+                "Fast": ("Fast(width=32)", one_cycle(90, 0.1, CLOTHES)),
                 "DeepInversion": ("DeepInversion(count=1000, steps=300, variation=2)", one_cycle(400, 0.1, CLOTHES)),
             },
         )
