@@ -55,6 +55,7 @@ def _whole_numbers(values: Any) -> NDArray[np.int64]:
 
 
 def _names(values: Any) -> list[str]:
+    """`ValueError` for anything else; a terminal or a figure is to print them."""
     if isinstance(values, list | tuple) and all(type(value) is str and value.isprintable() for value in values):
         return list(values)
     raise ValueError("class names that are no text")

@@ -108,6 +108,7 @@ class Official(Source):
         return (found or [root / self.folders[0]])[0]
 
     def _refuse_inside(self, root: Path) -> None:
+        """Who named the data set's own folder would get a second one in it."""
         if not self._missing(root):
             places = " or ".join(name for name in self.folders if name)
             raise DataError(
