@@ -224,7 +224,7 @@ def test_partial_and_foreign_folders_are_named_and_not_used(root: Path, monkeypa
     with pytest.raises(DataError, match=r"CIFAR10 in .* is partial: it lacks data_batch_3"):
         CIFAR10().load()
     (folder / "data_batch_3").write_bytes((folder / "elsewhere").read_bytes()[:5000])
-    with pytest.raises(DataError, match=r"data_batch_3 is not used: .*it ends too early"):
+    with pytest.raises(DataError, match=r"data_batch_3 is not used: .*(ends too early|unexpected end of data)"):
         CIFAR10().load()
     (folder / "data_batch_3").unlink()
     (folder / "data_batch_3").mkdir()
