@@ -266,12 +266,17 @@ def test_data_check_shows_counts_and_a_sheet(toy_file: Path, tmp_path: Path) -> 
 
 
 def test_data_check_fails_for_other_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MNIST, "counts", (40, 20))
+    monkeypatch.setattr(MNIST, "counts", ((4,) * 10, (2,) * 10))
     write_idx(tmp_path / "mnist", MNIST)
     done = call("data", "check", "MNIST(validation=0.25)", "--data-dir", tmp_path, "--out", tmp_path / "sheet.png")
     assert done.exit_code == 1
     assert "other bytes than published" in done.stdout
     assert (tmp_path / "sheet.png").exists()
+
+
+def test_a_lack_of_memory_ends_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("undistill.data.digits.Digits.read", lambda _: bytearray(1 << 62))
+    refused(call("data", "check", "digits"), "too little memory")
 
 
 def test_the_data_folder_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ def test_processes_that_start_together_fetch_once(monkeypatch: pytest.MonkeyPatc
 def test_a_zip_is_unpacked(
     root: Path, server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    small(monkeypatch, TinyImageNet, 18, 6)
+    small(monkeypatch, TinyImageNet, 18, 6, classes=3)
     made = tmp_path_factory.mktemp("tiny")
     write_tiny(made / "tiny-imagenet-200")
     packed = Path(shutil.make_archive(str(server[1] / "tiny"), "zip", made))

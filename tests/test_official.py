@@ -5,6 +5,7 @@ import hashlib
 import os
 import pickle
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from undistill.errors import DataError
 RANDOM = np.random.default_rng(0)
 
 
-def small(monkeypatch: pytest.MonkeyPatch, source: type[Official], train: int, test: int) -> None:
-    monkeypatch.setattr(source, "counts", (train, test))
+def small(monkeypatch: pytest.MonkeyPatch, source: type[Official], train: int, test: int, classes: int = 10) -> None:
+    """As if so many images had been published, as many of each class."""
+    monkeypatch.setattr(source, "counts", tuple((count // classes,) * classes for count in (train, test)))
 
 
 def batch(rows: int, label: str, classes: int) -> dict[bytes, Any]:
@@ -98,7 +100,7 @@ def test_cifar_batches(root: Path, monkeypatch: pytest.MonkeyPatch, protocol: in
 
 
 def test_cifar_100_has_its_fine_labels(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small(monkeypatch, CIFAR100, 300, 100)
+    small(monkeypatch, CIFAR100, 300, 100, classes=100)
     folder = root / "cifar-100-python"
     for name, rows in (("train", 300), ("test", 100)):
         dump(folder / name, batch(rows, "fine_labels", 100) | {b"coarse_labels": [0] * rows})
@@ -144,7 +146,7 @@ def test_files_that_are_not_the_published_ones_are_named_once(
 
 
 def test_tiny_imagenet_reads_the_annotations(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small(monkeypatch, TinyImageNet, 18, 6)
+    small(monkeypatch, TinyImageNet, 18, 6, classes=3)
     ids = write_tiny(root / "tiny-imagenet-200")
     data = TinyImageNet(validation=0.2).load()
     assert data.classes == tuple(f"thing {name}" for name in ids)
@@ -154,7 +156,7 @@ def test_tiny_imagenet_reads_the_annotations(root: Path, monkeypatch: pytest.Mon
 
 
 def test_images_of_another_size_are_none_of_tiny_imagenets(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small(monkeypatch, TinyImageNet, 18, 6)
+    small(monkeypatch, TinyImageNet, 18, 6, classes=3)
     write_tiny(root / "tiny-imagenet-200")
     Image.new("L", (300, 17)).save(root / "tiny-imagenet-200" / "val" / "images" / "val_3.JPEG")
     with pytest.raises(DataError, match=r"val_3\.JPEG has 300 x 17 pixels"):
@@ -165,7 +167,7 @@ def test_images_of_another_size_are_none_of_tiny_imagenets(root: Path, monkeypat
 def test_tiny_imagenet_sorted_by_class_is_read_too(
     leftovers: bool, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small(monkeypatch, TinyImageNet, 18, 6)
+    small(monkeypatch, TinyImageNet, 18, 6, classes=3)
     folder = root / "tiny-imagenet-200"
     ids = write_tiny(folder)
     for number, path in enumerate(sorted((folder / "val" / "images").iterdir())):
@@ -181,7 +183,7 @@ def test_tiny_imagenet_sorted_by_class_is_read_too(
 def test_tiny_imagenet_whose_validation_images_make_one_class_is_refused(
     root: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    small(monkeypatch, TinyImageNet, 18, 6)
+    small(monkeypatch, TinyImageNet, 18, 6, classes=3)
     folder = root / "tiny-imagenet-200"
     ids = write_tiny(folder)
     annotations = folder / "val" / "val_annotations.txt"
@@ -205,7 +207,7 @@ def test_tiny_imagenet_whose_validation_images_make_one_class_is_refused(
 def test_tiny_imagenets_annotations_name_every_image_once(
     row: str, said: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small(monkeypatch, TinyImageNet, 18, 6)
+    small(monkeypatch, TinyImageNet, 18, 6, classes=3)
     write_tiny(root / "tiny-imagenet-200")
     annotations = root / "tiny-imagenet-200" / "val" / "val_annotations.txt"
     *others, last = annotations.read_text().splitlines()
@@ -234,6 +236,54 @@ def test_partial_and_foreign_folders_are_named_and_not_used(root: Path, monkeypa
     write_cifar10(folder, rows=21)
     with pytest.raises(DataError, match=r"105 training images, the published data set 100.*Remove that folder"):
         CIFAR10().load()
+
+
+def test_other_numbers_of_a_class_are_another_data_set(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as training images in the place of the test images, or one data set packed anew as another."""
+    small(monkeypatch, CIFAR10, 100, 20)
+    folder = root / "cifar-10-batches-py"
+    write_cifar10(folder)
+    labels = [0, *range(9), *range(10)]
+    dump(folder / "test_batch", {b"data": RANDOM.integers(0, 256, (20, 3072), np.uint8), b"labels": labels})
+    with pytest.raises(DataError, match=r"3 test images of class class0, the published data set 2: .*Remove"):
+        CIFAR10().load()
+    dump(folder / "batches.meta", {b"label_names": [b"a", b"b"]})
+    with pytest.raises(DataError, match="holds 2 classes, the published data set 10"):
+        CIFAR10().load()
+
+
+@pytest.mark.parametrize(
+    ("source", "train", "test"),
+    [(CIFAR10, 50_000, 10_000), (CIFAR100, 50_000, 10_000), (TinyImageNet, 100_000, 10_000), (SVHN, 73_257, 26_032)]
+    + [(source, 60_000, 10_000) for source in (MNIST, FashionMNIST, KMNIST)],
+)
+def test_published_classes_add_up_to_the_published_totals(source: type[Official], train: int, test: int) -> None:
+    assert tuple(map(sum, source.counts)) == (train, test)
+
+
+def test_a_small_file_that_holds_too_much_is_not_unpacked_whole(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, MNIST, 40, 20)
+    write_idx(root / "mnist", MNIST)
+    path = root / "mnist" / MNIST.files[3].name
+    content = gzip.compress(struct.pack(">HBBI", 0, 8, 1, 1 << 27) + bytes(1 << 27))
+    assert len(content) < 1 << 18
+    path.write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte.gz is damaged.*more than 60,000 images"):
+        MNIST().load()
+    assert tracemalloc.get_traced_memory()[1] < len(bytes(1 << 27))
+    tracemalloc.stop()
+
+
+def test_an_svhn_that_announces_too_much_is_not_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, SVHN, 40, 20)
+    write_svhn(root)
+    monkeypatch.setattr("undistill.data.svhn.LARGEST", 32 * 32 * 3 * 39)
+    read = []
+    monkeypatch.setattr("undistill.data.svhn.loadmat", lambda *_, **__: read.append(1))
+    with pytest.raises(DataError, match=r"train_32x32.mat is damaged.*images in shape \(32, 32, 3, 40\)"):
+        SVHN().load()
+    assert not read
 
 
 def test_a_truncated_idx_file_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +396,7 @@ def test_check_says_whether_files_are_the_published_ones(root: Path, monkeypatch
 
 
 def test_check_says_where_no_hash_is_published(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small(monkeypatch, TinyImageNet, 18, 6)
+    small(monkeypatch, TinyImageNet, 18, 6, classes=3)
     write_tiny(root / "tiny-imagenet-200")
     found = check(TinyImageNet(validation=0.2))
     assert found.files.keys() == {"wnids.txt", "words.txt", "train", "val"}
@@ -377,4 +427,4 @@ def test_the_real_files(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.allclose(pool.pixels.double().mean((0, 2, 3)) / 255, mean[name], atol=2e-4)
     first = {"CIFAR10": "frog", "CIFAR100": "cattle", "FashionMNIST": "ankle boot"}
     assert classes[int(pool.labels[0])] == first[name]
-    assert (len(pool), len(test)) == source.counts
+    assert (len(pool), len(test)) == tuple(map(sum, source.counts))

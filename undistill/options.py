@@ -37,6 +37,11 @@ class Commands(TyperGroup):
                 f"Cannot read or write{where}: {error.strerror or error}. What was finished is kept; "
                 "mend that and run the same command again."
             )
+        except MemoryError:
+            fail(
+                "This machine has too little memory for that. What was finished is kept; take smaller batches "
+                "(--set recipe.batch_size=32), fewer images (count=...) or fewer workers."
+            )
         except KeyboardInterrupt:
             fail("Interrupted. The same command goes on from here.", 130)
 

@@ -18,7 +18,6 @@ class Cifar(Official):
 
     home = "https://www.cs.toronto.edu/~kriz"
     listed = False
-    counts = (50_000, 10_000)
     label: ClassVar[str]
     """The field of a batch that holds the labels."""
     names: ClassVar[str]
@@ -75,6 +74,7 @@ class CIFAR10(Cifar):
         File("test_batch", "40351d587109b95175f43aff81a1287e"),
         File("batches.meta", "5ff9c542aee3614f3951f8cda6e48888"),
     )
+    counts = ((5_000,) * 10, (1_000,) * 10)
     label = "labels"
     names = "label_names"
 
@@ -89,5 +89,6 @@ class CIFAR100(Cifar):
         File("test", "f0ef6b0ae62326f3e7ffdfab6717acfc"),
         File("meta", "7973b15100ade9c7d40fb424638fde48"),
     )
+    counts = ((500,) * 100, (100,) * 100)
     label = "fine_labels"
     names = "fine_label_names"

@@ -15,11 +15,16 @@ from undistill.data.official import AGAIN, File, Official, reading
 from undistill.data.split import Samples
 from undistill.errors import DataError
 
+LARGEST = 16 + 60_000 * 28 * 28  # bytes; a small archive may hold far more than fits into memory
+
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
     """The array in a gzipped IDX file of unsigned bytes; `DataError` if it is not a whole one."""
     with reading(path):
-        content = gzip.decompress(path.read_bytes())
+        with gzip.open(path) as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ValueError("more than 60,000 images of 28 x 28")
         zeros, kind, dimensions = struct.unpack_from(">HBB", content)
         if zeros or kind != 8:
             raise ValueError("no IDX file of unsigned bytes")
@@ -34,7 +39,7 @@ class Idx(Official):
     """Grey images, 28 x 28."""
 
     listed = False
-    counts = (60_000, 10_000)
+    counts = ((6_000,) * 10, (1_000,) * 10)
     names: ClassVar[Sequence[str]] = [str(digit) for digit in range(10)]
 
     def read_from(self, folder: Path) -> tuple[Samples, Samples, list[str]]:
@@ -73,6 +78,10 @@ class MNIST(Idx):
         "d53e105ee54ea40749a09fcbcd1e9432",
         "9fb629c4189551a2d022fa330f9573f3",
         "ec29112dd5afa0611ce80d1b7f02629c",
+    )
+    counts = (
+        (5_923, 6_742, 5_958, 6_131, 5_842, 5_421, 5_918, 6_265, 5_851, 5_949),
+        (980, 1_135, 1_032, 1_010, 982, 892, 958, 1_028, 974, 1_009),
     )
 
 

@@ -57,19 +57,16 @@ class Official(Source):
     """What is read."""
     archive: ClassVar[File | None] = None
     """What is downloaded, where the files are published in one."""
-    counts: ClassVar[tuple[int, int]]
-    """Published numbers of training and test images."""
+    counts: ClassVar[tuple[Sequence[int], Sequence[int]]]
+    """Published numbers of training and of test images, for each class."""
 
     def read(self) -> tuple[Samples, Samples, list[str]]:
         folder = self.find()
         with reading(self._what(folder), self._again):
             pool, test, classes = self.read_from(folder)
-        for kind, samples, count in (("training", pool, self.counts[0]), ("test", test, self.counts[1])):
-            if len(samples) != count:
-                raise DataError(
-                    f"{self._what(folder)} holds {len(samples):,} {kind} images, the published data set {count:,}: "
-                    f"it is partial, or another one. {self._again}"
-                )
+        for kind, samples, published in zip(("training", "test"), (pool, test), self.counts, strict=True):
+            if differs := _difference(kind, samples, classes, published):
+                raise DataError(f"{self._what(folder)} holds {differs}. {self._again}")
         self._remark(folder)
         return pool, test, classes
 
@@ -136,6 +133,21 @@ class Official(Source):
 
     def _what(self, folder: Path) -> str:
         return f"{type(self).__name__} in {folder} ({self.files[0].name} ...)"
+
+
+def _difference(kind: str, samples: Samples, classes: Sequence[str], published: Sequence[int]) -> str:
+    """What differs from the published data set; empty if all classes have as many images as there."""
+    if len(samples) != sum(published):
+        return (
+            f"{len(samples):,} {kind} images, the published data set {sum(published):,}: it is partial, or another one"
+        )
+    if len(classes) != len(published):
+        return f"{len(classes)} classes, the published data set {len(published)}"
+    for label, (name, count) in enumerate(zip(classes, published, strict=True)):
+        if (found := int((samples.labels == label).sum())) != count:
+            what = f"{found:,} {kind} images of class {name}, the published data set {count:,}"
+            return f"{what}: it is another one, or damaged"
+    return ""
 
 
 @contextmanager

@@ -1,13 +1,16 @@
 """Street View House Numbers (Netzer et al. 2011), from the MATLAB files of its authors."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.io import loadmat
+from scipy.io import loadmat, whosmat
 
 from undistill.data.official import File, Official, reading
 from undistill.data.split import Samples
+
+LARGEST = 73_257 * 32 * 32 * 3  # values
 
 
 class SVHN(Official):
@@ -19,7 +22,10 @@ class SVHN(Official):
         File("train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373"),
         File("test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3"),
     )
-    counts = (73_257, 26_032)
+    counts = (
+        (4_948, 13_861, 10_585, 8_497, 7_458, 6_882, 5_727, 5_595, 5_045, 4_659),
+        (1_744, 5_099, 4_149, 2_882, 2_523, 2_384, 1_977, 2_019, 1_660, 1_595),
+    )
 
     def read_from(self, folder: Path) -> tuple[Samples, Samples, list[str]]:
         train, test = (_read(folder / file.name) for file in self.files)
@@ -29,6 +35,9 @@ class SVHN(Official):
 def _read(path: Path) -> Samples:
     """`X` is (H, W, C, N); in `y` the digit 0 is written as 10."""
     with reading(path):
+        announced = {name: shape for name, shape, _ in whosmat(str(path))}
+        if math.prod(announced["X"]) > LARGEST:  # a small file may hold far more than fits into memory
+            raise ValueError(f"images in shape {announced['X']}")
         arrays = loadmat(str(path), variable_names=["X", "y"])
         images, labels = arrays["X"], arrays["y"].ravel().astype(np.int64) % 10
         if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)):
