@@ -131,6 +131,15 @@ def test_a_replaced_twin_is_noticed(victim: Run, tmp_path: Path, toy_file: Path)
         run_audit(Run.open(moved), tmp_path / "a")
 
 
+def test_an_attack_that_cannot_be_tried_is_named_before_anything_is_trained(
+    victim: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("undistill.attacks.deep_inversion.batch_norms", lambda network: [])
+    with pytest.raises(ModelError, match=r"the victim has none\. Leave this attack out"):
+        run_audit(victim, tmp_path / "audit", attacks=["DeepInversion()"])
+    assert not (tmp_path / "audit").exists()
+
+
 def test_unknown_parts_are_named(victim: Run, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="did you mean 'quick'"):
         run_audit(victim, tmp_path / "a", suite="quik")

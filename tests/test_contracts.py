@@ -171,6 +171,7 @@ def test_data_free_attacks_that_read_statistics_need_some(toy: Data) -> None:
     victim = nn.Sequential(nn.Flatten(), nn.Linear(144, 3))
     with pytest.raises(ModelError, match="the victim has none"):
         student(toy, Attack.parse("DeepInversion(count=12, steps=2)"), victim)
+    student(toy, Attack.parse("DeepInversion(count=12, steps=2, statistics=0)"), victim)
     untracked = nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), nn.Flatten(), nn.Linear(144, 3))
     student(toy, Attack.parse("Fast()"), untracked)
 

@@ -66,7 +66,8 @@ def audit(
     recipe = recipe or recorded_settings(subject.honest).recipe
     subject = replace(subject, asking=Asking(pick_device(device), recipe.engine, remember))
     jobs = list(plan([subject], suite, attacks, students, recipe))
-    _ = subject.answers  # what cannot be loaded is said before work is done
+    for job in jobs:  # what cannot be loaded, or attacked, is said before work is done
+        job.attack.check(job.subject.network(job.side))
     with claim(Path(out), {"command": "audit", "victim": subject.victim.digest, "honest": subject.honest.digest}):
         return perform(jobs, Path(out), suite, launcher, progress or Progress.silent())
 

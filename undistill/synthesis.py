@@ -92,6 +92,13 @@ def without_data(
     return replace(data, train=train), replace(fit, recipe=recipe, beside=beside, carried=(*fit.carried, *carried))
 
 
+def batch_norms(network: nn.Module) -> list[_BatchNorm]:
+    """Those that remember statistics."""
+    return [
+        module for module in network.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None
+    ]
+
+
 class BatchNormStatistics:
     """How far the statistics of a batch are from those that a network's batch norms remember.
 
@@ -101,11 +108,7 @@ class BatchNormStatistics:
 
     def __init__(self, network: nn.Module) -> None:
         self._distances: dict[nn.Module, Tensor] = {}
-        norms = [
-            module for module in network.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None
-        ]
-        self.found = bool(norms)
-        self._handles = [norm.register_forward_pre_hook(self._look) for norm in norms]
+        self._handles = [norm.register_forward_pre_hook(self._look) for norm in batch_norms(network)]
 
     def _look(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(norm, _BatchNorm)

@@ -19,6 +19,9 @@ class Attack(Spec):
     floor: ClassVar[bool] = False
     """A yardstick that no accuracy-preserving defence can stop, rather than a way to break one."""
 
+    def check(self, victim: nn.Module) -> None:
+        """`ModelError` for a victim on which it cannot be tried; an audit asks before it trains anything."""
+
     @abstractmethod
     def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
         """Train `student` against `oracle` on the attacker's own `data`; return it."""

@@ -16,7 +16,15 @@ from undistill.fit import Fit
 from undistill.losses import cross_entropy, distillation
 from undistill.oracle import Access, Oracle
 from undistill.stream import Batch
-from undistill.synthesis import BatchNormStatistics, disagreement, shifted, to_bytes, total_variation, without_data
+from undistill.synthesis import (
+    BatchNormStatistics,
+    batch_norms,
+    disagreement,
+    shifted,
+    to_bytes,
+    total_variation,
+    without_data,
+)
 
 BATCH = 200
 
@@ -24,7 +32,8 @@ BATCH = 200
 class DeepInversion(Attack):
     """Pixels that minimise the victim's cross-entropy for given classes, the distance of its batch-norm statistics,
     total variation (absolute, in two directions) and l2; in later rounds also the student's agreement (adaptive).
-    The student then imitates the victim on those images. Needs weights and batch norm, no data."""
+    The student then imitates the victim on those images. Needs weights, with batch norm unless statistics=0; no
+    data."""
 
     needs = Access.WEIGHTS
     count: int = Field(2000, ge=2)
@@ -47,8 +56,16 @@ class DeepInversion(Attack):
             raise ValueError(f"{self.rounds} rounds need at least {2 * self.rounds} images (count)")
         return self
 
+    def check(self, victim: nn.Module) -> None:
+        if self.statistics and not batch_norms(victim):
+            raise ModelError(
+                "DeepInversion reads the statistics of batch norms, and the victim has none. Leave this attack out, or "
+                "have it do without: DeepInversion(statistics=0)."
+            )
+
     def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
         victim = oracle.weights
+        self.check(victim)
         _, fit = without_data(data, fit, (victim,))
         made: list[Tensor] = []
         for number in range(self.rounds):
@@ -83,8 +100,6 @@ class DeepInversion(Attack):
         pixels = torch.rand(len(labels), *shape, device=labels.device).requires_grad_()
         optimiser = torch.optim.Adam([pixels], self.lr)
         with BatchNormStatistics(victim) as norms:
-            if not norms.found:
-                raise ModelError("DeepInversion reads the statistics of batch norms, and the victim has none.")
             for _ in range(self.steps):
                 images = shifted(pixels)
                 answers = victim(images)
