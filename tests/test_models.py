@@ -54,20 +54,22 @@ def test_plain_cnn_is_the_papers() -> None:
         # the sizes of the common public implementations; 1.8 and 4.1 G at 224 x 224 (He et al. 2016, table 1)
         ("ResNet(depth=18)", (3, 32, 32), 10, 11_173_962, 555.4),
         ("ResNet(depth=18)", (3, 32, 32), 100, 11_220_132, 555.5),
-        ("ResNet(depth=34)", (3, 32, 32), 10, 21_282_122, None),
-        ("ResNet(depth=50)", (3, 32, 32), 10, 23_520_842, None),
+        ("ResNet(depth=34)", (3, 32, 32), 10, 21_282_122, 1159.4),
+        ("ResNet(depth=50)", (3, 32, 32), 10, 23_520_842, 1297.8),
+        ("ResNet(depth=18)", (3, 64, 64), 200, 11_271_432, 2221.8),
         ("ResNet(depth=18)", (3, 224, 224), 1000, 11_689_512, 1814.1),
+        ("ResNet(depth=34)", (3, 224, 224), 1000, 21_797_672, 3663.8),
         ("ResNet(depth=50)", (3, 224, 224), 1000, 25_557_032, 4089.2),
-        # Xie et al. 2017, table 7: 34.4 M
-        ("ResNeXt()", (3, 32, 32), 10, 34_426_698, None),
-        # Zagoruyko and Komodakis 2016, table 4: 2.2 M for WRN-40-2
-        ("WRN(depth=16, width=1)", (3, 32, 32), 10, 175_066, None),
-        ("WRN(depth=16, width=2)", (3, 32, 32), 10, 691_674, None),
+        # Xie et al. 2017, table 7: 34.4 M; the 5.4 G of public counts
+        ("ResNeXt()", (3, 32, 32), 10, 34_426_698, 5387.3),
+        # Zagoruyko and Komodakis 2016, table 4: 2.2 M for WRN-40-2; 27, 101 and 328 M in papers on distillation
+        ("WRN(depth=16, width=1)", (3, 32, 32), 10, 175_066, 26.7),
+        ("WRN(depth=16, width=2)", (3, 32, 32), 10, 691_674, 101.1),
         ("WRN(depth=40, width=2)", (3, 32, 32), 10, 2_243_546, 327.6),
         # Sandler et al. 2018, table 4: 3.4 M, 300 M
         ("MobileNetV2()", (3, 224, 224), 1000, 3_504_872, 300.8),
         ("MobileNetV2(width=0.5)", (3, 224, 224), 1000, 1_968_680, None),
-        ("MobileNetV2()", (3, 32, 32), 100, 2_352_292, None),
+        ("MobileNetV2()", (3, 32, 32), 100, 2_352_292, 44.1),
         # Ma et al. 2018, table 8: 2.3 M and 146 M for 1x, pooling counted
         ("ShuffleNetV2()", (3, 224, 224), 1000, 2_278_604, 144.9),
         ("ShuffleNetV2()", (3, 32, 32), 10, 1_263_854, 45.0),
