@@ -21,6 +21,7 @@ from undistill.report.drawing import draw_named
 from undistill.report.evidence import read_curve, read_evidence
 from undistill.report.figures import students
 from undistill.report.page import read_report
+from undistill.report.table import Line, Measured, Table, write_table
 from undistill.sheet import write_sheet
 from undistill.store import Run
 from undistill.workflow import TrainSettings, train
@@ -40,20 +41,27 @@ def folder(victim: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def written(path: Path, rows: dict[str, list[float]], divergence: dict[str, list[float]] | None = None) -> Path:
+    """A table of these accuracies, by row and seed, and of some rows' divergences."""
+    reached = divergence or {}
+    lines = []
+    for name, accuracies in rows.items():
+        known = reached.get(name, [None] * len(accuracies))
+        lines.append(Line(name=name, measured=dict(enumerate(map(Measured, accuracies, known)))))
+    write_table(path, Table(rows=lines))
+    return path
+
+
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tables") / "omega-small.json"
-    rows = [
-        {
-            "name": f"omega={value}: {who}",
-            "accuracies": [base - 100 * value, base - 90 * value],
-            "measured": {str(seed): {"divergence": 200 * value + seed} for seed in (0, 1)},
-        }
+    rows = {
+        f"omega={value}: {who}": [base - 100 * value, base - 90 * value]
         for value in (0, 0.01, 0.1)
         for who, base in (("teacher", 99.0), ("student", 80.0))
-    ]
-    path.write_text(json.dumps({"rows": [*rows, {"name": "no teacher", "accuracies": [70.0]}]}))
-    return path
+    }
+    divergence = {f"omega={value}: teacher": [200 * value, 200 * value + 1] for value in (0, 0.01, 0.1)}
+    path = tmp_path_factory.mktemp("tables") / "omega-small.json"
+    return written(path, rows | {"no teacher": [70.0]}, divergence)
 
 
 @pytest.mark.parametrize("name", ["answers", "maps", "students", "synthesised"])
@@ -120,33 +128,29 @@ def test_an_ablation_has_a_line_for_each_series(table: Path) -> None:
 
 
 def test_a_value_with_one_seed_leaves_the_band_of_the_others(tmp_path: Path) -> None:
-    rows = [{"name": f"omega={value}: student", "accuracies": [80, 82][: 2 - value // 2]} for value in (0, 1, 2)]
-    (tmp_path / "table.json").write_text(json.dumps({"rows": rows}))
-    (axes,) = ablation(tmp_path / "table.json").axes
+    rows = {f"omega={value}: student": [80.0, 82.0][: 2 - value // 2] for value in (0, 1, 2)}
+    (axes,) = ablation(written(tmp_path / "table.json", rows)).axes
     (band,) = axes.collections
     assert band.get_paths()[0].vertices[:, 0].max() == 1
 
 
 def test_shares_are_values_too(tmp_path: Path) -> None:
-    rows = [{"name": f"{share} %: KD from nasty".replace(" %", "%"), "accuracies": [share]} for share in (10, 90)]
-    (tmp_path / "samples.json").write_text(json.dumps({"rows": rows}))
-    (axes,) = ablation(tmp_path / "samples.json").axes
+    rows = {f"{share}%: KD from nasty": [float(share)] for share in (10, 90)}
+    (axes,) = ablation(written(tmp_path / "samples.json", rows)).axes
     assert (axes.get_xlabel(), axes.lines[0].get_label()) == ("share of the images, %", "KD from nasty")
 
 
 def test_an_ablation_over_words_keeps_their_order(tmp_path: Path) -> None:
-    rows = [{"name": f"adversary={name}: student", "accuracies": [80]} for name in ("VGG(width=8)", "PlainCNN()")]
-    (tmp_path / "table.json").write_text(json.dumps({"rows": rows}))
-    figure = ablation(tmp_path / "table.json")
+    rows = {f"adversary={name}: student": [80.0] for name in ("VGG(width=8)", "PlainCNN()")}
+    figure = ablation(written(tmp_path / "table.json", rows))
     figure.draw_without_rendering()
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["VGG(width=8)", "PlainCNN()"]
     assert figure.axes[0].get_xlabel() == "adversary"
 
 
 def test_levels_are_told_apart_without_colour(tmp_path: Path) -> None:
-    rows = [{"name": name, "accuracies": [80]} for name in ("no teacher", "normal teacher", "KD: normal", "T=4: nasty")]
-    (tmp_path / "table.json").write_text(json.dumps({"rows": rows}))
-    ablation(tmp_path / "table.json").savefig(tmp_path / "levels.svg")
+    rows = {name: [80.0] for name in ("no teacher", "normal teacher", "KD: normal", "T=4: nasty")}
+    ablation(written(tmp_path / "table.json", rows)).savefig(tmp_path / "levels.svg")
     dashes = re.findall(r"stroke-dasharray: ([^;]+);", (tmp_path / "levels.svg").read_text())
     assert len(set(dashes)) == 3, "of the levels; the series is solid"
 
@@ -162,16 +166,31 @@ def test_runs_of_one_name_are_told_apart(honest: Run, victim: Run, tmp_path: Pat
     "name", ["ResNet-18 nasty -> SoftLabels / CNN", "lr / 10: normal", "PlainCNN(width=16): student"]
 )
 def test_a_digit_in_a_name_is_no_value(name: str, tmp_path: Path) -> None:
-    (tmp_path / "table.json").write_text(json.dumps({"rows": [{"name": name, "accuracies": [50.0]}]}))
     with pytest.raises(StoreError, match="holds no ablation"):
-        ablation(tmp_path / "table.json")
+        ablation(written(tmp_path / "table.json", {name: [50.0]}))
 
 
-@pytest.mark.parametrize("row", [{}, {"name": 3}, {"name": "omega=1: a", "accuracies": ["x"]}, 3], ids=str)
-def test_a_damaged_table_is_named(row: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["ablation", "synthesised"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"name": 3},
+        {"name": "omega=1: a", "measured": {"0": {"accuracy": "x"}}},
+        {"name": "a", "measured": {"0": {"accuracy": 1, "sheet": 5}}},
+        3,
+    ],
+    ids=str,
+)
+def test_a_damaged_table_is_named(row: object, name: str, tmp_path: Path) -> None:
     (tmp_path / "table.json").write_text(json.dumps({"rows": [row]}))
-    with pytest.raises(StoreError, match="is no table"):
-        ablation(tmp_path / "table.json")
+    with pytest.raises(StoreError, match=r"no table of 'undistill reproduce' \(rows\.0"):
+        draw_named(name, [tmp_path / "table.json"])
+
+
+def test_what_does_not_undermine_has_no_divergence_to_draw(honest: Run) -> None:
+    (axes,) = training(of_runs([honest])).axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "validation accuracy, %")
 
 
 def test_bad_words_are_explained(folder: Path, honest: Run, tmp_path: Path) -> None:
@@ -182,9 +201,9 @@ def test_bad_words_are_explained(folder: Path, honest: Run, tmp_path: Path) -> N
         ("answers", tmp_path): "is no run of undistill",
         ("answers", honest.folder, honest.folder, honest.folder): "compares two runs; 3 were named",
         ("synthesised", honest.folder): "evidence.npz is missing",
-        ("synthesised", tmp_path / "no.json"): "is no table of 'undistill reproduce'",
+        ("synthesised", tmp_path / "no.json"): "no table of 'undistill reproduce' (FileNotFoundError)",
         ("training", folder): "is the folder of another command (audit)",
-        ("ablation", tmp_path / "no.json"): "is no table of 'undistill reproduce'",
+        ("ablation", tmp_path / "no.json"): "no table of 'undistill reproduce' (FileNotFoundError)",
     }.items():
         code, answer = figure(*words)
         assert (code, said in answer) == (2, True), answer
@@ -219,10 +238,10 @@ def test_sheets_of_a_table_go_by_its_rows(tmp_path: Path) -> None:
     image = torch.full((1, 1, 4, 4), 200, dtype=torch.uint8)
     write_sheet(tmp_path / "x.png", image, columns=1)
     rows = [
-        {"name": "nasty -> DAFL", "measured": {"0": {"sheet": "x.png"}}},
-        {"name": "nasty", "measured": {"0": {"sheet": ""}}},
+        Line(name="nasty -> DAFL", measured={0: Measured(50.0, sheet="x.png")}),
+        Line(name="nasty", measured={0: Measured(90.0)}),
     ]
-    (tmp_path / "table.json").write_text(json.dumps({"rows": rows}))
+    write_table(tmp_path / "table.json", Table(rows=rows))
     shown = [axes for axes in draw_named("synthesised", [tmp_path / "table.json"]).axes if axes.images]
     assert [axes.get_title() for axes in shown] == ["nasty -> DAFL"]
     assert shown[0].images[0].get_array().min() == 200

@@ -1,19 +1,23 @@
 """`undistill reproduce`: measured once, resumed, kept; and every experiment at smoke."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from tests.conftest import toy_arrays
 from undistill.attacks.soft_labels import SoftLabels
 from undistill.cli import app
 from undistill.code import source_sha256
 from undistill.errors import NonFiniteLoss, SpecError, StoreError
 from undistill.fit import Recipe
 from undistill.launch import Serial
-from undistill.reproduce.case import Case, Measured, Teacher, Workshop
+from undistill.report.table import Measured
+from undistill.reproduce.case import Case, Teacher, Workshop
 from undistill.reproduce.run import EXPERIMENTS, Row, find, reproduce
 from undistill.reproduce.tables import table1
 from undistill.store import Run
@@ -67,7 +71,9 @@ def test_a_table_has_every_figure(folder: Path) -> None:
     assert all(row["measured"].keys() == {"0", "1"} for row in rows.values())
     assert rows["ResNet-18 nasty"]["measured"]["0"]["divergence"]
     assert rows["ResNet-18 normal"]["measured"]["0"]["divergence"] is None
-    assert rows["ResNet-18 normal"]["accuracies"][0] > 80
+    assert rows["ResNet-18 normal"]["measured"]["0"]["accuracy"] > 80
+    assert rows["ResNet-18 normal"]["measured"]["0"]["train_accuracy"] > 80
+    assert rows["Scratch / CNN"]["measured"]["0"]["train_accuracy"] is None
     assert "| ResNet-18 nasty |" in (folder / "table1-smoke.md").read_text()
     assert "torch" in (folder / "table1-smoke.md").read_text().splitlines()[2], "on what it was measured"
 
@@ -95,7 +101,7 @@ def test_every_experiment_runs_on_digits(name: str, hurried_folder: Path, monkey
     monkeypatch.setitem(EXPERIMENTS, name, lambda scale: cases)
     rows = reproduce(name, "smoke", [0], "*", Workshop(hurried_folder, Serial()))
     assert len(rows) == len(cases)
-    assert all(row.accuracies or row.measured[0].diverged for row in rows)
+    assert all(row.line.accuracies or row.measured[0].diverged for row in rows)
 
 
 def test_what_is_measured_is_not_measured_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +245,7 @@ def test_a_damaged_table_is_named_and_kept(content: str, tmp_path: Path) -> None
     (tmp_path / "request.json").write_text('{"command": "reproduce"}')
     table = tmp_path / "table1-smoke.json"
     table.write_text(content)
-    with pytest.raises(StoreError, match=r"table1-smoke\.json is damaged .*remove it"):
+    with pytest.raises(StoreError, match=r"table1-smoke\.json is damaged, or no table .*Remove it"):
         reproduce("table1", "smoke", [0], "*", Workshop(tmp_path, Serial()))
     assert table.read_text() == content
 
@@ -274,6 +280,16 @@ def test_an_edited_attack_costs_its_own_figures_and_no_teacher(
     after = reproduce("toy", "smoke", [0], "*", Workshop(tmp_path, Serial()))
     assert [new.measured[0].code != old.measured[0].code for new, old in zip(after, before, strict=True)] == [0, 1, 0]
     assert [file.suffix for file in made() - known] == [".json"]
+
+
+def test_other_images_under_the_same_name_cost_every_figure(toy_file: Path, tmp_path: Path) -> None:
+    """Who repairs a damaged data set is not shown what was measured on the damaged one."""
+    file = Path(shutil.copy(toy_file, tmp_path / "images.npz"))
+    case = Case("teacher", Teacher(str(file), "ConvNet(width=3)", Recipe(epochs=1)))
+    before = Workshop(tmp_path, Serial()).code(case)
+    assert Workshop(tmp_path, Serial()).code(case) == before
+    np.savez(file, **toy_arrays(seed=1))
+    assert Workshop(tmp_path, Serial()).code(case) != before
 
 
 def test_edited_measuring_costs_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

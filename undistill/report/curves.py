@@ -1,13 +1,10 @@
 """Curves: of trainings over their epochs, and of an ablation over its values; readable in black and white."""
 
-import json
 import re
-import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,6 +14,7 @@ from matplotlib.figure import Figure
 from undistill.errors import StoreError
 from undistill.report.evidence import Array, read_curve
 from undistill.report.figures import STYLE
+from undistill.report.table import read_table
 from undistill.store import Run
 from undistill.verdict import interval
 
@@ -41,18 +39,19 @@ def of_runs(runs: Sequence[Run]) -> dict[str, Array]:
 
 
 def training(curves: Mapping[str, Array]) -> Figure:
-    """Validation accuracy by epoch of each training; below it the divergence of those that undermine."""
+    """Validation accuracy by epoch of each training; below it the divergence of those that undermine, if any do."""
+    undermining = [name for name, curve in curves.items() if np.isfinite(curve[:, 1]).any()]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.5, 5.2), layout="constrained")
-        above, below = figure.subplots(2, 1, sharex=True)
+        figure = Figure(figsize=(7.5, 5.2 if undermining else 3.2), layout="constrained")
+        above, *below = figure.subplots(2 if undermining else 1, 1, sharex=True, squeeze=False)[:, 0]
         for line, (name, curve) in zip(LINES * len(curves), curves.items(), strict=False):
             epochs = range(1, len(curve) + 1)
             (drawn,) = above.plot(epochs, curve[:, 0], line, label=name)
-            if np.isfinite(curve[:, 1]).any():
-                below.plot(epochs, curve[:, 1], line, color=drawn.get_color())
+            if name in undermining:
+                below[0].plot(epochs, curve[:, 1], line, color=drawn.get_color())
+                below[0].set_ylabel("T² KL at the T of training, nats")
         above.set_ylabel("validation accuracy, %")
-        below.set_ylabel("T² KL at the T of training, nats")
-        below.set_xlabel("epoch")
+        figure.axes[-1].set_xlabel("epoch")
         above.legend(frameon=False, fontsize=8)
     return figure
 
@@ -67,15 +66,14 @@ def ablation(table: Path) -> Figure:
     flat: dict[str, list[float]] = {}
     reached: dict[str, float] = {}
     what = ""
-    for row in _read(table):
-        name, accuracies = row["name"], row["accuracies"]
-        if found := POINT.fullmatch(name):
+    for row in read_table(table).rows:
+        if found := POINT.fullmatch(row.name):
             what = found["what"] or "share of the images, %"
             value = found["value"] or found["share"]
-            lines[found["line"]][value] = accuracies
-            reached |= {value: row["divergence"]} if row["divergence"] is not None else {}
-        else:
-            flat[name] = accuracies
+            lines[found["line"]] |= {value: row.accuracies} if row.accuracies else {}
+            reached |= {value: row.divergence} if row.divergence is not None else {}
+        elif row.accuracies:
+            flat[row.name] = row.accuracies
     if not lines:
         raise StoreError(f"{table} holds no ablation; 'undistill reproduce omega' writes one.")
     places = _places([value for points in lines.values() for value in points])
@@ -113,25 +111,3 @@ def _line(axes: Axes, name: str, points: Sequence[tuple[float | str, list[float]
     low, high = np.array([(spread.low, spread.high) for spread in spreads], float).clip(0, 100).T
     if np.isfinite(low).any():
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-
-
-def _read(table: Path) -> list[dict[str, Any]]:
-    """Names, accuracies in percent and mean divergence of the measured rows."""
-    try:
-        rows = json.loads(table.read_text())["rows"]
-        measured = [
-            {
-                "name": str(row["name"]),
-                "accuracies": list(map(float, row["accuracies"])),
-                "divergence": _divergence(row.get("measured", {})),
-            }
-            for row in rows
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{table} is no table of 'undistill reproduce' ({type(error).__name__}).") from None
-    return [row for row in measured if row["accuracies"]]
-
-
-def _divergence(measured: dict[str, dict[str, Any]]) -> float | None:
-    known = [one["divergence"] for one in measured.values() if one["divergence"] is not None]
-    return statistics.fmean(known) if known else None

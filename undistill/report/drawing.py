@@ -1,6 +1,5 @@
 """`undistill figure`: one picture, from an audit, from runs or from a reproduced table."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from undistill.report import figures
 from undistill.report.curves import ablation, of_runs, training
 from undistill.report.evidence import Array, Evidence, evidence_of, read_evidence, read_sheet
 from undistill.report.page import read_report
+from undistill.report.table import read_table
 from undistill.store import Run
 from undistill.subject import Subject, parent
 
@@ -50,12 +50,8 @@ def _sheets(source: Path) -> Mapping[str, Array]:
     """By name, those of an audit or of a table."""
     if source.suffix != ".json":
         return read_evidence(source / "evidence.npz").sheets
-    try:
-        measured = {row["name"]: row["measured"].values() for row in json.loads(source.read_text())["rows"]}
-        named = {name: [one["sheet"] for one in seeds if one.get("sheet")] for name, seeds in measured.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{source} is no table of 'undistill reproduce' ({type(error).__name__}).") from None
-    return {name: read_sheet(source.parent / seeds[0]) for name, seeds in named.items() if seeds}
+    named = {row.name: [one.sheet for one in row.measured.values() if one.sheet] for row in read_table(source).rows}
+    return {name: read_sheet(source.parent / sheets[0]) for name, sheets in named.items() if sheets}
 
 
 def _synthesised(source: Path) -> Figure:

@@ -24,6 +24,7 @@ from undistill.models import Model
 from undistill.oracle import Access
 from undistill.progress import Progress
 from undistill.report.schema import Side
+from undistill.report.table import Measured
 from undistill.spec import Spec
 from undistill.store import Run, described, environment
 from undistill.subject import Asking, Subject
@@ -60,25 +61,6 @@ class Case:
     """Percent."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A case for one seed. Accuracies are in percent."""
-
-    accuracy: float
-    divergence: float | None = None
-    """T^2 KL of the victim's answers from the honest twin's, in nats; None for an honest teacher."""
-    validation_accuracy: float | None = None
-    """Of a teacher: what choices may be made by."""
-    diverged: str = ""
-    """Why training ended without a network."""
-    environment: str = ""
-    """On what it was measured, in words."""
-    code: str = ""
-    """Hash of all code that it depends on, and of the kind of machine."""
-    sheet: str = ""
-    """Where the images lie that an attack without data made, seen from the folder of the table."""
-
-
 @dataclass
 class Workshop:
     """A folder in which cases are measured; what it holds is not done again."""
@@ -91,6 +73,8 @@ class Workshop:
     """GiB of disk for the answers of each teacher."""
     diverged: dict[Path, str] = field(default_factory=dict, init=False)
     """Folders of teachers that ended without a network, and why; they are not trained again."""
+    digests: dict[str, str] = field(default_factory=dict, init=False)
+    """SHA-256 of each data set, by its name."""
 
     def code(self, case: Case) -> str:
         """What `Measured.code` is for a figure that is measured here and now."""
@@ -100,7 +84,14 @@ class Workshop:
         specs += [Attack.parse(case.attack), Model.parse(case.student)] if case.attack else []
         made_on = environment(self.device)
         sources = [*(source_sha256(type(spec)) for spec in specs), sha256(Path(__file__))]
-        return hashlib.sha256(json.dumps([*sources, made_on["torch"], made_on["device"]]).encode()).hexdigest()[:20]
+        parts = [*sources, *map(self._data_sha256, teachers), made_on["torch"], made_on["device"]]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+
+    def _data_sha256(self, teacher: Teacher) -> str:
+        """Files may be replaced; what was measured on the old ones is not of the new ones."""
+        if teacher.data not in self.digests:
+            self.digests[teacher.data] = Source.parse(teacher.data).load().digest
+        return self.digests[teacher.data]
 
     def measure(self, cases: Sequence[Case], seed: int) -> Iterator[tuple[Case, Measured]]:
         """Every case, those of one teacher together. A training that diverges is a result."""
@@ -119,14 +110,10 @@ class Workshop:
             yield from self._measure(subject, cases, seed)
 
     def _measure(self, subject: Subject, cases: Sequence[Case], seed: int) -> Iterator[tuple[Case, Measured]]:
-        metrics = subject.victim.record["metrics"]
-        divergence = metrics.get("divergence")
+        divergence = subject.victim.record["metrics"].get("divergence")
         for case in cases:
             if not case.attack:
-                logits, labels = subject.test_logits("victim"), subject.data.test.labels
-                accuracy = 100 * measure.accuracy(logits, labels)
-                known, made_on = 100 * metrics["validation_accuracy"], described(subject.victim.record["environment"])
-                yield case, Measured(accuracy, divergence, validation_accuracy=known, environment=made_on)
+                yield case, _of_teacher(subject)
         students = [case for case in cases if case.attack]
         jobs = [job(subject, case, seed) for case in students]
         cells = self.launcher.run(jobs, self.folder / "cells", self.progress) if jobs else []
@@ -187,6 +174,19 @@ class Workshop:
         named = [str(spec), source_sha256(type(spec)), *parts, self.device.type]
         digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:10]
         return self.folder / "teachers" / f"{type(spec).__name__.lower()}-{digest}-seed{seed}"
+
+
+def _of_teacher(subject: Subject) -> Measured:
+    """The victim itself."""
+    data, metrics = subject.data, subject.victim.record["metrics"]
+    learnt = subject.answers["victim"].plain(data.train, data.num_classes)
+    return Measured(
+        100 * measure.accuracy(subject.test_logits("victim"), data.test.labels),
+        metrics.get("divergence"),
+        validation_accuracy=100 * metrics["validation_accuracy"],
+        train_accuracy=100 * measure.accuracy(learnt, data.train.labels),
+        environment=described(subject.victim.record["environment"]),
+    )
 
 
 Asked = tuple[Teacher, str, Teacher | None, float]

@@ -1,20 +1,18 @@
 """`undistill reproduce`: measure the figures of one experiment, and lay them beside the published ones."""
 
 import inspect
-import json
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from undistill.errors import SpecError, StoreError, unknown
-from undistill.files import write_json, write_text
+from undistill.files import write_text
 from undistill.fit import Recipe
 from undistill.measure import DIVERGENCE_T
+from undistill.report.table import Line, Measured, Table, read_table, write_table
 from undistill.reproduce import ablations, tables
-from undistill.reproduce.case import Case, Measured, Teacher, Workshop
+from undistill.reproduce.case import Case, Teacher, Workshop
 from undistill.reproduce.scales import Scale, parse_scale
 from undistill.store import claim
 from undistill.verdict import interval
@@ -54,9 +52,17 @@ class Row:
         return repr(replace(self.case, name="", published=None))
 
     @property
-    def accuracies(self) -> list[float]:
-        """Percent, of the seeds whose training did not diverge."""
-        return [one.accuracy for _, one in sorted(self.measured.items()) if not one.diverged]
+    def line(self) -> Line:
+        """What a later call finds again, and what curves are drawn from."""
+        case = self.case
+        return Line(
+            name=case.name,
+            published=case.published,
+            teacher=case.teacher.model,
+            student=case.student,
+            measured=dict(sorted(self.measured.items())),
+            case=self.key,
+        )
 
     def holds(self, seed: int, code: str) -> bool:
         """Whether the figure of that seed is known, and was measured by that code."""
@@ -64,17 +70,18 @@ class Row:
 
     def cells(self) -> list[str]:
         """Name, published, measured with its 95 % interval, n, divergence."""
-        known = [one.divergence for one in self.measured.values() if one.divergence is not None]
-        divergence = f"{statistics.fmean(known):.1f}" if known else ""
+        reached = self.line.divergence
+        divergence = "" if reached is None else f"{reached:.1f}"
         published = "-" if self.case.published is None else f"{self.case.published:.2f}"
         return [self.case.name, published, self._accuracy(), str(len(self.measured)), divergence]
 
     def _accuracy(self) -> str:
-        lost = len(self.measured) - len(self.accuracies)
+        accuracies = self.line.accuracies
+        lost = len(self.measured) - len(accuracies)
         said = f"{lost} diverged" if lost else ""
-        if not self.accuracies:
+        if not accuracies:
             return said
-        spread = interval(self.accuracies)
+        spread = interval(accuracies)
         half = f" ± {spread.high - spread.mean:.1f}" if spread.high is not None else ""
         return f"{spread.mean:.1f}{half}" + (f", {said}" if said else "")
 
@@ -82,19 +89,6 @@ class Row:
     def environments(self) -> str:
         """On what it was measured; a table may be filled on several machines."""
         return "; ".join(sorted({one.environment for one in self.measured.values()}))
-
-    def record(self) -> dict[str, object]:
-        """What a later call finds again, and what curves are drawn from."""
-        case = self.case
-        return {
-            "name": case.name,
-            "published": case.published,
-            "teacher": case.teacher.model,
-            "student": case.student,
-            "accuracies": self.accuracies,
-            "measured": {str(seed): asdict(one) for seed, one in sorted(self.measured.items())},
-            "case": self.key,
-        }
 
 
 HEADER = ["figure", "published (unverified)", "measured", "n", "T²KL"]
@@ -156,26 +150,21 @@ def reproduce(
     return [rows[case.name] for case in chosen]
 
 
-def recall(path: Path, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def recall(path: Path, rows: Sequence[Row]) -> list[Line]:
     """Fill `rows` with what the table holds of them already, and return the others; `StoreError` if it is damaged."""
     file = path.with_suffix(".json")
     if not file.exists():
         return []
     try:
-        table = json.loads(file.read_text())
-        known = [*table["rows"], *table.get("earlier", [])]
-        figures = [
-            (str(one["case"]), {int(seed): Measured(**m) for seed, m in one["measured"].items()}) for one in known
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(
-            f"{file} is damaged ({type(error).__name__}); remove it. What it was made from is kept, and read again."
-        ) from None
+        table = read_table(file)
+    except StoreError as error:
+        raise StoreError(f"{error} Remove it; what it was made from is kept, and read again.") from None
+    known = [*table.rows, *table.earlier]
     for row in rows:
-        for key, measured in figures:
-            row.measured |= measured if key == row.key else {}
+        for line in known:
+            row.measured |= line.measured if line.case == row.key else {}
     keys = {row.key for row in rows}
-    return [one for one in known if one["case"] not in keys]
+    return [line for line in known if line.case not in keys]
 
 
 def selected_on_test(case: Case) -> Case:
@@ -192,11 +181,11 @@ def _best(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"selection": "best"})
 
 
-def write(path: Path, rows: Sequence[Row], earlier: Sequence[dict[str, Any]]) -> None:
+def write(path: Path, rows: Sequence[Row], earlier: Sequence[Line]) -> None:
     """The table as Markdown, and as JSON with the figures by seed; both say on what they were measured."""
     done = [row for row in rows if row.measured]
     header = [*HEADER, "teacher's network", "student's network", "measured on"]
     table = [[*row.cells(), row.case.teacher.model, row.case.student, row.environments] for row in done]
     lines = [header, ["---"] * len(header), *table]
     write_text(path.with_suffix(".md"), "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{caveat(done)}\n")
-    write_json(path.with_suffix(".json"), {"rows": [row.record() for row in done], "earlier": list(earlier)})
+    write_table(path.with_suffix(".json"), Table(rows=[row.line for row in done], earlier=list(earlier)))

@@ -56,6 +56,16 @@ class Setting:
         """The teacher of that name, by default the first one."""
         return Teacher(self.data, self.teachers[name or next(iter(self.teachers))], self.recipe)
 
+    @property
+    def student(self) -> Student:
+        """The first one, which is that of the ablations."""
+        return next(iter(self.students.values()))
+
+    @property
+    def sides(self) -> tuple[tuple[str, str], ...]:
+        """Both kinds of teacher, each with its defence."""
+        return ("normal", ""), ("nasty", self.defence)
+
     def recipe_of(self, model: str) -> Recipe:
         """How that network is trained: as the student that it is, or else as a teacher."""
         return next((student.recipe for student in self.students.values() if student.model == model), self.recipe)

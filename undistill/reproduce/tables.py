@@ -149,10 +149,9 @@ def data_free(scale: Scale) -> list[Case]:
     for data, thief in DATA_FREE[scale].items():
         chosen = setting(data, scale)
         teacher = replace(chosen.teacher(), model=thief.teacher or chosen.teacher().model)
-        sides = (("normal", ""), ("nasty", chosen.defence))
-        cases += [Case(f"{data}: {side}", teacher, defence) for side, defence in sides]
+        cases += [Case(f"{data}: {side}", teacher, defence) for side, defence in chosen.sides]
         for name, (attack, recipe) in thief.attacks.items():
-            for side, defence in sides:
+            for side, defence in chosen.sides:
                 cases.append(Case(f"{data}: {side} -> {name}", teacher, defence, None, attack, thief.student, recipe))
     return [replace(case, published=published.get(case.name)) for case in cases]
 
@@ -172,8 +171,9 @@ def table(chosen: Setting, published: Published) -> Iterator[Case]:
         known = published.get("none", {}).get(name)
         yield _taught(f"Scratch / {name}", chosen.teacher(), "", SCRATCH, student, known)
     for teacher in chosen.teachers:
-        for row, defence in ((f"{teacher} normal", ""), (f"{teacher} nasty", chosen.defence)):
-            figures, victim = published.get(row, {}), chosen.teacher(teacher)
+        for side, defence in chosen.sides:
+            row, victim = f"{teacher} {side}", chosen.teacher(teacher)
+            figures = published.get(row, {})
             yield Case(row, victim, defence, published=figures.get("teacher"))
             for name, student in chosen.students_of(teacher).items():
                 yield _taught(

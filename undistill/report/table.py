@@ -1,0 +1,78 @@
+"""The table of `undistill reproduce` as it lies on disk: written by it, and what curves are drawn from."""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from undistill.errors import StoreError
+from undistill.files import write_json
+from undistill.report.schema import Part
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One figure for one seed. Accuracies are in percent."""
+
+    accuracy: float
+    divergence: float | None = None
+    """T^2 KL of the victim's answers from the honest twin's, in nats; None for an honest teacher."""
+    validation_accuracy: float | None = None
+    """Of a teacher: what choices may be made by."""
+    train_accuracy: float | None = None
+    """Of a teacher: how far it fits the images that it was trained on, unaugmented."""
+    diverged: str = ""
+    """Why training ended without a network."""
+    environment: str = ""
+    """On what it was measured, in words."""
+    code: str = ""
+    """Hash of all code and data that it depends on, and of the kind of machine."""
+    sheet: str = ""
+    """Where the images lie that an attack without data made, seen from the folder of the table."""
+
+
+class Line(Part):
+    """One figure, by seed."""
+
+    name: str
+    published: float | None = None
+    teacher: str = ""
+    student: str = ""
+    measured: dict[int, Measured]
+    case: str = ""
+    """All on which the figure depends."""
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Percent, of the seeds whose training did not diverge."""
+        return [one.accuracy for _, one in sorted(self.measured.items()) if not one.diverged]
+
+    @property
+    def divergence(self) -> float | None:
+        """Mean over seeds; None for an honest teacher."""
+        known = [one.divergence for one in self.measured.values() if one.divergence is not None]
+        return statistics.fmean(known) if known else None
+
+
+class Table(Part):
+    rows: list[Line]
+    earlier: list[Line] = Field(default_factory=list)
+    """Figures of cases that are no longer asked for, because a setting was changed."""
+
+
+def read_table(file: Path) -> Table:
+    """`StoreError` for anything else."""
+    try:
+        return Table.model_validate(json.loads(file.read_text()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (OSError, ValueError) as error:
+        why = type(error).__name__
+    raise StoreError(f"{file} is damaged, or no table of 'undistill reproduce' ({why}).")
+
+
+def write_table(file: Path, table: Table) -> None:
+    write_json(file, table.model_dump())
