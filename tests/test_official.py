@@ -65,7 +65,7 @@ def write_idx(folder: Path, source: type[Official], counts: tuple[int, int] = (4
 def write_svhn(folder: Path) -> np.ndarray:
     for file, count in zip(SVHN.files, (40, 20), strict=True):
         images = RANDOM.integers(0, 256, (32, 32, 3, count), np.uint8)
-        savemat(folder / file.name, {"X": images, "y": (np.arange(count) % 10 + 1)[:, None]})
+        savemat(folder / file.name, {"X": images, "y": (np.arange(count) % 10 + 1).astype(np.uint8)[:, None]})
     return images
 
 
@@ -261,6 +261,13 @@ def test_published_classes_add_up_to_the_published_totals(source: type[Official]
     assert tuple(map(sum, source.counts)) == (train, test)
 
 
+def test_published_classes_are_in_the_order_of_their_labels() -> None:
+    """Where they differ: MNIST's ones are most and its fives fewest; SVHN's ones most, nines fewest in training."""
+    assert [[part.index(most(part)) for most in (max, min)] for part in MNIST.counts] == [[1, 5], [1, 5]]
+    assert [[part.index(most(part)) for most in (max, min)] for part in SVHN.counts] == [[1, 9], [1, 9]]
+    assert (MNIST.counts[1][4], MNIST.counts[0][9], SVHN.counts[0][0], SVHN.counts[1][2]) == (982, 5949, 4948, 4149)
+
+
 def test_a_small_file_that_holds_too_much_is_not_unpacked_whole(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch, MNIST, 40, 20)
     write_idx(root / "mnist", MNIST)
@@ -269,19 +276,32 @@ def test_a_small_file_that_holds_too_much_is_not_unpacked_whole(root: Path, monk
     assert len(content) < 1 << 18
     path.write_bytes(content)
     tracemalloc.start()
-    with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte.gz is damaged.*more than 60,000 images"):
+    with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte.gz is damaged.*more than 47,040,016 bytes"):
         MNIST().load()
     assert tracemalloc.get_traced_memory()[1] < len(bytes(1 << 27))
     tracemalloc.stop()
 
 
-def test_an_svhn_that_announces_too_much_is_not_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"X": np.zeros((32, 32, 3, 41), np.uint8), "y": np.ones((41, 1), np.uint8)}, "41 images"),
+        ({"X": np.zeros((32, 32, 3, 40), np.uint8), "y": np.ones((9000, 1), np.uint8)}, "y is .*9000"),
+        ({"X": np.zeros((32, 32, 3, 40)), "y": np.ones((40, 1), np.uint8)}, "X is .*double"),
+        ({"X": np.array([[np.zeros(9000)]], object), "y": np.ones((1, 1), np.uint8)}, "X is .*cell"),
+        ({"X": np.zeros((32, 32, 3, 40), np.uint8)}, "KeyError: 'y'"),
+    ],
+    ids=["images", "labels", "type", "cell", "missing"],
+)
+def test_an_svhn_that_announces_something_else_is_not_unpacked(
+    arrays: dict[str, np.ndarray], said: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small(monkeypatch, SVHN, 40, 20)
     write_svhn(root)
-    monkeypatch.setattr("undistill.data.svhn.LARGEST", 32 * 32 * 3 * 39)
+    savemat(root / "train_32x32.mat", arrays)
     read = []
     monkeypatch.setattr("undistill.data.svhn.loadmat", lambda *_, **__: read.append(1))
-    with pytest.raises(DataError, match=r"train_32x32.mat is damaged.*images in shape \(32, 32, 3, 40\)"):
+    with pytest.raises(DataError, match=rf"train_32x32.mat is damaged.*{said}"):
         SVHN().load()
     assert not read
 

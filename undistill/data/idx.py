@@ -24,7 +24,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
         with gzip.open(path) as file:
             content = file.read(LARGEST + 1)
         if len(content) > LARGEST:
-            raise ValueError("more than 60,000 images of 28 x 28")
+            raise ValueError(f"it holds more than {LARGEST:,} bytes")
         zeros, kind, dimensions = struct.unpack_from(">HBB", content)
         if zeros or kind != 8:
             raise ValueError("no IDX file of unsigned bytes")

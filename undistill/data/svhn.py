@@ -1,6 +1,5 @@
 """Street View House Numbers (Netzer et al. 2011), from the MATLAB files of its authors."""
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +8,6 @@ from scipy.io import loadmat, whosmat
 
 from undistill.data.official import File, Official, reading
 from undistill.data.split import Samples
-
-LARGEST = 73_257 * 32 * 32 * 3  # values
 
 
 class SVHN(Official):
@@ -33,14 +30,15 @@ class SVHN(Official):
 
 
 def _read(path: Path) -> Samples:
-    """`X` is (H, W, C, N); in `y` the digit 0 is written as 10."""
+    """`X` is (H, W, C, N); in `y` the digit 0 is written as 10. A small file may hold more than fits into memory."""
     with reading(path):
-        announced = {name: shape for name, shape, _ in whosmat(str(path))}
-        if math.prod(announced["X"]) > LARGEST:  # a small file may hold far more than fits into memory
-            raise ValueError(f"images in shape {announced['X']}")
+        announced = {name: (shape, kind) for name, shape, kind in whosmat(str(path))}
+        count = announced["X"][0][-1]
+        if announced["X"] != ((32, 32, 3, count), "uint8") or announced["y"] != ((count, 1), "uint8"):
+            raise ValueError(f"X is {announced['X']}, y is {announced['y']}")
+        if count > max(map(sum, SVHN.counts)):
+            raise ValueError(f"{count:,} images")
         arrays = loadmat(str(path), variable_names=["X", "y"])
         images, labels = arrays["X"], arrays["y"].ravel().astype(np.int64) % 10
-        if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)):
-            raise ValueError(f"images of {images.dtype} in shape {images.shape} with {len(labels)} labels")
     pixels = np.ascontiguousarray(images.transpose(3, 2, 0, 1))
     return Samples(torch.from_numpy(pixels), torch.from_numpy(labels))
