@@ -277,6 +277,10 @@ def test_data_check_fails_for_other_bytes(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_lack_of_memory_ends_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("undistill.data.digits.Digits.read", lambda _: bytearray(1 << 62))
     refused(call("data", "check", "digits"), "too little memory")
+    monkeypatch.setattr("undistill.data.digits.Digits.read", lambda _: torch.empty(1 << 62, dtype=torch.uint8))
+    refused(call("data", "check", "digits"), "too little memory")
+    monkeypatch.setattr("undistill.data.digits.Digits.read", lambda _: torch.empty(2) @ torch.empty(3))
+    assert isinstance(call("data", "check", "digits").exception, RuntimeError), "another fault is no lack of memory"
 
 
 def test_the_data_folder_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,13 +37,20 @@ class Commands(TyperGroup):
                 f"Cannot read or write{where}: {error.strerror or error}. What was finished is kept; "
                 "mend that and run the same command again."
             )
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not _short_of_memory(error):
+                raise
             fail(
-                "This machine has too little memory for that. What was finished is kept; take smaller batches "
-                "(--set recipe.batch_size=32), fewer images (count=...) or fewer workers."
+                "This machine has too little memory for that. What was finished is kept: free some, or take fewer "
+                "workers, and run the same command again. Smaller batches are another run, for another --out."
             )
         except KeyboardInterrupt:
             fail("Interrupted. The same command goes on from here.", 130)
+
+
+def _short_of_memory(error: BaseException) -> bool:
+    """torch says so in a RuntimeError, and in other words on every device."""
+    return isinstance(error, MemoryError) or any(w in str(error) for w in ("allocate memory", "out of memory"))
 
 
 def fail(message: str, code: int = 2) -> None:
