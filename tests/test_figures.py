@@ -188,6 +188,19 @@ def test_a_damaged_table_is_named(row: object, name: str, tmp_path: Path) -> Non
         draw_named(name, [tmp_path / "table.json"])
 
 
+def test_a_series_that_diverged_altogether_is_left_out(tmp_path: Path) -> None:
+    lines = [
+        Line(name=f"omega={value}: {who}", measured={0: Measured(80.0 - value, diverged=diverged)})
+        for value in (1, 2)
+        for who, diverged in (("teacher", "NaN"), ("student", ""))
+    ]
+    write_table(tmp_path / "table.json", Table(rows=lines))
+    assert [line.get_label() for line in ablation(tmp_path / "table.json").axes[0].lines] == ["student"]
+    write_table(tmp_path / "table.json", Table(rows=[line for line in lines if "teacher" in line.name]))
+    with pytest.raises(StoreError, match="holds no ablation"):
+        ablation(tmp_path / "table.json")
+
+
 def test_what_does_not_undermine_has_no_divergence_to_draw(honest: Run) -> None:
     (axes,) = training(of_runs([honest])).axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "validation accuracy, %")
@@ -201,9 +214,9 @@ def test_bad_words_are_explained(folder: Path, honest: Run, tmp_path: Path) -> N
         ("answers", tmp_path): "is no run of undistill",
         ("answers", honest.folder, honest.folder, honest.folder): "compares two runs; 3 were named",
         ("synthesised", honest.folder): "evidence.npz is missing",
-        ("synthesised", tmp_path / "no.json"): "no table of 'undistill reproduce' (FileNotFoundError)",
+        ("synthesised", tmp_path / "no.json"): "There is no table",
         ("training", folder): "is the folder of another command (audit)",
-        ("ablation", tmp_path / "no.json"): "no table of 'undistill reproduce' (FileNotFoundError)",
+        ("ablation", tmp_path / "no.json"): "There is no table",
     }.items():
         code, answer = figure(*words)
         assert (code, said in answer) == (2, True), answer

@@ -13,6 +13,7 @@ from tests.conftest import toy_arrays
 from undistill.attacks.soft_labels import SoftLabels
 from undistill.cli import app
 from undistill.code import source_sha256
+from undistill.data import Source
 from undistill.errors import NonFiniteLoss, SpecError, StoreError
 from undistill.fit import Recipe
 from undistill.launch import Serial
@@ -282,21 +283,41 @@ def test_an_edited_attack_costs_its_own_figures_and_no_teacher(
     assert [file.suffix for file in made() - known] == [".json"]
 
 
-def test_other_images_under_the_same_name_cost_every_figure(toy_file: Path, tmp_path: Path) -> None:
+def test_other_images_under_the_same_name_cost_every_figure(
+    toy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Who repairs a damaged data set is not shown what was measured on the damaged one."""
     file = Path(shutil.copy(toy_file, tmp_path / "images.npz"))
-    case = Case("teacher", Teacher(str(file), "ConvNet(width=3)", Recipe(epochs=1)))
-    before = Workshop(tmp_path, Serial()).code(case)
-    assert Workshop(tmp_path, Serial()).code(case) == before
+    few = f"Npz(path='{file}', count=60)"  # of which each seed takes others
+    recipe = Recipe(epochs=1)
+    teacher = Teacher(few, "ConvNet(width=3)", recipe)
+    cases = [Case("teacher", teacher), Case("student", teacher, "", None, "HardLabels()", "ConvNet(width=2)", recipe)]
+    monkeypatch.setitem(EXPERIMENTS, "toy", lambda scale: cases)
+
+    def codes() -> list[str]:
+        rows = reproduce("toy", "smoke", [0, 1], "*", Workshop(tmp_path / "out", Serial()))
+        return [row.measured[seed].code for row in rows for seed in (0, 1)]
+
+    before = codes()
+    assert codes() == before
     np.savez(file, **toy_arrays(seed=1))
-    assert Workshop(tmp_path, Serial()).code(case) != before
+    after = codes()
+    assert not set(after) & set(before)
+    assert len(list((tmp_path / "out" / "teachers").iterdir())) == 4, "of each seed and each data set one"
+    arrays = toy_arrays(seed=1)
+    used = Source.parse(few).model_copy(update={"seed": 0}).load()
+    seen = {image.tobytes() for part in (used.train, used.validation, used.test) for image in part.pixels.numpy()}
+    unseen = next(n for n, image in enumerate(arrays["images"]) if image.tobytes() not in seen)
+    arrays["images"][unseen] ^= 1
+    np.savez(file, **arrays)
+    assert codes()[::2] == after[::2], "seed 0 sees no change"
 
 
 def test_edited_measuring_costs_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shop, case = Workshop(tmp_path, Serial()), find("table1")("smoke")[0]
-    before = shop.code(case)
+    before = shop.code(case, 0)
     monkeypatch.setattr("undistill.reproduce.case.sha256", lambda path: f"edited {path.name}")
-    assert shop.code(case) != before
+    assert shop.code(case, 0) != before
 
 
 def test_thieves_without_data_are_measured_on_digits(tmp_path: Path) -> None:

@@ -66,13 +66,13 @@ def ablation(table: Path) -> Figure:
     flat: dict[str, list[float]] = {}
     reached: dict[str, float] = {}
     what = ""
-    for row in read_table(table).rows:
+    for row in (row for row in read_table(table).rows if row.accuracies):
         if found := POINT.fullmatch(row.name):
             what = found["what"] or "share of the images, %"
             value = found["value"] or found["share"]
-            lines[found["line"]] |= {value: row.accuracies} if row.accuracies else {}
+            lines[found["line"]][value] = row.accuracies
             reached |= {value: row.divergence} if row.divergence is not None else {}
-        elif row.accuracies:
+        else:
             flat[row.name] = row.accuracies
     if not lines:
         raise StoreError(f"{table} holds no ablation; 'undistill reproduce omega' writes one.")

@@ -5,7 +5,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from undistill.errors import StoreError
 from undistill.files import write_json
@@ -34,8 +34,9 @@ class Measured:
 
 
 class Line(Part):
-    """One figure, by seed."""
+    """One figure, by seed. What earlier versions wrote beside it is left out."""
 
+    model_config = ConfigDict(frozen=True, extra="ignore")
     name: str
     published: float | None = None
     teacher: str = ""
@@ -64,12 +65,14 @@ class Table(Part):
 
 def read_table(file: Path) -> Table:
     """`StoreError` for anything else."""
+    if not file.exists():
+        raise StoreError(f"There is no table {file}; 'undistill reproduce' writes one.")
     try:
         return Table.model_validate(json.loads(file.read_text()))
     except ValidationError as error:
         first = error.errors()[0]
-        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except (OSError, ValueError) as error:
+        why = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
+    except ValueError as error:
         why = type(error).__name__
     raise StoreError(f"{file} is damaged, or no table of 'undistill reproduce' ({why}).")
 

@@ -140,8 +140,8 @@ def collapse(scale: Scale) -> list[Case]:
     faster = plain.model_copy(update={"lr": 3 * plain.lr})
     careful = {
         "published lr, T, alpha": (plain, chosen.attack),
-        "lr * 3": (faster, chosen.attack),
-        "lr * 3, clip 1": (faster.model_copy(update={"clip": 1.0}), chosen.attack),
+        "lr x 3": (faster, chosen.attack),
+        "lr x 3, clip 1": (faster.model_copy(update={"clip": 1.0}), chosen.attack),
         "lr / 3": (plain.model_copy(update={"lr": plain.lr / 3}), chosen.attack),
         "clip 1": (plain.model_copy(update={"clip": 1.0}), chosen.attack),
         "T 4": (plain, f"SoftLabels(T=4, alpha={chosen.alpha:g})"),

@@ -73,10 +73,10 @@ class Workshop:
     """GiB of disk for the answers of each teacher."""
     diverged: dict[Path, str] = field(default_factory=dict, init=False)
     """Folders of teachers that ended without a network, and why; they are not trained again."""
-    digests: dict[str, str] = field(default_factory=dict, init=False)
-    """SHA-256 of each data set, by its name."""
+    digests: dict[Source, str] = field(default_factory=dict, init=False)
+    """SHA-256 of the data that was read already."""
 
-    def code(self, case: Case) -> str:
+    def code(self, case: Case, seed: int) -> str:
         """What `Measured.code` is for a figure that is measured here and now."""
         teachers = [teacher for teacher in (case.teacher, case.adversary) if teacher]
         specs: list[Spec] = [Model.parse(teacher.model) for teacher in teachers]
@@ -84,21 +84,22 @@ class Workshop:
         specs += [Attack.parse(case.attack), Model.parse(case.student)] if case.attack else []
         made_on = environment(self.device)
         sources = [*(source_sha256(type(spec)) for spec in specs), sha256(Path(__file__))]
-        parts = [*sources, *map(self._data_sha256, teachers), made_on["torch"], made_on["device"]]
+        images = [self._digest(_source(teacher, seed)) for teacher in teachers]
+        parts = [*sources, *images, made_on["torch"], made_on["device"]]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
-    def _data_sha256(self, teacher: Teacher) -> str:
-        """Files may be replaced; what was measured on the old ones is not of the new ones."""
-        if teacher.data not in self.digests:
-            self.digests[teacher.data] = Source.parse(teacher.data).load().digest
-        return self.digests[teacher.data]
+    def _digest(self, source: Source) -> str:
+        """Files may be replaced; what was made of the old ones is not of the new ones."""
+        if source not in self.digests:
+            self.digests[source] = source.load().digest
+        return self.digests[source]
 
     def measure(self, cases: Sequence[Case], seed: int) -> Iterator[tuple[Case, Measured]]:
         """Every case, those of one teacher together. A training that diverges is a result."""
         for asked in dict.fromkeys(map(_subject_of, cases)):
             together = [case for case in cases if _subject_of(case) == asked]
             for case, measured in self._of_subject(asked, together, seed):
-                yield case, replace(measured, code=self.code(case))
+                yield case, replace(measured, code=self.code(case, seed))
 
     def _of_subject(self, asked: "Asked", cases: Sequence[Case], seed: int) -> Iterator[tuple[Case, Measured]]:
         try:
@@ -131,10 +132,10 @@ class Workshop:
         return Subject(victim, honest, (seed,), asking=asking, share=share)
 
     def honest(self, teacher: Teacher, seed: int) -> Run:
-        source = Source.parse(teacher.data).model_copy(update={"seed": seed})
+        source = _source(teacher, seed)
         settings = TrainSettings(seed=seed, recipe=teacher.recipe)
         model = Model.parse(teacher.model)
-        folder = self._folder(model, seed, str(source), str(settings))
+        folder = self._folder(model, seed, str(source), self._digest(source), str(settings))
         with self._once(folder, f"the honest {model}"):
             return train(source, model, folder, settings=settings, device=str(self.device), progress=self.progress)
 
@@ -174,6 +175,11 @@ class Workshop:
         named = [str(spec), source_sha256(type(spec)), *parts, self.device.type]
         digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:10]
         return self.folder / "teachers" / f"{type(spec).__name__.lower()}-{digest}-seed{seed}"
+
+
+def _source(teacher: Teacher, seed: int) -> Source:
+    """The teacher's images, divided anew for each seed."""
+    return Source.parse(teacher.data).model_copy(update={"seed": seed})
 
 
 def _of_teacher(subject: Subject) -> Measured:

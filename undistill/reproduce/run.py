@@ -125,7 +125,8 @@ def reproduce(
     asked for, because a setting was changed, is kept under "earlier".
 
     Teachers and cells that the workshop's folder holds are not done again, whichever experiment asked for them; nor are
-    figures that the table holds, if they were measured by the same code on the same kind of machine.
+    figures that the table holds, if they were measured by the same code on the same images, which must be there, and on
+    the same kind of machine.
     `as_authors` keeps the epoch that is best on the test images, as the authors' code does. The difference to the plain
     table is the selection alone; at `small` and `smoke`, whose plain recipes keep the last epoch, that of best and last
     as well. Attacks without data choose nothing themselves; only their victim is another.
@@ -143,7 +144,7 @@ def reproduce(
         rows = {case.name: Row(case) for case in cases}
         kept = recall(path, list(rows.values()))
         for seed in seeds:
-            missing = [case for case in chosen if not rows[case.name].holds(seed, workshop.code(case))]
+            missing = [case for case in chosen if not rows[case.name].holds(seed, workshop.code(case, seed))]
             for case, measured in workshop.measure(missing, seed):
                 rows[case.name].measured[seed] = measured
                 write(path, list(rows.values()), kept)

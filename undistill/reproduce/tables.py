@@ -8,7 +8,8 @@ from undistill.reproduce.scales import DATA_FREE, Scale, Setting, Student, setti
 
 HARDWARE = (
     "Minutes are those of one seed with nothing done yet; experiments in one folder share teachers, and are done one "
-    "after another. 'small': one CPU core, the other busy with the like, measured, or estimated where it says 'about'. "
+    "after another. 'small': one CPU core, the other busy with the like, measured, or estimated where it says 'about'; "
+    "'--launcher pool --workers 2' uses both, and took 52 minutes for table1. "
     "'paper': a GPU with 10^14 operations a second, calculated by 'python -m benchmarks.paper'. What the paper reports "
     "is quoted second-hand and unverified."
 )
