@@ -132,7 +132,7 @@ def collapse(scale: Scale) -> list[Case]:
 
     The published lr, T and alpha without clipping, then a higher learning rate, the same clipped, a lower learning
     rate, a clipped gradient, a lower T, a lower alpha, and all precautions.
-    Published: 73.11 from the normal teacher, 3.45 from the nasty one. `small` 90 minutes, `paper` 19.
+    Published: 73.11 from the normal teacher, 3.45 from the nasty one. `small` about 120 minutes, `paper` 21.
     """
     student, share = COLLAPSING[scale]
     chosen = replace(setting("CIFAR-100", scale), students={"MobileNetV2": student})
