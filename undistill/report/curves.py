@@ -49,8 +49,9 @@ def training(curves: Mapping[str, Array]) -> Figure:
             (drawn,) = above.plot(epochs, curve[:, 0], line, label=name)
             if name in undermining:
                 below[0].plot(epochs, curve[:, 1], line, color=drawn.get_color())
-                below[0].set_ylabel("T² KL at the T of training, nats")
         above.set_ylabel("validation accuracy, %")
+        for under in below:
+            under.set_ylabel("T² KL at the T of training, nats")
         figure.axes[-1].set_xlabel("epoch")
         above.legend(frameon=False, fontsize=8)
     return figure
@@ -66,7 +67,8 @@ def ablation(table: Path) -> Figure:
     flat: dict[str, list[float]] = {}
     reached: dict[str, float] = {}
     what = ""
-    for row in (row for row in read_table(table).rows if row.accuracies):
+    rows = [row for row in read_table(table).rows if row.accuracies]
+    for row in rows:
         if found := POINT.fullmatch(row.name):
             what = found["what"] or "share of the images, %"
             value = found["value"] or found["share"]
