@@ -12,7 +12,7 @@ from tests.conftest import RECIPE, TEACHER
 from undistill import fit as fit_module
 from undistill.data import Data, Samples, Split
 from undistill.engine import Engine
-from undistill.errors import NonFiniteLoss, SpecError, StoreError
+from undistill.errors import NonFinite, SpecError, StoreError
 from undistill.fit import Fit, Recipe, build_optimiser, build_schedule
 from undistill.losses import cross_entropy
 from undistill.models import Model
@@ -184,7 +184,7 @@ def test_non_finite_buffers_stop(toy: Data, fit: Fit) -> None:
         next(m for m in network.modules() if isinstance(m, nn.BatchNorm2d)).running_var.data.fill_(torch.inf)
         return terms
 
-    with pytest.raises(NonFiniteLoss, match="running_var"):
+    with pytest.raises(NonFinite, match="running_var"):
         fit(network, toy, poisons)
 
 
@@ -193,7 +193,7 @@ def test_non_finite_term_stops_and_is_named(toy: Data, fit: Fit) -> None:
         terms = dict(plain(network, batch))
         return terms | {"undermining": terms["ce"] * (math.inf if batch.epoch == 2 else 1.0)}
 
-    with pytest.raises(NonFiniteLoss, match=r"epoch 3 of 6: the term 'undermining'.* recipe\.lr .*recipe\.clip"):
+    with pytest.raises(NonFinite, match=r"epoch 3 of 6: the term 'undermining'.* recipe\.lr .*recipe\.clip"):
         fit(Model.parse(TEACHER).build(toy.shape, 3, 0), toy, explodes)
 
 
@@ -215,7 +215,7 @@ def test_non_finite_weights_stop_even_if_the_loss_was_fine(toy: Data) -> None:
 
     breaks.calls = 0  # type: ignore[attr-defined]
     recipe = Recipe(**(RECIPE.model_dump() | {"epochs": 1, "batch_size": 500, "clip": 0}))
-    with pytest.raises(NonFiniteLoss, match="the weights after it"):
+    with pytest.raises(NonFinite, match="the weights after it"):
         trained(toy, recipe, objective=breaks)
 
 

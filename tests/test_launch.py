@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import STUDENT
+from tests.conftest import RECIPE, STUDENT
 from tests.test_kill import ENVIRONMENT, kill_when, start
 from undistill.auditor import audit
+from undistill.engine import EXACT, Engine
 from undistill.errors import LaunchError, ModelError, SpecError
 from undistill.launch import Launcher, Pool, Ray
 from undistill.progress import PROGRESS_FILE, Board, Progress, Reporter
@@ -37,7 +38,11 @@ class Marked(Attack):
 
     def run(self, oracle, student, data, fit):
         marker = Path(self.marker)
-        if self.deed != "none" and not marker.exists():
+        if self.deed == "crash in bf16" and fit.recipe.engine.precision == "bf16":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if self.deed == "crash":
+            os.kill(os.getpid(), signal.SIGABRT)
+        if self.deed in ("die", "die once", "refuse") and not marker.exists():
             if self.deed == "die once":
                 marker.touch()
             if self.deed == "refuse":
@@ -82,9 +87,24 @@ def test_the_cells_of_a_lost_worker_are_done_again(victim: Run, tmp_path: Path, 
 
 
 def test_workers_that_always_die_end_it(victim: Run, tmp_path: Path, mine) -> None:
-    with pytest.raises(LaunchError, match=r"died 3 times in a row.*lack of memory.*workers=1.*Finished cells are kept"):
+    with pytest.raises(LaunchError, match=r"SIGKILL, .* lack of memory, 3 times in a row.*workers=1.*cells are kept"):
         cells(victim, tmp_path / "a", Pool(workers=2, threads=1), [mine("die")])
     assert list((tmp_path / "a" / "cells").glob("*.json"))
+
+
+def test_a_fault_in_native_code_is_named_and_the_exact_engine_tried(
+    victim: Run, tmp_path: Path, mine, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = RECIPE.model_copy(update={"engine": Engine(precision="bf16")})
+    attacks, pool = [mine("crash in bf16")], Pool(workers=1)
+    report = audit(
+        victim, tmp_path / "a", students=[STUDENT], seeds=1, attacks=attacks, recipe=recipe, device="cpu", launcher=pool
+    )
+    engines = {cell.engine for cell in report.cells if cell.attack.startswith(str(tmp_path))}
+    assert engines == {str(EXACT)}
+    assert "ended with SIGSEGV, a fault in native code; its cell is done again in the exact engine" in caplog.text
+    with pytest.raises(LaunchError, match=r"SIGABRT, a fault in native code, in the exact engine as well.*another one"):
+        cells(victim, tmp_path / "b", pool, [mine("crash")])
 
 
 def test_an_error_in_a_cell_is_the_same_error(victim: Run, tmp_path: Path, mine) -> None:

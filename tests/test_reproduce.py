@@ -14,7 +14,7 @@ from undistill.attacks.soft_labels import SoftLabels
 from undistill.cli import app
 from undistill.code import source_sha256
 from undistill.data import Source
-from undistill.errors import NonFiniteLoss, SpecError, StoreError
+from undistill.errors import NonFinite, SpecError, StoreError
 from undistill.fit import Recipe
 from undistill.launch import Serial
 from undistill.report.table import Measured
@@ -145,7 +145,7 @@ def test_a_nasty_teacher_that_diverges_is_trained_once(
 
 
 def lost() -> None:
-    raise NonFiniteLoss("NaN")
+    raise NonFinite("NaN")
 
 
 def test_another_adversary_is_trained_and_used(toy_file: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import NASTY, RECIPE, TEACHER
-from undistill.errors import ModelError, NonFiniteLoss, StoreError
+from undistill.errors import ModelError, NonFinite, StoreError
 from undistill.fit import Recipe
 from undistill.store import Run
 from undistill.workflow import Settings, TrainSettings, protect, recorded_settings, train
@@ -76,7 +76,7 @@ def test_another_adversary_by_its_run(honest: Run, victim: Run, tmp_path: Path, 
 def test_a_diverged_protection_stops_with_advice_and_keeps_nothing(honest: Run, tmp_path: Path) -> None:
     """Unclipped, at an absurd rate, the undermined network leaves the finite numbers."""
     recipe = Recipe(**(RECIPE.model_dump() | {"lr": 1e6, "clip": 0, "epochs": 20}))
-    with pytest.raises(NonFiniteLoss, match=r"Lower recipe\.lr"):
+    with pytest.raises(NonFinite, match=r"Lower recipe\.lr"):
         protect(honest, "Nasty(omega=5)", tmp_path / "run", settings=Settings(recipe=recipe), device="cpu")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
     mended = protect(honest, NASTY, tmp_path / "run", settings=Settings(recipe=RECIPE), device="cpu")

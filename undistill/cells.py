@@ -6,16 +6,18 @@ import logging
 import shutil
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from undistill import measure
 from undistill.attacks import Attack
 from undistill.code import source_sha256
-from undistill.errors import NonFiniteLoss
-from undistill.files import write_json
+from undistill.engine import EXACT
+from undistill.errors import NonFinite
+from undistill.files import read_json, seal, unseal, write_json
 from undistill.fit import Fit, Recipe
 from undistill.measure import evaluate
 from undistill.models import Model, returned, seeded
@@ -68,14 +70,22 @@ class Job:
         """Where the attack leaves a picture of images that it made, if it makes any."""
         return cells / f"{self.key}.png"
 
-    def run(self, cells: Path, progress: Progress) -> Cell:
-        """The cell from its file, or trained and written there; a stopped training goes on."""
+    def run(self, cells: Path, progress: Progress, *, exact: bool = False) -> Cell:
+        """The cell from its file, or trained and written there; a stopped training goes on.
+
+        `exact` begins it anew in the exact engine, whatever was asked for: the one that was chosen crashed.
+        """
         file, folder = cells / f"{self.key}.json", cells / self.key
-        if cell := read_cell(file):
+        if cell := read_cell(file, self):
             return cell
+        asked = self
+        if exact:
+            shutil.rmtree(folder, ignore_errors=True)
+            subject = replace(self.subject, asking=replace(self.subject.asking, engine=EXACT))
+            asked = replace(self, subject=subject, recipe=self.recipe.model_copy(update={"engine": EXACT}))
         folder.mkdir(parents=True, exist_ok=True)
-        cell = self._train(folder, cells.parent / "engines", progress)
-        write_json(file, cell.model_dump())
+        cell = asked._train(folder, cells.parent / "engines", progress)
+        write_json(file, seal(cell.model_dump()))
         shutil.rmtree(folder, ignore_errors=True)
         return cell
 
@@ -101,7 +111,7 @@ class Job:
             with seeded(derive(self.seed, "attack")):
                 student = returned(self.attack.run(oracle, student, subject.attackers, fit), self.attack)
             logits = evaluate(student, data.test).cpu()
-        except NonFiniteLoss as error:
+        except NonFinite as error:
             logits, diverged = torch.zeros(len(data.test), data.num_classes), str(error)
         return Cell(
             side=self.side,
@@ -120,13 +130,18 @@ class Job:
         )
 
 
-def read_cell(file: Path) -> Cell | None:
-    """The finished cell, or None if it is not there or damaged, in which case it is done again."""
-    try:
-        return Cell.model_validate_json(file.read_text()) if file.exists() else None
-    except ValueError:
-        log.warning("%s is damaged; that cell is done again.", file)
+def read_cell(file: Path, job: Job) -> Cell | None:
+    """The finished cell of `job`; None if it is not there, damaged, edited or another's, so that it is done again."""
+    if not file.exists():
         return None
+    try:
+        cell = Cell.model_validate(unseal(read_json(file) or {}))
+    except ValidationError:
+        cell = None
+    if cell and (*job.column, job.seed) == (cell.side, cell.attack, cell.student, cell.seed):
+        return cell
+    log.warning("%s is damaged or was edited; that cell is done again.", file)
+    return None
 
 
 def late_gain(history: Sequence[dict[str, float]]) -> float:

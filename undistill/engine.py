@@ -15,10 +15,12 @@ from typing import Literal
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
+from torch.backends.cpu import get_cpu_capability as cpu_capability
 
 from undistill import distributed
-from undistill.errors import ModelError, SpecError
-from undistill.files import read_json, write_json
+from undistill.child import in_child
+from undistill.errors import ModelError
+from undistill.files import machine_key, read_json, seal, unseal, write_json
 from undistill.losses import cross_entropy
 from undistill.models import seeded
 from undistill.spec import Spec
@@ -27,6 +29,8 @@ COMPILING_PAYS = 300.0  # seconds of training below which compiling is not even 
 FAR = 1.5  # an engine whose second step takes so many times the best one's is given up
 TRIAL_LOCK = "engine.lock"
 GAIN = 0.97  # compiled code must take at most this share of the time without
+CHECKED = 32  # images on which an engine is compared with the exact one
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.3}  # relative; gradients of good bf16 are up to 0.15 away, those of fp32 1e-6
 
 
 class Engine(Spec):
@@ -126,17 +130,15 @@ def settle(
             assert found is not None
             if file:
                 with contextlib.suppress(OSError):  # what cannot be recorded is measured again
-                    write_json(file, trial.record(engine, found))
+                    write_json(file, seal(trial.record(engine, found), machine_key()))
     return found
 
 
 def _recorded(file: Path | None) -> Engine | None:
-    """The choice of an earlier trial; None where there is none, or it is damaged."""
-    found = read_json(file) if file else None
-    try:
-        return Engine.parse(str(found["engine"])) if found else None
-    except (KeyError, SpecError):
-        return None
+    """The choice of an earlier trial on this machine; None where there is none, or it is another's, or damaged."""
+    record = (read_json(file) if file else None) or {}
+    found = unseal(record, machine_key()) if record else None
+    return Engine.parse(str(found["engine"])) if found else None
 
 
 @contextlib.contextmanager
@@ -177,6 +179,9 @@ class _Trial:
 
     def _try(self, engine: Engine) -> None:
         best = min(self.seconds.values(), default=float("inf"))
+        if why := self._fault(engine):
+            self.refused[str(engine)] = why
+            return
         try:
             with seeded(0):
                 step = self._step(engine)
@@ -185,8 +190,36 @@ class _Trial:
                 if engine.compile or warm_up[-1] < FAR * best:
                     self.seconds[str(engine)] = statistics.median(_timed(step) for _ in range(3))
         except Exception as error:  # whatever layout or compiler cannot do with this network
-            said = str(error).strip().splitlines()
-            self.refused[str(engine)] = ": ".join([type(error).__name__, *said[:1]])
+            self.refused[str(engine)] = _summary(error)
+
+    def _fault(self, engine: Engine) -> str:
+        """Why `engine` cannot be used, though it may be fast: it crashes, or computes something else."""
+        if engine.exact:
+            return ""
+        if self.images.is_cuda:  # which a forked child cannot use
+            return self._difference(engine)
+        return known_fault(self.network, engine) or in_child(lambda: self._difference(engine))
+
+    def _difference(self, engine: Engine) -> str:
+        """How loss and gradients, or answers, differ from the exact engine's beyond `TOLERANCE`; empty if they do not.
+
+        They are compared in eval mode, where no dropout depends on the layout, after a step as in training.
+        """
+        images = self.images[:CHECKED]
+        try:
+            with seeded(0):
+                _Step(engine, deepcopy(self.network), images, self.training)()
+                exact, ours = (
+                    _Step(e, deepcopy(self.network), images, self.training).outcome() for e in (EXACT, engine)
+                )
+        except Exception as error:  # whatever layout or compiler cannot do with this network
+            return _summary(error)
+        allowed = TOLERANCE[engine.precision]
+        for what, value in ours.items():
+            far = ((value - exact[what]).norm() / exact[what].norm().clamp_min(1e-12)).item()
+            if not far <= allowed:
+                return f"{what} {far:.1e} away from the exact engine's, relative; rounding is at most {allowed:g}"
+        return ""
 
     def _step(self, engine: Engine) -> "_Step":
         return _Step(engine, deepcopy(self.network), self.images, self.training)
@@ -220,14 +253,50 @@ class _Step:
         self.images = engine.laid_out(images)
 
     def __call__(self) -> None:
+        self._compute()
+        if self.images.is_cuda:
+            torch.cuda.synchronize(self.images.device)
+
+    def outcome(self) -> dict[str, Tensor]:
+        """Loss and gradients in eval mode; answers where nothing is trained. Gradients that are not there are zero."""
+        self.network.eval()
+        logits, loss = self._compute()
+        if not self.training:
+            return {"answers": logits.detach().double()}
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.network.parameters()]
+        return {"loss": loss.detach().double(), "gradients": torch.cat([g.flatten().double() for g in gradients])}
+
+    def _compute(self) -> tuple[Tensor, Tensor]:
+        """Logits and loss; in training also the gradients."""
         with torch.set_grad_enabled(self.training), self.engine.backend():
             with self.engine.autocast(self.images.device):
                 logits = self.network(self.images)
+            labels = torch.arange(len(logits), device=logits.device) % logits.shape[1]
+            loss = cross_entropy(logits, labels)
             if self.training:
                 self.network.zero_grad()
-                cross_entropy(logits, logits.argmax(1)).backward()
-        if self.images.is_cuda:
-            torch.cuda.synchronize(self.images.device)
+                loss.backward()
+        return logits, loss
+
+
+def known_fault(network: nn.Module, engine: Engine) -> str:
+    """A fault of torch's native code on this processor that this engine would meet; empty if none is known.
+
+    Seen in torch 2.13.0 on processors with AVX2 and no AVX-512: the backward pass of a strided 1 x 1 convolution with
+    fewer than 8 input channels, channels_last and fp32, writes beyond its memory.
+    """
+    if engine.layout != "channels_last" or engine.precision != "fp32" or cpu_capability() != "AVX2":
+        return ""
+    strided = {name: m for name, m in network.named_modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1}
+    for name, module in strided.items():
+        if module.kernel_size == (1, 1) and module.in_channels // module.groups < 8:
+            return f"torch corrupts memory in {name}, a strided 1 x 1 convolution of few channels, without AVX-512"
+    return ""
+
+
+def _summary(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def _timed(step: _Step) -> float:
@@ -240,7 +309,7 @@ def machine(device: torch.device) -> list[str]:
     """What bits may depend on beside the code: the processor's instructions and threads, or the GPU's model."""
     if device.type == "cuda":
         return [torch.cuda.get_device_name(device)]
-    return [torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads"]
+    return [cpu_capability(), f"{torch.get_num_threads()} threads"]
 
 
 def keep_freed_memory() -> None:

@@ -25,6 +25,10 @@ class StoreError(UndistillError):
     """A run folder that holds something else, is unfinished, or is damaged."""
 
 
+class FileError(UndistillError):
+    """A file that is not a regular one, is too large, or leads out of the folder in which it lies."""
+
+
 class AccessDenied(UndistillError):
     """An attack asked its oracle for more than it declared."""
 
@@ -33,8 +37,8 @@ class BudgetExceeded(UndistillError):
     """An attack asked its oracle more questions than it may."""
 
 
-class NonFiniteLoss(UndistillError):
-    """Training left the finite numbers; nothing of it was kept."""
+class NonFinite(UndistillError):
+    """A number that is NaN or infinite where something is trained, measured or stored; nothing of it was kept."""
 
 
 class LaunchError(UndistillError):

@@ -1,33 +1,45 @@
-"""Files that are whole or absent: written beside their name, flushed to the disk, then renamed."""
+"""Files that are whole or absent, and that do no harm.
+
+What is written is written beside its name, flushed to the disk, then renamed. What is read is a regular file of limited
+size, and nothing in it is executed. A folder that somebody else made may hold anything: `require_plain` refuses one
+with links before anything in it is read or written.
+"""
 
 import hashlib
-import io
+import hmac
 import json
-import logging
+import math
 import os
-import zipfile
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+import re
+import secrets
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from safetensors.torch import save
-from torch import Tensor
+from filelock import FileLock
 
 from undistill import distributed
+from undistill.errors import FileError, NonFinite
 
-log = logging.getLogger(__name__)
+MIB, GIB = 2**20, 2**30
+LARGEST_TEXT = 64 * MIB
+PART = re.compile(r"\.[0-9a-f]{16}\.part")
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Of several processes that train together, the first alone writes."""
+    """Write a file whole or not at all. Of several processes that train together, the first alone writes.
+
+    The content goes into a new file with a random name, created exclusively, which no link that lies there already can
+    redirect; then it takes the place of `path`, and of a link with that name.
+    """
     if distributed.rank() > 0:
         return
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        with part.open("wb") as file:
+        with part.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -39,70 +51,163 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left of their writing. Only for a folder in which nobody else writes now."""
+    for path in folder.iterdir():
+        if PART.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
+    """UTF-8; what comes from names that are not UTF-8 is written as escapes."""
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Raises `NonFinite`, naming the field, for a number that JSON cannot hold."""
+    write_text(path, _json(value, path, indent=2) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> str:
+    """One JSON object on each line; returns the SHA-256 of the file."""
+    text = "".join(_json(row, path) + "\n" for row in rows)
+    write_text(path, text)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _json(value: object, path: Path, indent: int | None = None) -> str:
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        field, number = next(_non_finite(value))
+        raise NonFinite(f"{field} is {number}, which is not written to {path}: what is stored is finite.") from None
+
+
+def _non_finite(value: object, field: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers that are NaN or infinite in nested containers, with the names of their fields."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield field, value
+    elif isinstance(value, Mapping):
+        for name, held in value.items():
+            yield from _non_finite(held, f"{field}.{name}" if field else str(name))
+    elif isinstance(value, list | tuple):
+        for number, held in enumerate(value):
+            yield from _non_finite(held, f"{field}[{number}]")
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file for reading; `FileError` for a FIFO or device, which could keep us waiting or never end."""
+    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
+    kind = os.fstat(file.fileno()).st_mode
+    if not stat.S_ISREG(kind):
+        file.close()
+        what = "a FIFO" if stat.S_ISFIFO(kind) else "a device"
+        raise FileError(f"{path} is {what}; only regular files are read.")
+    return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_bytes(path: Path, largest: int) -> bytes:
+    """The content of a regular file of at most `largest` bytes; `FileError` for any other."""
+    with open_regular(path) as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise FileError(f"{path} is larger than the {largest:,} bytes that are read of such a file.")
+    return content
+
+
+def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
+    """As `read_bytes`; `ValueError` for what is not UTF-8."""
+    return read_bytes(path, largest).decode()
+
+
+def parse_json(text: str) -> Any:
+    """The value that `text` holds; `ValueError` for what is no JSON, nested too deeply, or not finite."""
+    try:
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"it holds the number {text[:20]}")
+    return number
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object that `write_json` wrote; None if absent, unreadable or damaged."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        value = parse_json(read_text(path))
+    except (OSError, ValueError, FileError):
         return None
     return value if isinstance(value, dict) else None
 
 
-def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """One JSON object on each line."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+def seal(record: Mapping[str, Any], key: bytes = b"") -> dict[str, Any]:
+    """`record` with a hash of its content, by which damage and edits are recognised.
+
+    Who can write the file can also make the hash anew, unless it takes a `key` that only we know.
+    """
+    content = _json(dict(sorted(record.items())), Path("a sealed record"))
+    return {**record, "sha256": hmac.new(key, content.encode(), "sha256").hexdigest()}
 
 
-def write_tensors(path: Path, state: dict[str, Any]) -> None:
-    """Nested plain containers and tensors, as `read_tensors` reads them."""
-
-    def write(file: IO[bytes]) -> None:
-        buffer = io.BytesIO()  # torch's own writer hides why the disk refused
-        torch.save(state, buffer)
-        file.write(buffer.getbuffer())
-
-    write_atomically(path, write)
+def unseal(record: Mapping[str, Any], key: bytes = b"") -> dict[str, Any] | None:
+    """The record that `seal` was given; None if its hash is not that of its content."""
+    content = {name: value for name, value in record.items() if name != "sha256"}
+    return content if record.get("sha256") == seal(content, key)["sha256"] else None
 
 
-def read_tensors(path: Path, device: torch.device) -> dict[str, Any] | None:
-    """What `write_tensors` wrote, without executing anything; None if absent or damaged."""
-    if not path.exists():
-        return None
+@cache
+def machine_key() -> bytes:
+    """A secret of this user on this machine, by which we recognise what we measured here ourselves."""
+    import pooch
+
+    path = Path(pooch.os_cache("undistill")) / "machine.key"
     try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a damaged file; all mean the same here
-        log.warning("%s is damaged (%s); that part starts again.", path, type(error).__name__)
-        return None
-    return state
-
-
-def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of an `.npz` by name, without executing anything; `ValueError` if it is not a whole one."""
-    content = path.read_bytes()
-    if content[:2] != b"PK" or not zipfile.is_zipfile(io.BytesIO(content)):
-        raise ValueError("it is none, or the end of it is missing")
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except Exception as error:  # np.load raises many kinds for what is damaged, or no archive of plain arrays
-        raise ValueError(str(error)) from None
-
-
-def write_weights(path: Path, state: Mapping[str, Tensor]) -> str:
-    """A safetensors file of the state dict; returns its SHA-256."""
-    data = save({name: value.detach().cpu().clone().contiguous() for name, value in state.items()})
-    write_atomically(path, lambda file: file.write(data))
-    return hashlib.sha256(data).hexdigest()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(".lock")):
+            if not path.exists():
+                write_atomically(path, lambda file: file.write(secrets.token_bytes(32)))
+                path.chmod(0o600)
+            return read_bytes(path, 32)
+    except OSError:  # no place to keep one: what is measured now is found again by nobody else
+        return secrets.token_bytes(32)
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    """SHA-256 of a regular file."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_plain(folder: Path) -> None:
+    """Raise `FileError` unless everything below `folder` is a regular file or a folder.
+
+    A link could have us read or overwrite what lies elsewhere. `folder` itself was named by the user, and may be one.
+    """
+    todo = [folder]
+    while todo:
+        with os.scandir(todo.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    todo.append(Path(entry.path))
+                elif not entry.is_file(follow_symlinks=False):
+                    what = f"a link to {os.readlink(entry.path)}" if entry.is_symlink() else "no regular file"
+                    raise FileError(
+                        f"{entry.path} is {what}. Below {folder} only files and folders are used, since a link could "
+                        "lead anywhere. Remove it, or put a copy of what it names into its place."
+                    )
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, where `name` was read from a file; `FileError` if that leads out of the folder."""
+    parts = PurePosixPath(name).parts
+    path = folder / name if parts and not {"..", "/"} & {*parts} and not {"\0", "\\"} & {*name} else None
+    if path is None or not path.resolve().is_relative_to(folder.resolve()):
+        raise FileError(f"{name[:200]!r}, which a file names, is not used: it leads out of {folder}.")
+    return path

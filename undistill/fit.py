@@ -25,14 +25,15 @@ from undistill import distributed
 from undistill.answers import Answers, AnswerStore
 from undistill.data import Split
 from undistill.engine import Engine, settle
-from undistill.errors import ModelError, NonFiniteLoss, SpecError, StoreError
-from undistill.files import read_tensors, write_lines, write_tensors
+from undistill.errors import ModelError, NonFinite, SpecError, StoreError
+from undistill.files import write_lines
 from undistill.measure import accuracy, evaluate, nll
 from undistill.models import seeded
 from undistill.progress import Progress
 from undistill.seeds import derive
 from undistill.sheet import COLUMNS, write_sheet
 from undistill.spec import Spec
+from undistill.states import read_tensors, write_tensors
 from undistill.stream import Batch, Stream
 from undistill.views import Views, to_float
 
@@ -149,7 +150,7 @@ class Fit:
     def __call__(
         self, network: nn.Module, data: Split, objective: Objective, *, epochs: int | None = None
     ) -> nn.Module:
-        """Raises `NonFiniteLoss`, naming epoch and term, as soon as a term or a weight is not finite."""
+        """Raises `NonFinite`, naming epoch and term, as soon as a term or a weight is not finite."""
         epochs = self.recipe.epochs if epochs is None else epochs
         if epochs == 0:
             return network.to(self.device).eval()
@@ -290,7 +291,7 @@ class _Loop:
     def _check_finite(self, values: Mapping[str, Tensor], what: str) -> None:
         for name, value in values.items():
             if not value.isfinite().all():
-                raise NonFiniteLoss(
+                raise NonFinite(
                     f"Training stopped in epoch {self.epoch + 1} of {self.epochs}: {what} '{name}' is NaN or infinite. "
                     f"Lower recipe.lr (now {self.recipe.lr:g}), clip the gradient (recipe.clip, now "
                     f"{self.recipe.clip:g}, 0 is off), or lower the weight of that term. "

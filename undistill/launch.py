@@ -2,34 +2,39 @@
 
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import signal
 import socket
-import threading
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import Field
 
 from undistill import code
 from undistill.cells import Job
+from undistill.child import death, is_native_fault
 from undistill.data.official import VARIABLE, data_dir
 from undistill.engine import keep_freed_memory
 from undistill.errors import LaunchError
 from undistill.progress import Board, Progress, Reporter
 from undistill.report.schema import Cell
 from undistill.spec import Spec
+from undistill.worker import serve
+
+log = logging.getLogger(__name__)
 
 POLL = 0.5  # seconds between two looks at the workers
-PATIENCE = 3  # how often in a row all workers may be lost without a cell in between
+STOP = 5.0  # seconds that a worker has to end
+PATIENCE = 3  # how many workers may be lost in a row without a cell in between
 
 
 class Launcher(Spec):
@@ -56,52 +61,149 @@ class Pool(Launcher):
     """In `workers` processes on this machine, which share its cores; on GPUs, one for each in turn."""
 
     workers: int = Field(2, ge=1, le=512)
-    threads: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0, le=1024)
     """Of each worker; 0 divides the cores."""
 
     def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Cell]:
         orders = {job.key: Order.of(job, cells, self._threads()) for job in jobs}
+        todo = deque(orders)
         done: dict[str, Cell] = {}
-        lost = 0
-        with progress.task("audit", len(orders)) as task, Board(progress, cells) as board:
+        lost = 0  # deaths without a cell in between
+        with (
+            progress.task("audit", len(orders)) as task,
+            Board(progress, cells) as board,
+            Crew(min(self.workers, len(orders))) as crew,
+        ):
             while len(done) < len(orders):
-                before = len(done)
-                try:
-                    with self._executor() as executor:
-                        todo = {executor.submit(perform, orders[key]): key for key in orders if key not in done}
-                        while todo:
-                            finished, _ = wait(todo, POLL, FIRST_COMPLETED)
-                            for future in finished:
-                                done[todo.pop(future)] = future.result()
-                                task.advance()
-                            board.look()
-                except BrokenProcessPool:
-                    lost = lost + 1 if len(done) == before else 0
-                    if lost == PATIENCE:
-                        raise LaunchError(
-                            f"Workers died {lost} times in a row, most likely for lack of memory; use fewer: "
-                            f"Pool(workers={max(self.workers - 1, 1)}). A script of your own must call audit() below "
-                            "if __name__ == '__main__':, or its workers run it again. Finished cells are kept."
-                        ) from None
+                crew.assign(todo, orders)
+                for key, result in crew.finished(POLL):
+                    if isinstance(result, Death):
+                        lost += 1
+                        orders[key] = self._again(orders[key], result, lost)
+                        todo.appendleft(key)
+                        continue
+                    if isinstance(result, Exception):
+                        raise result
+                    done[key], lost = result, 0
+                    task.advance()
+                board.look()
         return [done[job.key] for job in jobs]
+
+    def _again(self, order: "Order", death: "Death", lost: int) -> "Order":
+        """The order to try after a worker's death; `LaunchError` where nothing is left to try."""
+        fault = is_native_fault(death.exitcode)
+        if (fault and order.exact) or lost == PATIENCE:
+            raise LaunchError(f"{self._why(death, fault, lost)} Finished cells are kept.")
+        log.warning("A worker ended with %s; its cell is done again%s.", death, " in the exact engine" * fault)
+        return replace(order, exact=order.exact or fault)
+
+    def _why(self, death: "Death", fault: bool, lost: int) -> str:
+        if fault:
+            return (
+                f"A worker ended with {death}, in the exact engine as well. Name another one with --set, such as "
+                "recipe.engine.layout=channels_last, or update torch."
+            )
+        if death.exitcode and death.exitcode > 0:
+            return (
+                f"Workers ended with {death} {lost} times in a row. A script of your own must call audit() below "
+                "if __name__ == '__main__':, or its workers run it again."
+            )
+        fewer = f"Pool(workers={max(self.workers - 1, 1)})"
+        return f"Workers ended with {death}, {lost} times in a row; use fewer: {fewer}."
 
     def _threads(self) -> int:
         return self.threads or max(torch.get_num_threads() // self.workers, 1)
 
-    @contextmanager
-    def _executor(self) -> Iterator[ProcessPoolExecutor]:
-        """An executor whose workers do not outlive this block, however it is left."""
-        context = multiprocessing.get_context("spawn")
-        others = set(multiprocessing.active_children())
-        executor = ProcessPoolExecutor(self.workers, context, _start_worker, (context.Value("i", 0),))
-        try:
-            yield executor
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
-            for worker in set(multiprocessing.active_children()) - others:
-                worker.terminate()
-            raise
-        executor.shutdown()
+
+@dataclass(frozen=True)
+class Death:
+    """A worker that ended in the middle of a cell."""
+
+    exitcode: int | None
+
+    def __str__(self) -> str:
+        return death(self.exitcode)
+
+
+class Crew:
+    """Worker processes, each told what to do through a pipe of its own, so that it is known what a dead one was doing.
+
+    None of them outlives the block, however it is left.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._workers = [self._start(number) for number in range(size)]
+
+    def _start(self, number: int) -> "Worker":
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=serve, args=(theirs, number))
+        with _interrupts_blocked():
+            process.start()
+        theirs.close()
+        return Worker(process, ours)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for worker in self._workers:
+            worker.pipe.close()  # at which an idle one ends
+            if kind is not None:
+                worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join(STOP)
+            worker.process.kill()
+            worker.process.join()
+
+    def assign(self, todo: deque[str], orders: Mapping[str, "Order"]) -> None:
+        """Give every idle worker the next order; dead ones are replaced."""
+        for number, worker in enumerate(self._workers):
+            if not todo:
+                return
+            if worker.key:
+                continue
+            if not worker.process.is_alive():
+                worker.pipe.close()
+                worker = self._workers[number] = self._start(number)
+            worker.key = todo.popleft()
+            with suppress(OSError):  # one that died meanwhile is noticed by `finished`
+                worker.pipe.send(orders[worker.key])
+
+    def finished(self, seconds: float) -> Iterator[tuple[str, Cell | Exception | Death]]:
+        """What the workers answer within `seconds`, by key."""
+        busy: dict[Any, Worker] = {worker.pipe: worker for worker in self._workers if worker.key}
+        for pipe in multiprocessing.connection.wait(list(busy), seconds):
+            worker = busy[pipe]
+            try:
+                result = worker.pipe.recv()
+            except (EOFError, OSError):  # its end of the pipe is closed: it died
+                worker.process.join(STOP)
+                result = Death(worker.process.exitcode)
+            key, worker.key = worker.key, ""
+            yield key, result
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """A process that is started inside never sees Ctrl-C, not even while it imports."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@dataclass
+class Worker:
+    """A process, our end of the pipe to it, and the key of the cell that it does now, if any."""
+
+    process: Any
+    pipe: Connection
+    key: str = ""
 
 
 class Ray(Launcher):
@@ -129,8 +231,14 @@ class Ray(Launcher):
                 while todo:
                     finished, _ = ray.wait(list(todo), timeout=POLL)
                     for future in finished:
-                        done[todo.pop(future)] = self._result(ray, future)
-                        task.advance()
+                        key = todo.pop(future)
+                        try:
+                            done[key] = self._result(ray, future)
+                        except ray.exceptions.RayError as error:
+                            orders[key] = self._again(orders[key], error)
+                            todo[remote.remote(orders[key])] = key
+                        else:
+                            task.advance()
                     board.look()
         finally:
             ray.shutdown()
@@ -157,12 +265,15 @@ class Ray(Launcher):
             cell: Cell = ray.get(future)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
-        except ray.exceptions.RayError as error:
-            raise LaunchError(
-                f"A cell's worker died {PATIENCE + 1} times ({' '.join(str(error).split())[:200]}). "
-                "Finished cells are kept."
-            ) from None
         return cell
+
+    def _again(self, order: "Order", error: Exception) -> "Order":
+        """Ray does not say by which signal a worker died: the exact engine is tried before giving up."""
+        why = f"A cell's worker died {PATIENCE + 1} times ({' '.join(str(error).split())[:200]})"
+        if order.exact:
+            raise LaunchError(f"{why}, in the exact engine as well. Finished cells are kept.") from None
+        log.warning("%s; its cell is done again in the exact engine.", why)
+        return replace(order, exact=True)
 
 
 def _require_listening(address: str) -> None:
@@ -182,6 +293,8 @@ class Order:
     cwd: Path
     data: Path
     trusted: tuple[str, ...]
+    exact: bool = False
+    """Compute in the exact engine, whatever the job asks for."""
 
     @classmethod
     def of(cls, job: Job, cells: Path, threads: int) -> "Order":
@@ -197,21 +310,10 @@ def perform(order: Order) -> Cell:
     for reference in order.trusted:
         code.trust(reference)
     job: Job = pickle.loads(order.job)
-    return job.run(order.cells, Reporter(order.cells / job.key))
+    return job.run(order.cells, Reporter(order.cells / job.key), exact=order.exact)
 
 
-def _start_worker(counter: Any) -> None:
-    """Ctrl-C is the parent's business; each worker takes the next GPU, and does not outlive a killed parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with counter.get_lock():
-        number, counter.value = counter.value, counter.value + 1
+def take_gpu(number: int) -> None:
+    """Let this process compute on one of the GPUs, in turn."""
     if count := torch.cuda.device_count():
         torch.cuda.set_device(number % count)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -28,9 +28,10 @@ from undistill import distributed
 from undistill.code import core_sha256, is_code
 from undistill.data import Data, Source
 from undistill.engine import TRIAL_LOCK
-from undistill.errors import NonFiniteLoss, StoreError
-from undistill.files import read_json, sha256, write_json, write_weights
+from undistill.errors import NonFinite, StoreError
+from undistill.files import read_json, sha256, write_json
 from undistill.models import Model, device_of, load_weights
+from undistill.states import write_weights
 
 Record = dict[str, Any]
 
@@ -92,7 +93,7 @@ def claim(folder: Path, request: Record) -> Iterator[Claim]:
         place = Claim(folder)
         try:
             yield place
-        except NonFiniteLoss:
+        except NonFinite:
             place.give_up()
             raise
         distributed.barrier()  # the first process has finished it by then

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from undistill.attacks.generative import Generative
 from undistill.data import Samples, Split
-from undistill.errors import NonFiniteLoss
+from undistill.errors import NonFinite
 from undistill.fit import Fit
 from undistill.losses import cross_entropy, distillation
 from undistill.oracle import Oracle
@@ -102,7 +102,7 @@ class Fast(Generative):
                     loss = loss - self.adversarial * agreed_divergence(answers, rival(seen))
                 reached = loss.item()
                 if not math.isfinite(reached):
-                    raise NonFiniteLoss("Fast cannot fit images: victim or student answers NaN. Lower recipe.lr.")
+                    raise NonFinite("Fast cannot fit images: victim or student answers NaN. Lower recipe.lr.")
                 if reached < lowest:
                     lowest, best = reached, to_bytes(images)
                 optimiser.zero_grad()

@@ -8,7 +8,7 @@ import torch
 from undistill.data.source import ResolvedPath, Source
 from undistill.data.split import Samples
 from undistill.errors import DataError
-from undistill.files import read_arrays
+from undistill.states import read_arrays
 
 
 class Npz(Source):

@@ -20,10 +20,11 @@ from undistill.code import is_code
 from undistill.data import Data, Samples
 from undistill.defences import Defence
 from undistill.errors import StoreError
-from undistill.files import read_arrays, write_atomically
+from undistill.files import write_atomically
 from undistill.measure import DIVERGENCE_T as T
 from undistill.measure import evaluate
 from undistill.models import Model, device_of, features
+from undistill.states import read_arrays
 from undistill.store import Run
 from undistill.views import to_float
 

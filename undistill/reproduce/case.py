@@ -16,7 +16,7 @@ from undistill.cells import Job
 from undistill.code import source_sha256
 from undistill.data import Source
 from undistill.defences import Defence
-from undistill.errors import NonFiniteLoss
+from undistill.errors import NonFinite
 from undistill.files import sha256
 from undistill.fit import Recipe
 from undistill.launch import Launcher
@@ -104,7 +104,7 @@ class Workshop:
     def _of_subject(self, asked: "Asked", cases: Sequence[Case], seed: int) -> Iterator[tuple[Case, Measured]]:
         try:
             subject = self.subject(*asked, seed)
-        except NonFiniteLoss as error:
+        except NonFinite as error:
             lost = Measured(0.0, diverged=str(error), environment=described(environment(self.device)))
             yield from ((case, lost) for case in cases)
         else:
@@ -161,14 +161,14 @@ class Workshop:
 
     @contextmanager
     def _once(self, folder: Path, who: str) -> Iterator[None]:
-        """A training that diverged is not begun again; `NonFiniteLoss` says whose it was."""
+        """A training that diverged is not begun again; `NonFinite` says whose it was."""
         if folder in self.diverged:
-            raise NonFiniteLoss(self.diverged[folder])
+            raise NonFinite(self.diverged[folder])
         try:
             yield
-        except NonFiniteLoss as error:
+        except NonFinite as error:
             self.diverged[folder] = f"{who}: {error}"
-            raise NonFiniteLoss(self.diverged[folder]) from error
+            raise NonFinite(self.diverged[folder]) from error
 
     def _folder(self, spec: Spec, seed: int, *parts: str) -> Path:
         """Where the network that `spec` makes lies, named by all that it depends on."""

@@ -1,0 +1,49 @@
+"""A process of a pool: it does one cell after another, and ends with its parent.
+
+This module imports nothing heavy: from its first moment on, long before torch is imported, the process watches whether
+its parent is still there.
+"""
+
+import multiprocessing
+import os
+import pickle
+import threading
+import traceback
+from importlib import import_module
+from multiprocessing.connection import Connection
+from typing import Any
+
+from undistill.errors import UndistillError
+
+
+def serve(pipe: Connection, number: int) -> None:
+    """Perform the orders that come through `pipe`, and send back each result or error. `number` counts workers."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    launch = import_module("undistill.launch")
+    launch.take_gpu(number)
+    while True:
+        try:
+            order = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_result(launch.perform, order))
+
+
+def _result(perform: Any, order: Any) -> Any:
+    try:
+        return perform(order)
+    except Exception as error:
+        if not isinstance(error, UndistillError):  # whose message is for the user, and says it all
+            error.add_note("In a worker process:\n" + traceback.format_exc())
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # an error of the user's own that cannot travel
+            return RuntimeError(traceback.format_exc())
+        return error
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
