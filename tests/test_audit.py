@@ -9,6 +9,7 @@ from tests.conftest import RECIPE, STUDENT, TEACHER
 from undistill.auditor import audit, plan
 from undistill.cells import Job, late_gain
 from undistill.errors import ModelError, SpecError, StoreError
+from undistill.files import seal
 from undistill.flags import CHECKS, raised
 from undistill.oracle import Oracle
 from undistill.report.schema import Report
@@ -69,14 +70,27 @@ def test_a_repeated_audit_trains_nothing(victim: Run, folder: Path, report: Repo
     assert again.verdict == report.verdict
 
 
-def test_a_damaged_cell_is_done_again(victim: Run, folder: Path, tmp_path: Path, caplog) -> None:
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda cell: cell | {"accuracy": 0.99},
+        lambda cell: seal({name: value for name, value in cell.items() if name != "sha256"} | {"accuracy": 7.0}),
+        lambda cell: seal({name: value for name, value in cell.items() if name != "sha256"} | {"seed": 5}),
+        lambda cell: {},
+        None,
+    ],
+    ids=["by hand", "range", "another's", "empty", "cut"],
+)
+def test_a_damaged_or_edited_cell_is_done_again(edit, victim: Run, folder: Path, tmp_path: Path, caplog) -> None:
+    """By hand, or with a new hash and impossible content."""
     folder = shutil.copytree(folder, tmp_path / "copy")
     damaged = next((folder / "cells").glob("*.json"))
     whole = json.loads(damaged.read_text())
-    damaged.write_text(damaged.read_text()[:60])
+    damaged.write_text(json.dumps(edit(whole)) if edit else damaged.read_text()[:60])
     run_audit(victim, folder)
-    assert "is damaged" in caplog.text
-    assert {**json.loads(damaged.read_text()), "seconds": 0} == {**whole, "seconds": 0}
+    assert "is damaged or was edited; that cell is done again" in caplog.text
+    varies = {"seconds": 0, "sha256": 0}
+    assert {**json.loads(damaged.read_text()), **varies} == {**whole, **varies}
 
 
 def test_more_seeds_reuse_the_old_cells(victim: Run, folder: Path, report: Report, monkeypatch) -> None:

@@ -203,7 +203,7 @@ def test_bad_users_network(toy_file: Path, tmp_path: Path) -> None:
 
 def test_unreadable_settings_files(toy_file: Path, tmp_path: Path) -> None:
     base = ["train", "--data", toy_file, "--model", TEACHER, "--out", tmp_path / "run", "--config"]
-    for content, said in ((b"1: 2\n", "must hold settings by name"), (b"seed: \xff\xfe", "not readable YAML")):
+    for content, said in ((b"1: 2\n", "must go by name"), (b"seed: \xff\xfe", "is not UTF-8")):
         (tmp_path / "settings.yaml").write_bytes(content)
         refused(call(*base, tmp_path / "settings.yaml"), said)
 

@@ -15,7 +15,8 @@ from tests.conftest import RECIPE, STUDENT
 from undistill.auditor import audit
 from undistill.cli import app
 from undistill.data import Source
-from undistill.errors import StoreError
+from undistill.errors import DataError, FileError, StoreError
+from undistill.files import sha256
 from undistill.report.curves import ablation, of_runs, training
 from undistill.report.drawing import draw_named
 from undistill.report.evidence import read_curve, read_evidence
@@ -108,12 +109,35 @@ def test_the_report_shows_how_both_were_trained(folder: Path) -> None:
     assert "How the two models were trained" in (folder / "report.html").read_text()
 
 
-def test_a_damaged_record_of_training_is_named(victim: Run, tmp_path: Path) -> None:
+def test_a_damaged_or_edited_record_of_training_is_left_out(
+    victim: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The audit that would draw it has taken hours."""
     copy = Path(shutil.copytree(victim.folder, tmp_path / "copy"))
-    for content in ("{", "3", '{"epoch": 1}'):
+    assert read_curve(Run.open(copy)) is not None
+    edited = (copy / "metrics.jsonl").read_text().replace("0.", "0.1", 1)
+    record = json.loads((copy / "run.json").read_text())
+    huge = '{"validation_accuracy": 0.5, "undermining": 1' + "0" * 400 + "}"
+    contents = [
+        "{",
+        "3",
+        '{"epoch": 1}',
+        '{"validation_accuracy": NaN}',
+        '{"validation_accuracy": 1e999}',
+        huge,
+        "[" * 9999,
+    ]
+    for content in (edited, *contents):
         (copy / "metrics.jsonl").write_text(content)
-        with pytest.raises(StoreError, match=r"metrics.jsonl is damaged"):
-            read_curve(Run.open(copy))
+        for forged in (False, True):
+            known = {"metrics_sha256": sha256(copy / "metrics.jsonl")} if forged else {}
+            (copy / "run.json").write_text(json.dumps(record | known))
+            caplog.clear()
+            if content != edited or not forged:
+                assert read_curve(Run.open(copy)) is None
+                assert "metrics.jsonl is damaged or was edited; its curve is left out" in caplog.text
+    with pytest.raises(StoreError, match="has no epochs to draw"):
+        draw_named("training", [copy])
 
 
 def test_an_ablation_has_a_line_for_each_series(table: Path) -> None:
@@ -259,8 +283,12 @@ def test_sheets_of_a_table_go_by_its_rows(tmp_path: Path) -> None:
     assert [axes.get_title() for axes in shown] == ["nasty -> DAFL"]
     assert shown[0].images[0].get_array().min() == 200
     (tmp_path / "x.png").unlink()
-    with pytest.raises(StoreError, match=r"The sheet .*x\.png is missing"):
+    with pytest.raises(DataError, match=r"x\.png cannot be read: No such file"):
         draw_named("synthesised", [tmp_path / "table.json"])
+    for sheet in ("../x.png", "/etc/passwd", "a\\b", "x\0"):
+        write_table(tmp_path / "table.json", Table(rows=[Line(name="x", measured={0: Measured(50.0, sheet=sheet)})]))
+        with pytest.raises(FileError, match="leads out of"):
+            draw_named("synthesised", [tmp_path / "table.json"])
 
 
 def test_a_sheet_shows_images_in_rows(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import json
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import RECIPE, TEACHER
+from tests.conftest import RECIPE, STUDENT, TEACHER
 from undistill import fit as fit_module
 from undistill.data import Data, Samples, Split
 from undistill.engine import Engine
-from undistill.errors import NonFinite, SpecError, StoreError
-from undistill.fit import Fit, Recipe, build_optimiser, build_schedule
+from undistill.errors import NonFinite, SpecError
+from undistill.fit import Fit, Recipe
 from undistill.losses import cross_entropy
 from undistill.models import Model
+from undistill.optimisers import build_optimiser, build_schedule
+from undistill.states import write_tensors
 from undistill.stream import Batch
 from undistill.views import Views
 
@@ -158,8 +161,8 @@ def test_what_is_made_once_is_timed_and_found_again(tmp_path: Path, monkeypatch:
         return torch.rand(3)
 
     first, again = (Fit(Recipe(), 0, torch.device("cpu"), tmp_path) for _ in range(2))
-    made = first.once("noise", make)
-    assert torch.equal(again.once("noise", lambda: torch.zeros(3)), made)
+    made = first.once("noise", make, (3,))
+    assert torch.equal(again.once("noise", lambda: torch.zeros(3), (3,)), made)
     assert first.seconds == again.seconds == 5
 
 
@@ -169,11 +172,110 @@ def test_damaged_checkpoint_starts_again(toy: Data, tmp_path: Path, caplog: pyte
     assert "damaged" in caplog.text
 
 
-def test_a_checkpoint_of_another_network_is_named(toy: Data, tmp_path: Path) -> None:
+def recipes() -> list[Recipe]:
+    """One for every schedule and optimiser, with averaged weights and the best ones kept."""
+    schedules = [("step", 0.0), ("step", 0.2), ("cosine", 0.0), ("cosine", 0.2), ("one_cycle", 0.2)]
+    fields = RECIPE.model_dump() | {"ema": 0.9, "selection": "best"}
+    return [
+        Recipe(**(fields | {"schedule": schedule, "warmup": warmup, "optimiser": optimiser}))
+        for schedule, warmup in schedules
+        for optimiser in ("sgd", "adamw")
+    ]
+
+
+@pytest.mark.parametrize("recipe", recipes(), ids=lambda r: f"{r.optimiser}-{r.schedule}-{r.warmup:g}")
+def test_the_checkpoints_of_every_recipe_are_recognised(
+    recipe: Recipe, toy: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = trained(toy, recipe, folder=tmp_path)
+    resumed = trained(toy, recipe, folder=tmp_path)
+    assert not caplog.text
+    assert [*map(torch.equal, whole.values(), resumed.values())] == [True] * len(whole)
+
+
+def forge(path: Path, **changed: object) -> None:
+    """Change a checkpoint and give it the hash of what it now holds, as a stranger would."""
+    write_tensors(path, torch.load(path, weights_only=True) | changed)
+
+
+FORGED = {
+    "network": {"0.0.weight": torch.zeros(2)},
+    "optimiser": {"state": {0: {"momentum_buffer": torch.zeros(7)}}, "param_groups": []},
+    "schedule": {"step": 5},
+    "best": {},
+    "epoch": 99,
+    "history": [{"epoch": "one"}],
+    "carried": 5,
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_checkpoint_of_another_form_is_not_used(
+    name: str, toy: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = trained(toy, RECIPE, folder=tmp_path)
+    forge(tmp_path / "checkpoint-0.pt", **{name: FORGED[name]})
+    again = trained(toy, RECIPE, folder=tmp_path)
+    assert "checkpoint-0.pt is not of this training" in caplog.text
+    assert all(map(torch.equal, whole.values(), again.values())), "it began again"
+
+
+def test_momentum_of_another_shape_is_not_used(toy: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained(toy, RECIPE, folder=tmp_path)
+    state = torch.load(tmp_path / "checkpoint-0.pt", weights_only=True)
+    state["optimiser"]["state"][0]["momentum_buffer"] = torch.zeros(7)
+    forge(tmp_path / "checkpoint-0.pt", **state)
+    trained(toy, RECIPE, folder=tmp_path)
+    assert "its optimiser has another form" in caplog.text
+
+
+def test_a_checkpoint_of_another_network_is_not_used(
+    toy: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     trained(toy, RECIPE, folder=tmp_path)
     other = Model.parse("ConvNet(width=5)").build(toy.shape, 3, 0)
-    with pytest.raises(StoreError, match=r"checkpoint-0\.pt is of another network"):
-        Fit(RECIPE, 0, CPU, tmp_path)(other, toy, plain)
+    alone = deepcopy(other)
+    Fit(RECIPE, 0, CPU, tmp_path)(other, toy, plain)
+    Fit(RECIPE, 0, CPU)(alone, toy, plain)
+    assert "its network has another form" in caplog.text
+    assert all(map(torch.equal, other.state_dict().values(), alone.state_dict().values()))
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(toy: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = trained(toy, RECIPE, folder=tmp_path)
+    path = tmp_path / "checkpoint-0.pt"
+    content = bytearray(path.read_bytes())
+    weight = next(value for value in torch.load(path, weights_only=True)["network"].values() if value.ndim == 4)
+    content[content.find(weight.numpy().tobytes()) + 2] ^= 0x40
+    path.write_bytes(content)
+    again = trained(toy, RECIPE, folder=tmp_path)
+    assert "checkpoint-0.pt is damaged (its hash is another); that part starts again" in caplog.text
+    assert all(map(torch.equal, whole.values(), again.values()))
+
+
+def test_answers_that_are_not_finite_end_the_training(toy: Data, fit: Fit) -> None:
+    """Weights may be finite where what they answer is not."""
+    network = Model.parse(STUDENT).build(toy.shape, 3, 0)
+    norm, final = network[2][1], network[-1]
+
+    def objective(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            norm.weight.fill_(1e6)
+            final.weight.fill_(3e38)
+        return {"none": 0 * final.bias.sum()}
+
+    with pytest.raises(NonFinite, match=r"epoch 1 of 6: on validation images the network answers NaN or infinity to"):
+        fit(network, toy, objective)
+
+
+def test_a_term_beyond_its_bound_ends_the_training(toy: Data, fit: Fit) -> None:
+    def objective(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"undermining": 0 * network(batch.images).sum() + 0.5}
+
+    network = Model.parse(STUDENT).build(toy.shape, 3, 0)
+    with pytest.raises(NonFinite, match=r"the term 'undermining' is 0\.5 and cannot exceed 0\.1"):
+        fit(network, toy, objective, bounds={"undermining": 0.1})
+    fit(network, toy, objective, bounds={"undermining": 0.6})
 
 
 def test_non_finite_buffers_stop(toy: Data, fit: Fit) -> None:

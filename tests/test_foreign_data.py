@@ -1,5 +1,6 @@
 """Files of public data that are partial, damaged, of another data set, or made to do harm: named, and not used."""
 
+import contextlib
 import gzip
 import hashlib
 import struct
@@ -85,25 +86,50 @@ def test_a_small_file_that_holds_too_much_is_not_unpacked_whole(root: Path, monk
 @pytest.mark.parametrize(
     ("arrays", "said"),
     [
-        ({"X": np.zeros((32, 32, 3, 41), np.uint8), "y": np.ones((41, 1), np.uint8)}, "41 images"),
-        ({"X": np.zeros((32, 32, 3, 40), np.uint8), "y": np.ones((9000, 1), np.uint8)}, "y is .*9000"),
-        ({"X": np.zeros((32, 32, 3, 40)), "y": np.ones((40, 1), np.uint8)}, "X is .*double"),
-        ({"X": np.array([[np.zeros(9000)]], object), "y": np.ones((1, 1), np.uint8)}, "X is .*cell"),
+        ({"X": np.zeros((32, 32, 3, 40), np.uint8), "y": np.ones((9000, 1), np.uint8)}, "y .9000"),
+        ({"X": np.zeros((32, 32, 3, 40)), "y": np.ones((40, 1), np.uint8)}, "not one of bytes"),
+        ({"X": np.array([[np.zeros(9000)]], object), "y": np.ones((1, 1), np.uint8)}, "not one of bytes"),
         ({"X": np.zeros((32, 32, 3, 40), np.uint8)}, "KeyError: 'y'"),
+        ({"X": np.zeros((32, 32, 3, 40), np.uint8), "y": "text"}, "not one of bytes"),
+        ({"X": np.zeros((32, 32, 3, 40), np.int8), "y": np.ones((40, 1), np.uint8)}, "not one of bytes"),
     ],
-    ids=["images", "labels", "type", "cell", "missing"],
+    ids=["labels", "type", "cell", "missing", "text", "signed"],
 )
-def test_an_svhn_that_announces_something_else_is_not_unpacked(
-    arrays: dict[str, np.ndarray], said: str, root: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_svhn_that_holds_something_else_is_named(
+    packed: bool, arrays: dict[str, np.ndarray], said: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small(monkeypatch, SVHN, 40, 20)
     write_svhn(root)
-    savemat(root / "train_32x32.mat", arrays)
-    read = []
-    monkeypatch.setattr("undistill.data.svhn.loadmat", lambda *_, **__: read.append(1))
+    savemat(root / "train_32x32.mat", arrays, do_compression=packed)
     with pytest.raises(DataError, match=rf"train_32x32.mat is damaged.*{said}"):
         SVHN().load()
-    assert not read
+
+
+def test_an_svhn_that_unpacks_to_gigabytes_is_not_unpacked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, SVHN, 40, 20)
+    write_svhn(root)
+    arrays = {"X": np.zeros((32, 32, 3, 30_000), np.uint8), "y": np.ones((30_000, 1), np.uint8)}
+    savemat(root / "train_32x32.mat", arrays, do_compression=True)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"train_32x32.mat is damaged.*larger than 1,171,456 bytes"):
+        SVHN().load()
+    assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    tracemalloc.stop()
+
+
+def test_no_changed_byte_of_an_svhn_crashes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """scipy's reader uses a byte of the file as an unchecked index into a table."""
+    small(monkeypatch, SVHN, 40, 20)
+    write_svhn(root)
+    path = root / "train_32x32.mat"
+    whole = path.read_bytes()
+    pixels = whole.index(b"X") + 64
+    for at in [*range(124, pixels), *range(len(whole) - 120, len(whole) - 40)]:
+        for value in (0, 1, 100, 255):
+            path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
+            with contextlib.suppress(DataError):
+                SVHN().load()
 
 
 def test_a_truncated_idx_file_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from undistill.code import trust
 from undistill.errors import ModelError, SpecError
-from undistill.models import Model, PlainCNN, features, load_weights, seeded
+from undistill.models import ConvNet, Model, PlainCNN, features, load_weights, seeded
 
 BUILT_IN = [name for name in Model.registry if name not in ("Factory", "Timm")]
 
@@ -202,7 +202,9 @@ def test_networks_share_no_part_that_the_users_module_keeps(tmp_path: Path) -> N
 
 def test_networks_too_large_to_build_are_explained() -> None:
     with pytest.raises(ModelError, match="cannot be built"):
-        Model.parse("ConvNet(width=99999999999999999999)").build((1, 8, 8), 3, 0)
+        ConvNet.model_construct(width=10**20).build((1, 8, 8), 3, 0)
+    with pytest.raises(SpecError, match=r"width = 99999999999999999999 is refused: .*less than or equal to 1024"):
+        Model.parse("ConvNet(width=99999999999999999999)")
 
 
 def test_missing_and_broken_files_are_explained(tmp_path: Path) -> None:

@@ -14,10 +14,13 @@ from undistill.fit import Recipe
 from undistill.models import Model
 from undistill.views import Views
 
-positive = st.floats(1e-6, 1e6)
 
-
-@given(positive, positive, st.none() | st.floats(0.01, 1), st.none() | st.text("ab/'\"(), =\\", min_size=1))
+@given(
+    st.floats(0, 1000),
+    st.floats(0.05, 1000),
+    st.none() | st.floats(0.01, 1),
+    st.none() | st.text("ab/'\"(), =\\", min_size=1),
+)
 def test_text_round_trip(omega: float, T: float, warm_start: float | None, adversary: str | None) -> None:
     spec = Nasty(omega=omega, T=T, warm_start=warm_start, adversary=adversary)
     assert Defence.parse(str(spec)) == spec

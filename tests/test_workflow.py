@@ -75,9 +75,9 @@ def test_another_adversary_by_its_run(honest: Run, victim: Run, tmp_path: Path, 
 
 def test_a_diverged_protection_stops_with_advice_and_keeps_nothing(honest: Run, tmp_path: Path) -> None:
     """Unclipped, at an absurd rate, the undermined network leaves the finite numbers."""
-    recipe = Recipe(**(RECIPE.model_dump() | {"lr": 1e6, "clip": 0, "epochs": 20}))
+    recipe = Recipe(**(RECIPE.model_dump() | {"lr": 100, "clip": 0, "epochs": 20}))
     with pytest.raises(NonFinite, match=r"Lower recipe\.lr"):
-        protect(honest, "Nasty(omega=5)", tmp_path / "run", settings=Settings(recipe=recipe), device="cpu")
+        protect(honest, "Nasty(omega=1000)", tmp_path / "run", settings=Settings(recipe=recipe), device="cpu")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
     mended = protect(honest, NASTY, tmp_path / "run", settings=Settings(recipe=RECIPE), device="cpu")
     assert mended.record["metrics"]["validation_accuracy"] > 0.9, "the folder is free for another recipe"

@@ -29,7 +29,8 @@ import undistill
 from undistill import distributed
 from undistill.data import Samples
 from undistill.engine import EXACT, Engine, machine, settle
-from undistill.files import sha256, write_atomically
+from undistill.files import sha256, sweep, write_atomically
+from undistill.losses import require_finite
 from undistill.models import device_of, frozen
 from undistill.stream import Batch, Stream
 from undistill.views import Views, to_float
@@ -59,8 +60,8 @@ class AnswerStore:
         """Whether later commands may find here what is asked now."""
         return self.folder is not None and self.limit > 0
 
-    def load(self, key: str, epoch: int) -> Tensor | None:
-        """The answers of one epoch, mapped into memory; None unless they are there, whole, and those of `key`."""
+    def load(self, key: str, epoch: int, shape: tuple[int, int]) -> Tensor | None:
+        """The answers of one epoch, mapped into memory; None unless they are whole, finite, and those of `key`."""
         path = self._path(key, epoch)
         try:
             with self.guard():
@@ -68,8 +69,10 @@ class AnswerStore:
                     return None
                 with safe_open(path, framework="pt") as file:
                     about: dict[str, str] = file.metadata() or {}
-                    answers: Tensor = file.get_tensor("answers")
-                if about == _about(key, epoch, answers):
+                    form = file.get_slice("answers")
+                    right = tuple(form.get_shape()) == shape and form.get_dtype() in ("F32", "BF16")
+                    answers: Tensor | None = file.get_tensor("answers") if right else None
+                if answers is not None and about == _about(key, epoch, answers) and answers.isfinite().all():
                     return answers
                 log.warning("%s is damaged, or not of this network; those answers are asked again.", path)
         except SafetensorError as error:
@@ -99,6 +102,7 @@ class AnswerStore:
                     folder = self._path(key, 0).parent
                     folder.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(FileLock(folder / ".lock"))
+                    sweep(folder)
             yield
 
     @contextlib.contextmanager
@@ -154,7 +158,7 @@ class Answers:
         return whole[shown.index.to(whole.device)].to(batch.images.device)
 
     def epoch(self, stream: Stream, epoch: int) -> Tensor:
-        """Logits (N, K) for all views of one epoch, in the order of the samples."""
+        """Logits (N, K) for all views of one epoch, in the order of the samples; `NonFinite` if one is not."""
         name = (stream.digest, stream.views.shown(epoch))
         if name not in self._held:
             whole = self._found_or_made(stream, name[1])
@@ -180,17 +184,18 @@ class Answers:
         key = self._key(stream, engine) if self.store.open else None
         if not distributed.everywhere(key is not None) or key is None:
             return self._make(stream, epoch, engine)
-        if (found := self._find(key, epoch)) is not None:
+        shape = (len(stream.samples), stream.num_classes)
+        if (found := self._find(key, epoch, shape)) is not None:
             return found
         with self.store.alone(key):
-            if (found := self._find(key, epoch)) is not None:
+            if (found := self._find(key, epoch, shape)) is not None:
                 return found
             made = self._make(stream, epoch, engine)
             self.store.save(key, epoch, made)
         return made
 
-    def _find(self, key: str, epoch: int) -> Tensor | None:
-        found = self.store.load(key, epoch)
+    def _find(self, key: str, epoch: int, shape: tuple[int, int]) -> Tensor | None:
+        found = self.store.load(key, epoch, shape)
         return found if distributed.everywhere(found is not None) else None
 
     def _make(self, stream: Stream, epoch: int, engine: Engine) -> Tensor:
@@ -198,7 +203,7 @@ class Answers:
             for views, _ in stream.shows(epoch, parts):
                 yield self._compute(engine, to_float(views.to(self.device)))
 
-        return distributed.in_turns(stream.samples.parts(PART), answers)
+        return require_finite(distributed.in_turns(stream.samples.parts(PART), answers), "views")
 
     def _compute(self, engine: Engine, images: Tensor) -> Tensor:
         self.computed += len(images)

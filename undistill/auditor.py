@@ -136,7 +136,8 @@ def measure_pair(subject: Subject) -> Pair:
     data, answers = subject.data, test_logits(subject)
     train = subject.answers["honest"].plain(data.train, data.num_classes)
     victim, honest = (subject.answers[side].plain(data.validation, data.num_classes) for side in SIDES)
-    made_from = subject.victim.record.get("parent", {}).get("weights_sha256", subject.honest.digest)
+    parent = subject.victim.record.get("parent")
+    made_from = parent["weights_sha256"] if parent else subject.honest.digest
     return Pair(
         victim=measure_teacher(subject.victim, answers["victim"], data),
         honest=measure_teacher(subject.honest, answers["honest"], data),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from undistill.errors import legible
 from undistill.options import (
     Address,
     Code,
@@ -231,7 +232,7 @@ def data_check(
     found = check(source)
     console = Console(highlight=False, markup=False)
     channels, height, width = found.data.shape
-    console.print(f"{source.title}: {found.data.num_classes} classes, images {channels} x {height} x {width}")
+    console.print(f"{legible(source.title)}: {found.data.num_classes} classes, images {channels} x {height} x {width}")
     for file, state in found.files.items():
         console.print(f"  {file}: {state}", soft_wrap=True)
     for part, counts in found.counts.items():
@@ -239,7 +240,7 @@ def data_check(
     sheet = f"{source.title}-samples.png"
     out = _place(out or Path("runs") / sheet, sheet)
     write_sheet(out, found.sheet())
-    console.print(f"  up to {COLUMNS} images of each of the first classes: {out}", soft_wrap=True)
+    console.print(f"  up to {COLUMNS} images of each of the first classes: {legible(str(out))}", soft_wrap=True)
     if not found.as_published:
         console.print("These are not the published files, or they were packed anew. Trainings take them all the same.")
         raise typer.Exit(1)
@@ -272,7 +273,7 @@ def figure(
     drawn = draw_named(name, sources, model)
     beside_it = sources[0] / name if sources[0].is_dir() else sources[0].with_suffix("")
     for file in save(drawn, _place(out or beside_it, beside_it.name)):
-        print(file)
+        say(str(file))
 
 
 def _place(out: Path, name: str) -> Path:
@@ -330,12 +331,13 @@ def reproduce(
     console.print(table)
     console.print(f"\n{experiments.caveat(rows)}")
     suffix = "-selected-on-test" if as_authors else ""
-    console.print(f"\nTable: {out / f'{name}{suffix}-{scale}.md'}", soft_wrap=True, markup=False)
+    console.print(f"\nTable: {legible(str(out / f'{name}{suffix}-{scale}.md'))}", soft_wrap=True, markup=False)
 
 
 def show(report: "Report", folder: Path) -> None:
     """The verdict and its table, at most 80 columns wide, and where the rest lies."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from undistill.report.page import percent, points, table
@@ -347,13 +349,14 @@ def show(report: "Report", folder: Path) -> None:
     for side, teacher in (("protected", report.victim), ("unprotected", report.honest)):
         rows.add_row(f"({side} model itself)", percent(teacher.accuracy), "", "")
     for row in table(report):
-        rows.add_row(row["attack"], row["accuracy"], row["fidelity"], row["queries"])
+        rows.add_row(escape(legible(row["attack"])), row["accuracy"], row["fidelity"], row["queries"])
     console.print(rows)
     verdict = report.verdict
+    sentence = escape(legible(verdict.sentence))
     console.print(
-        f"\n{verdict.sentence}\n\nIn points: damage {points(verdict.damage)}, cost {points(verdict.cost)}, "
+        f"\n{sentence}\n\nIn points: damage {points(verdict.damage)}, cost {points(verdict.cost)}, "
         f"leak beyond the label {points(verdict.leak_hard)}, control {points(verdict.control)}."
     )
     for flag in report.flags:
-        console.print(f"Read with care: {flag.message}", style="yellow", markup=False)
-    console.print(f"\nReport: {folder / 'report.html'}", soft_wrap=True, markup=False)
+        console.print(f"Read with care: {legible(flag.message)}", style="yellow", markup=False)
+    console.print(f"\nReport: {legible(str(folder / 'report.html'))}", soft_wrap=True, markup=False)

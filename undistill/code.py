@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -49,8 +50,11 @@ def load_code(text: str) -> Any:
 
 
 def code_sha256(text: str) -> str:
-    """SHA-256 of the file that holds the code which `text` refers to."""
-    return sha256(Path(str(_module(text).__file__)))
+    """SHA-256 of the file that holds the code which `text` refers to; `ModelError` where it lies in none."""
+    file = getattr(_module(text), "__file__", None)
+    if file is None:
+        raise ModelError(f"'{_reference(text)}' lies in no file, so that its changes could not be noticed.")
+    return sha256(Path(file))
 
 
 @cache
@@ -85,7 +89,7 @@ def _module(text: str) -> ModuleType:
 def _import(where: str) -> ModuleType:
     """Like `python FILE` and `python -m MODULE`, with the file's or the current folder on the path."""
     is_file = where.endswith(".py")
-    folder = str(Path(where).resolve().parent if is_file else Path.cwd())
+    folder = os.path.dirname(os.path.realpath(where)) if is_file else str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
@@ -97,7 +101,7 @@ def _import(where: str) -> ModuleType:
 
 
 def _import_file(path: Path) -> ModuleType:
-    name = "undistill_user_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()
+    name = "undistill_user_" + hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

@@ -45,6 +45,11 @@ class LaunchError(UndistillError):
     """Worker processes that cannot be reached, or keep dying."""
 
 
+def legible(text: str) -> str:
+    """`text` without what a terminal or a page might obey or not be able to show, which is written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def refused(error: BaseException) -> TypeGuard[OSError]:
     """Whether the machine refuses (a full disk, a missing right), so that no file's content is to blame."""
     return isinstance(error, OSError) and isinstance(error.errno, int)

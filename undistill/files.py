@@ -12,6 +12,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
@@ -22,7 +23,7 @@ from typing import IO, Any
 from filelock import FileLock
 
 from undistill import distributed
-from undistill.errors import FileError, NonFinite
+from undistill.errors import FileError, NonFinite, legible
 
 MIB, GIB = 2**20, 2**30
 LARGEST_TEXT = 64 * MIB
@@ -37,7 +38,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """
     if distributed.rank() > 0:
         return
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    part = fresh_name(path.parent)
     try:
         with part.open("xb") as file:
             write(file)
@@ -51,11 +52,16 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise
 
 
+def fresh_name(folder: Path) -> Path:
+    """A path in `folder` at which there is nothing, known to `sweep` as unfinished work."""
+    return folder / f".{secrets.token_hex(8)}.part"
+
+
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left of their writing. Only for a folder in which nobody else writes now."""
+    """Remove what killed processes left unfinished in `folder`. Only for who holds its lock."""
     for path in folder.iterdir():
         if PART.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -95,14 +101,16 @@ def _non_finite(value: object, field: str = "") -> Iterator[tuple[str, float]]:
             yield from _non_finite(held, f"{field}[{number}]")
 
 
-def open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading; `FileError` for a FIFO or device, which could keep us waiting or never end."""
+def open_regular(path: Path, largest: int | None = None) -> BufferedReader:
+    """Open a file for reading; `FileError` for a FIFO or device, which could keep us waiting, or a file too large."""
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
-    kind = os.fstat(file.fileno()).st_mode
-    if not stat.S_ISREG(kind):
+    about = os.fstat(file.fileno())
+    if not stat.S_ISREG(about.st_mode):
         file.close()
-        what = "a FIFO" if stat.S_ISFIFO(kind) else "a device"
-        raise FileError(f"{path} is {what}; only regular files are read.")
+        raise FileError(f"{path} is {_kind(about.st_mode)}; only regular files are read.")
+    if largest is not None and about.st_size > largest:
+        file.close()
+        raise FileError(f"{path} has {about.st_size:,} bytes; of such a file at most {largest:,} are read.")
     return file
 
 
@@ -110,13 +118,15 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
 def read_bytes(path: Path, largest: int) -> bytes:
     """The content of a regular file of at most `largest` bytes; `FileError` for any other."""
-    with open_regular(path) as file:
-        content = file.read(largest + 1)
-    if len(content) > largest:
-        raise FileError(f"{path} is larger than the {largest:,} bytes that are read of such a file.")
-    return content
+    with open_regular(path, largest) as file:
+        return file.read(largest)
 
 
 def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
@@ -197,17 +207,20 @@ def require_plain(folder: Path) -> None:
                 if entry.is_dir(follow_symlinks=False):
                     todo.append(Path(entry.path))
                 elif not entry.is_file(follow_symlinks=False):
-                    what = f"a link to {os.readlink(entry.path)}" if entry.is_symlink() else "no regular file"
+                    kind = _kind(entry.stat(follow_symlinks=False).st_mode)
                     raise FileError(
-                        f"{entry.path} is {what}. Below {folder} only files and folders are used, since a link could "
-                        "lead anywhere. Remove it, or put a copy of what it names into its place."
+                        f"{legible(entry.path)} is {kind}. Below {folder} only files and folders are used, since a "
+                        "link could lead anywhere. Remove it, or put a copy of what it names into its place."
                     )
 
 
 def inside(folder: Path, name: str) -> Path:
-    """`folder / name`, where `name` was read from a file; `FileError` if that leads out of the folder."""
-    parts = PurePosixPath(name).parts
-    path = folder / name if parts and not {"..", "/"} & {*parts} and not {"\0", "\\"} & {*name} else None
-    if path is None or not path.resolve().is_relative_to(folder.resolve()):
-        raise FileError(f"{name[:200]!r}, which a file names, is not used: it leads out of {folder}.")
+    """`folder / name`, where `name` or a link may be somebody else's; `FileError` if it leads out of the folder."""
+    parts, path = PurePosixPath(name).parts, folder / name.replace("\0", "")
+    above = not parts or {"..", "/"} & {*parts} or {"\0", "\\"} & {*name}
+    if above or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise FileError(
+            f"{legible(str(path))[:300]} leads out of {folder} and is not used. Where a link is meant, put a copy of "
+            "what it names into its place."
+        )
     return path

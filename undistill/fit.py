@@ -1,41 +1,36 @@
 """The one training loop. What is trained for what is the objective's business, not the loop's."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Annotated, Any, Literal, Protocol, cast
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import (
-    CosineAnnealingLR,
-    LinearLR,
-    LRScheduler,
-    MultiStepLR,
-    OneCycleLR,
-    SequentialLR,
-)
 
 from undistill import distributed
 from undistill.answers import Answers, AnswerStore
 from undistill.data import Split
 from undistill.engine import Engine, settle
-from undistill.errors import ModelError, NonFinite, SpecError, StoreError
+from undistill.errors import NonFinite, SpecError
 from undistill.files import write_lines
 from undistill.measure import accuracy, evaluate, nll
 from undistill.models import seeded
+from undistill.optimisers import Average, build_optimiser, build_schedule, tensors_of
 from undistill.progress import Progress
 from undistill.seeds import derive
 from undistill.sheet import COLUMNS, write_sheet
-from undistill.spec import Spec
-from undistill.states import read_tensors, write_tensors
+from undistill.spec import LearningRate, Spec, within
+from undistill.states import LARGEST, read_tensors, same_form, write_tensors
 from undistill.stream import Batch, Stream
 from undistill.views import Views, to_float
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 2.0
 
@@ -43,20 +38,20 @@ CHECKPOINT_SECONDS = 2.0
 class Recipe(Spec):
     """How the loop runs; the defaults suit small images."""
 
-    epochs: int = Field(40, ge=0)
-    batch_size: int = Field(64, ge=2)
+    epochs: int = Field(40, ge=0, le=1_000_000)
+    batch_size: int = Field(64, ge=2, le=1_000_000)
     optimiser: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(0.05, gt=0)
+    lr: LearningRate = 0.05
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of SGD, first beta of AdamW."""
-    weight_decay: float = Field(5e-4, ge=0)
+    weight_decay: Annotated[float, within(0, 10, "it pulls the weights to 0 faster than anything can be learnt")] = 5e-4
     schedule: Literal["step", "cosine", "one_cycle"] = "one_cycle"
     warmup: float = Field(0.2, ge=0, lt=1)
     """Share of the epochs in which the learning rate rises to `lr`."""
     drops: tuple[float, ...] = (0.5, 0.75)
     """For schedule 'step': shares of the epochs at which the learning rate falls by `gamma`."""
     gamma: float = Field(0.1, gt=0, lt=1)
-    clip: float = Field(5.0, ge=0)
+    clip: float = Field(5.0, ge=0, le=1e6)
     """Largest norm of the whole gradient; 0 leaves it alone."""
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of the averaged weights that become the result; 0 takes the last weights."""
@@ -123,11 +118,11 @@ class Fit:
         """`network`, frozen: it answers each view of this training once."""
         return Answers(network.to(self.device), self.recipe.engine, self.store)
 
-    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` makes with a seed of its own; a stopped run finds it again in its folder."""
+    def once(self, name: str, make: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
+        """Run `make` under its own seed; a resumed run finds its result, a tensor of `shape`, in the run folder."""
         file = self.folder / f"{name}.pt" if self.folder else None
         held = read_tensors(file, self.device) if file else None
-        if held is None:
+        if held is None or not _is_made(held, shape):
             began = time.perf_counter()
             with seeded(derive(self.seed, name)):
                 made = make()
@@ -148,13 +143,23 @@ class Fit:
         return sum(epoch["seconds"] for epoch in self.history) + sum(self.asides)
 
     def __call__(
-        self, network: nn.Module, data: Split, objective: Objective, *, epochs: int | None = None
+        self,
+        network: nn.Module,
+        data: Split,
+        objective: Objective,
+        *,
+        epochs: int | None = None,
+        bounds: Mapping[str, float] | None = None,
     ) -> nn.Module:
-        """Raises `NonFinite`, naming epoch and term, as soon as a term or a weight is not finite."""
+        """Raises `NonFinite`, naming epoch and term, as soon as a term, a weight or an answer is not finite.
+
+        `bounds` names terms that cannot exceed a value, by theory: a term beyond it is made of rounding errors, and
+        ends the training as well.
+        """
         epochs = self.recipe.epochs if epochs is None else epochs
         if epochs == 0:
             return network.to(self.device).eval()
-        loop = _Loop(self, network, data, objective, epochs)
+        loop = _Loop(self, network, data, objective, epochs, bounds or {})
         checkpoint = self.folder / f"checkpoint-{self.calls}.pt" if self.folder else None
         self.calls += 1
         self.engines.append(str(loop.engine))
@@ -177,8 +182,16 @@ class Fit:
 class _Loop:
     """The state of one call of `Fit`, whole at the end of every epoch."""
 
-    def __init__(self, fit: Fit, network: nn.Module, data: Split, objective: Objective, epochs: int) -> None:
-        self.fit, self.recipe, self.epochs, self.objective = fit, fit.recipe, epochs, objective
+    def __init__(
+        self,
+        fit: Fit,
+        network: nn.Module,
+        data: Split,
+        objective: Objective,
+        epochs: int,
+        bounds: Mapping[str, float],
+    ) -> None:
+        self.fit, self.recipe, self.epochs, self.objective, self.bounds = fit, fit.recipe, epochs, objective, bounds
         self.network = network.to(fit.device)
         self.train, self.validation = data.train.to(fit.device), data.validation.to(fit.device)
         seed = fit.seed if fit.view_seed is None else fit.view_seed
@@ -232,8 +245,8 @@ class _Loop:
         self.called.train()
         with seeded(epoch_seed(self.fit.seed, self.epoch)), self.engine.backend():
             metrics = self._train_epoch()
-        self._check_finite(self.network.state_dict(), "the weights after it")
-        logits = evaluate(self.current, self.validation, self.engine)
+        self._require_finite(self.network.state_dict(), "the weights after it")
+        logits = self._validate()
         labels = self.validation.labels.to(logits.device)
         self.epoch += 1
         metrics |= {
@@ -268,8 +281,19 @@ class _Loop:
             rows.append(torch.stack(list(terms.values())) * (len(index) / len(self.train)))
         steps = distributed.summed(torch.stack(rows)).cpu().double()
         broken = (~steps.isfinite()).any(1)
-        self._check_finite(dict(zip(terms, steps[broken.int().argmax()], strict=True)), "the term")
-        return dict(zip(terms, steps.sum(0).tolist(), strict=True))
+        self._require_finite(dict(zip(terms, steps[broken.int().argmax()], strict=True)), "the term")
+        metrics = dict(zip(terms, steps.sum(0).tolist(), strict=True))
+        for name, bound in self.bounds.items():
+            if metrics[name] > bound:
+                raise self._stopped(f"the term '{name}' is {metrics[name]:.3g} and cannot exceed {bound:.3g}")
+        return metrics
+
+    def _validate(self) -> Tensor:
+        """Logits (N, K) of the validation images."""
+        try:
+            return evaluate(self.current, self.validation, self.engine)
+        except NonFinite as error:
+            raise self._stopped(f"on validation images {error}") from None
 
     def _step(self, batch: Batch, scale: float) -> dict[str, Tensor]:
         """Every term and their sum, detached."""
@@ -288,15 +312,18 @@ class _Loop:
             self.average.update(self.network)
         return {name: value.detach().float() for name, value in (terms | {"loss": loss}).items()}
 
-    def _check_finite(self, values: Mapping[str, Tensor], what: str) -> None:
+    def _require_finite(self, values: Mapping[str, Tensor], what: str) -> None:
         for name, value in values.items():
             if not value.isfinite().all():
-                raise NonFinite(
-                    f"Training stopped in epoch {self.epoch + 1} of {self.epochs}: {what} '{name}' is NaN or infinite. "
-                    f"Lower recipe.lr (now {self.recipe.lr:g}), clip the gradient (recipe.clip, now "
-                    f"{self.recipe.clip:g}, 0 is off), or lower the weight of that term. "
-                    "No weights were kept."
-                )
+                raise self._stopped(f"{what} '{name}' is NaN or infinite")
+
+    def _stopped(self, why: str) -> NonFinite:
+        return NonFinite(
+            f"Training stopped in epoch {self.epoch + 1} of {self.epochs}: {why.rstrip('.')}. "
+            f"Lower recipe.lr (now {self.recipe.lr:g}), clip the gradient (recipe.clip, now "
+            f"{self.recipe.clip:g}, 0 is off), or lower the weight of that term. "
+            "No weights were kept."
+        )
 
     def result(self) -> nn.Module:
         if self.best is not None:
@@ -305,8 +332,8 @@ class _Loop:
             self.network.load_state_dict(self.average.module.state_dict())
         return self.network.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload,no-any-return]
 
-    def save(self, path: Path) -> None:
-        parts = {
+    def state_dict(self) -> dict[str, Any]:
+        return {
             "network": self.network.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -316,86 +343,63 @@ class _Loop:
             "history": self.history,
             "carried": [thing.state_dict() for thing in self.fit.carried],
         }
-        write_tensors(path, parts)
 
-    def restore(self, path: Path | None) -> None:
-        state = read_tensors(path, self.fit.device) if path else None
-        if state is None:
-            return
-        try:
-            self.network.load_state_dict(state["network"])
-            self.optimiser.load_state_dict(state["optimiser"])
-            self.schedule.load_state_dict(state["schedule"])
-            if self.average:
-                self.average.load_state_dict(state["average"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise StoreError(
-                f"{path} is of another network or version ({str(error).splitlines()[0]}); remove its folder."
-            ) from None
-        self.best, self.epoch, self.history = state["best"], state["epoch"], state["history"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises errors of many kinds for the state of another training, and leaves this one half changed."""
+        self.network.load_state_dict(state["network"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        self.best, self.epoch, self.history = state["best"], state["epoch"], list(state["history"])
         for thing, saved in zip(self.fit.carried, state["carried"], strict=True):
             thing.load_state_dict(saved)
+
+    def save(self, path: Path) -> None:
+        write_tensors(path, self.state_dict())
+
+    def restore(self, path: Path | None) -> None:
+        """Go on from a checkpoint, if there is one that this training wrote; else begin."""
+        largest = 16 * sum(tensor.nbytes for tensor in tensors_of(self.network)) + LARGEST
+        state = read_tensors(path, self.fit.device, largest) if path else None
+        if state is None:
+            return
+        before = deepcopy(self.state_dict())
+        try:
+            self._require_ours(state)
+            self.load_state_dict(state)
+        except Exception as error:  # what is of another version, or made up, can fail in any way
+            self.load_state_dict(before)
+            said = f": {str(error).splitlines()[0]}" if str(error) else ""
+            log.warning("%s is not of this training (%s%s); it begins again.", path, type(error).__name__, said)
+
+    def _require_ours(self, state: Mapping[str, Any]) -> None:
+        """Raise `ValueError`, or fail, unless `state` has the form that `state_dict` has after an epoch."""
+        own = self.state_dict()
+        groups, kept = state["optimiser"]["param_groups"], state["optimiser"]["state"]
+        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        shapes = [(value.shape, parameters[n].shape) for n in kept for value in kept[n].values() if value is not None]
+        alike = {
+            "network": same_form(state["network"], own["network"]),
+            "optimiser": same_form(groups, own["optimiser"]["param_groups"])
+            and all(shape in ((), expected) for shape, expected in shapes),
+            "schedule": same_form(state["schedule"], own["schedule"]),
+            "average": same_form(state["average"], own["average"]),
+            "best": state["best"] is None or same_form(state["best"], own["network"]),
+            "history": [past["epoch"] for past in state["history"]] == list(range(1, state["epoch"] + 1)),
+            "epoch": state["epoch"] in range(1, self.epochs + 1),
+        }
+        for name, right in alike.items():
+            if not right:
+                raise ValueError(f"its {name} has another form")
+
+
+def _is_made(held: Mapping[str, Any], shape: tuple[int, ...]) -> bool:
+    """Whether a file of `Fit.once` holds what it should."""
+    made, seconds = held.get("made"), held.get("seconds")
+    return isinstance(made, Tensor) and made.shape == shape and isinstance(seconds, float) and math.isfinite(seconds)
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
     """A generator seed for (seed, epoch), distinct for every pair below 2**32."""
     return seed << 32 | epoch
-
-
-def build_optimiser(network: nn.Module, recipe: Recipe) -> Optimizer:
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise ModelError(
-            "The network has no trainable parameter (requires_grad is False on all); nothing can be learnt."
-        )
-    fused = parameters[0].is_cuda
-    if recipe.optimiser == "adamw":
-        betas = (recipe.momentum, 0.999)
-        return AdamW(parameters, recipe.lr, betas, weight_decay=recipe.weight_decay, fused=fused)
-    return SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=fused)
-
-
-def build_schedule(optimiser: Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
-    """The learning rate of every step."""
-    rise = round(recipe.warmup * steps)
-    if recipe.schedule == "one_cycle":
-        share = max(rise, 1) / steps
-        return OneCycleLR(optimiser, recipe.lr, total_steps=steps + 1, pct_start=share, cycle_momentum=False)
-    main: LRScheduler
-    if recipe.schedule == "cosine":
-        main = CosineAnnealingLR(optimiser, max(steps - rise, 1))
-    else:
-        main = MultiStepLR(optimiser, [max(round(drop * steps) - rise, 0) for drop in recipe.drops], recipe.gamma)
-    if not rise:
-        return main
-    return SequentialLR(optimiser, [LinearLR(optimiser, 1 / rise, total_iters=rise), main], [rise])
-
-
-class Average:
-    """Exponentially averaged weights and buffers; unlike torch's own, no update waits for a GPU."""
-
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self.module = deepcopy(network)
-        self.decay = decay
-        self.started = False
-
-    @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
-        pairs = list(zip(_tensors(self.module), _tensors(network), strict=True))
-        for own, new in pairs:
-            if self.started and own.is_floating_point():
-                own.lerp_(new, 1 - self.decay)
-            else:
-                own.copy_(new)
-        self.started = True
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"module": self.module.state_dict(), "started": self.started}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.module.load_state_dict(state["module"])
-        self.started = state["started"]
-
-
-def _tensors(network: nn.Module) -> list[Tensor]:
-    return [*network.parameters(), *network.buffers()]

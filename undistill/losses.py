@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from undistill.errors import NonFinite
+
 LOG_ZERO = -1e4  # stands for log 0 in an answer, so that KL stays finite
 
 
@@ -36,3 +38,13 @@ def undermining(nasty: Tensor, adversary: Tensor, T: float) -> Tensor:
     sample is at most -T^2 log min_k q_k, since KL(p || q) <= max_k log(1/q_k).
     """
     return -T * T * kl(nasty, adversary.detach(), T)
+
+
+def require_finite(logits: Tensor, what: str) -> Tensor:
+    """`logits` (N, K); `NonFinite` if any is NaN or infinite."""
+    broken = int((~logits.isfinite()).any(1).sum())
+    if broken:
+        raise NonFinite(
+            f"the network answers NaN or infinity to {broken} of {len(logits)} {what}; its weights are not usable."
+        )
+    return logits

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from undistill import distributed
 from undistill.data import Samples, fetched
 from undistill.engine import EXACT, Engine
-from undistill.losses import cross_entropy, distillation
+from undistill.losses import cross_entropy, distillation, require_finite
 from undistill.models import device_of
 from undistill.views import to_float
 
@@ -18,7 +18,10 @@ DIVERGENCE_T = 4.0
 
 @torch.no_grad()
 def evaluate(network: nn.Module, samples: Samples, engine: Engine = EXACT, batch_size: int = 512) -> Tensor:
-    """Logits (N, K) of the unaugmented images, in eval mode, fp32, on the network's device."""
+    """Logits (N, K) of the unaugmented images, in eval mode, fp32, on the network's device.
+
+    Raises `NonFinite` for a network that answers NaN or infinity: whatever is measured of it would be meaningless.
+    """
     device = device_of(network)
     training = network.training
     network.eval()
@@ -30,7 +33,7 @@ def evaluate(network: nn.Module, samples: Samples, engine: Engine = EXACT, batch
     with engine.active(device):
         logits = distributed.in_turns(samples.parts(batch_size), answers)
     network.train(training)
-    return logits.to(device)
+    return require_finite(logits, "images").to(device)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

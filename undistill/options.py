@@ -1,7 +1,10 @@
 """What the commands of the command line share: their options, and how they end."""
 
+import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from undistill.errors import UndistillError
+from undistill.errors import UndistillError, legible
 
 if TYPE_CHECKING:
     from undistill.launch import Launcher
@@ -20,19 +23,27 @@ LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun
 FIRST = not LAUNCHED or os.environ["RANK"] == "0"  # the one that speaks
 
 
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
 class Commands(TyperGroup):
     """What the user can mend ends in one sentence and exit code 2, never in a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
-            return super().invoke(ctx)
+            with _ending_on_sigterm():
+                return super().invoke(ctx)
         except UndistillError as error:
             fail(str(error))
         except BrokenPipeError:  # whoever reads has seen enough, such as head
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         except OSError as error:
-            where = f" {error.filename}" if error.filename else ""
+            where = f" {os.fsdecode(error.filename)}" if error.filename else ""
             fail(
                 f"Cannot read or write{where}: {error.strerror or error}. What was finished is kept; "
                 "mend that and run the same command again."
@@ -46,6 +57,28 @@ class Commands(TyperGroup):
             )
         except KeyboardInterrupt:
             fail("Interrupted. The same command goes on from here.", 130)
+        except Terminated:
+            fail("Terminated. The same command goes on from here.", 143)
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the work as Ctrl-C does, so that it is left in order. Later ones are ignored meanwhile."""
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if hasattr(signal, "SIGCHLD"):  # torch's handler would raise for each reader of images that the signal ended
+            signal.signal(signal.SIGCHLD, lambda *_: None)
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _short_of_memory(error: BaseException) -> bool:
@@ -54,13 +87,14 @@ def _short_of_memory(error: BaseException) -> bool:
 
 
 def fail(message: str, code: int = 2) -> None:
-    print(f"Error: {message}" if FIRST else f"Error in process {os.environ['RANK']}: {message}", file=sys.stderr)
+    who = "Error" if FIRST else f"Error in process {os.environ['RANK']}"
+    print(f"{who}: {legible(message)}", file=sys.stderr)
     raise typer.Exit(code)
 
 
 def say(message: str) -> None:
     if FIRST:
-        print(message)
+        print(legible(message))
 
 
 @contextmanager
@@ -85,7 +119,7 @@ Set = Annotated[
 def use_data_dir(folder: Path | None) -> None:
     """Later commands and worker processes look there, too."""
     if folder:
-        os.environ["UNDISTILL_DATA"] = str(folder.expanduser().resolve())
+        os.environ["UNDISTILL_DATA"] = os.path.realpath(os.path.expanduser(folder))
 
 
 DataDir = Annotated[

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -101,7 +101,7 @@ class Board:
 
     def look(self) -> None:
         """Take up new reports, and drop those of finished work."""
-        reports = {file: read_json(file) for file in self._folder.glob(f"*/{PROGRESS_FILE}")}
+        reports = {file: _read_report(file) for file in self._folder.glob(f"*/{PROGRESS_FILE}")}
         for file in self._tasks.keys() - reports.keys():
             self._tasks.pop(file)[0].close()
         for file, report in reports.items():
@@ -111,6 +111,13 @@ class Board:
                 stack = ExitStack()
                 self._tasks[file] = stack, stack.enter_context(self._progress.task(report["name"], report["total"]))
             self._tasks[file][1].reach(report["done"], report["note"])
+
+
+def _read_report(file: Path) -> dict[str, Any] | None:
+    """What a worker reported; None for anything else."""
+    report = read_json(file) or {}
+    kinds = {"name": str, "total": int, "done": int, "note": str}
+    return report if all(isinstance(report.get(name), kind) for name, kind in kinds.items()) else None
 
 
 class _Report:

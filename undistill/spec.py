@@ -6,14 +6,33 @@
 import ast
 import inspect
 import re
-from typing import Any, ClassVar, Self
+import reprlib
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from undistill.code import code_sha256, is_code, load_code, trust
 from undistill.errors import SpecError, unknown
 
 _CALL = re.compile(r"\s*(?:(?P<origin>[^()]+):)?(?P<name>[\w-]+)\s*(?P<arguments>\(.*\))?\s*", re.S)
+
+
+def within(low: float, high: float, why: str) -> AfterValidator:
+    """A number from `low` to `high`; `why` tells the user what is wrong with others."""
+
+    def check(value: float) -> float:
+        if not low <= value <= high:
+            raise ValueError(f"it must lie between {low:g} and {high:g}: {why}")
+        return value
+
+    return AfterValidator(check)
+
+
+Temperature = Annotated[float, within(0.05, 1000, "beyond, T^2 KL is made of rounding errors")]
+"""T of a softened answer, softmax(z / T)."""
+Weight = Annotated[float, within(0, 1000, "a term of the loss beyond drowns all others")]
+"""Factor of a term in a loss."""
+LearningRate = Annotated[float, within(1e-9, 100, "weights beyond either stand still or leave the finite numbers")]
 
 
 class Spec(BaseModel):
@@ -40,7 +59,7 @@ class Spec(BaseModel):
         if listed and cls.__module__.startswith("undistill.") and not inspect.isabstract(cls):
             cls.registry[cls.__name__] = cls
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, /, **fields: Any) -> None:
         try:
             super().__init__(**fields)
         except ValidationError as error:
@@ -151,4 +170,13 @@ def _explain(spec: type[Spec], error: ValidationError) -> str:
         return unknown(f"field of {spec.__name__}", field, spec.model_fields)
     if first["type"] == "missing":
         return f"{spec.__name__} needs a value for '{field}'."
-    return f"{spec.__name__}: {field} = {first['input']!r} is refused: {first['msg']}."
+    why = first["msg"].removeprefix("Value error, ")
+    return f"{spec.__name__}: {field} = {_shown(first['input'])} is refused: {why}."
+
+
+def _shown(value: Any) -> str:
+    """A refused value as text, cut where it is long; a crafted one may have no text at all."""
+    try:
+        return reprlib.repr(value)
+    except Exception:
+        return f"a {type(value).__name__}"

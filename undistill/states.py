@@ -131,3 +131,19 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> str:
     data = save({name: value.detach().cpu().clone().contiguous() for name, value in state.items()})
     write_atomically(path, lambda file: file.write(data))
     return hashlib.sha256(data).hexdigest()
+
+
+def same_form(one: Any, other: Any) -> bool:
+    """Whether two states hold the same names, shapes and types, and finite numbers."""
+    if isinstance(one, Tensor):
+        same = isinstance(other, Tensor) and (one.shape, one.dtype) == (other.shape, other.dtype)
+        return same and bool(one.isfinite().all())
+    if isinstance(one, Mapping):
+        return (
+            isinstance(other, Mapping)
+            and one.keys() == other.keys()
+            and all(same_form(value, other[name]) for name, value in one.items())
+        )
+    if isinstance(one, list | tuple):
+        return type(one) is type(other) and len(one) == len(other) and all(map(same_form, one, other))
+    return type(one) is type(other) and (not isinstance(one, float) or math.isfinite(one))

@@ -11,16 +11,17 @@ run.json              specs, parents, seed, metrics, versions, the weights' hash
 
 import json
 import platform
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy
 import torch
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 import undistill
@@ -28,8 +29,8 @@ from undistill import distributed
 from undistill.code import core_sha256, is_code
 from undistill.data import Data, Source
 from undistill.engine import TRIAL_LOCK
-from undistill.errors import NonFinite, StoreError
-from undistill.files import read_json, sha256, write_json
+from undistill.errors import NonFinite, StoreError, UndistillError
+from undistill.files import PART, parse_json, read_json, read_text, require_plain, sha256, sweep, write_json
 from undistill.models import Model, device_of, load_weights
 from undistill.states import write_weights
 
@@ -61,9 +62,10 @@ class Claim:
         """Write weights, then the record, then clear the checkpoints away."""
         if distributed.rank() > 0:
             return
-        digest = write_weights(self.folder / "weights.safetensors", network.state_dict())
-        made_on = environment(device_of(network))
-        write_json(self.folder / "run.json", record | {"weights_sha256": digest, "environment": made_on})
+        hashes = {"weights_sha256": write_weights(self.folder / "weights.safetensors", network.state_dict())}
+        if (metrics := self.folder / "metrics.jsonl").exists():
+            hashes["metrics_sha256"] = sha256(metrics)
+        write_json(self.folder / "run.json", record | hashes | {"environment": environment(device_of(network))})
         self._clear_checkpoints()
 
     def _clear_checkpoints(self) -> None:
@@ -84,7 +86,7 @@ def claim(folder: Path, request: Record) -> Iterator[Claim]:
         if distributed.rank() == 0:
             try:
                 stack.enter_context(_take(folder, request))
-            except (StoreError, OSError) as error:
+            except (UndistillError, OSError) as error:
                 refused = error
         if refused := distributed.from_first(refused):
             raise refused
@@ -104,22 +106,24 @@ def _take(folder: Path, request: Record) -> FileLock:
     path = folder / "request.json"
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file; choose another --out.")
-    ours = {folder / ".lock", folder / "request.json.part"}
-    if folder.exists() and not path.exists() and set(folder.iterdir()) - ours:
-        raise StoreError(f"{folder} holds files that are no run of undistill; choose another --out.")
     folder.mkdir(parents=True, exist_ok=True)
+    require_plain(folder)
+    others = [held for held in folder.iterdir() if held.name != ".lock" and not PART.fullmatch(held.name)]
+    if others and not path.exists():
+        raise StoreError(f"{folder} holds files that are no run of undistill; choose another --out.")
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
         raise StoreError(f"Another process is working in {folder}; wait for it, or choose another --out.") from None
     try:
+        _sweep_below(folder)
         if not path.exists():
             write_json(path, request)
         elif (held := _read_json(path)) != request:
             field, there, asked = difference(held, request)
             raise StoreError(
-                f"{folder} holds another run ({field} is {there} there, {asked} was asked). "
+                f"{folder} holds another run ({field} is {there!s:.300} there, {asked!s:.300} was asked). "
                 "Choose another --out, or remove that folder."
             )
     except BaseException:
@@ -128,20 +132,52 @@ def _take(folder: Path, request: Record) -> FileLock:
     return lock
 
 
+def _sweep_below(folder: Path) -> None:
+    """Remove what killed processes left in a folder, but for parts of it that have a lock of their own."""
+    sweep(folder)
+    for path in folder.iterdir():
+        if path.is_dir() and path.name != "answers" and not (path / ".lock").exists():
+            _sweep_below(path)
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Metrics(BaseModel):
+    """What is known of a finished network; more may be recorded."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Finite]
+
+    validation_accuracy: float = Field(ge=0, le=1)
+
+
+class Parent(BaseModel):
+    """The honest teacher from which a network was protected, as a path from the run's folder."""
+
+    folder: str
+    weights_sha256: str
+
+
 class Recorded(BaseModel):
     """What every run.json must hold, whatever else it says."""
 
-    command: str
+    command: Literal["train", "protect"]
     data: str
     data_sha256: str
     model: str
-    classes: list[str]
-    shape: tuple[int, int, int]
+    defence: str | None = None
+    parent: Parent | None = None
+    start_sha256: str | None = None
+    classes: list[str] = Field(min_length=2)
+    shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     refers: dict[str, str]
     settings: dict[str, Any]
-    metrics: dict[str, float]
-    seconds: float
+    metrics: Metrics
+    seconds: Finite = Field(ge=0)
     weights_sha256: str
+    metrics_sha256: str | None = None
+    environment: dict[str, str | int] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -157,14 +193,17 @@ class Run:
         folder = Path(folder)
         if not folder.is_dir():
             raise StoreError(f"There is no run folder {folder}.")
+        require_plain(folder)
         if not (folder / "run.json").exists():
             raise StoreError(f"{folder} is {_unfinished(folder)}.")
         record = _read_json(folder / "run.json")
         try:
             Recorded.model_validate(record)
         except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
             raise StoreError(
-                f"{folder / 'run.json'} is damaged: {str(error).splitlines()[1]}; make the run again."
+                f"{folder / 'run.json'} is damaged: {field}: {first['msg']}; make the run again."
             ) from None
         return cls(folder, record)
 
@@ -240,7 +279,8 @@ def environment(device: torch.device) -> Record:
 
 def described(environment: Record) -> str:
     """The part of it on which bits depend, in one line."""
-    return "undistill {undistill} (code {code}), torch {torch}, {device}, {threads} threads".format(**environment)
+    known = defaultdict(lambda: "?", environment)
+    return "undistill {undistill} (code {code}), torch {torch}, {device}, {threads} threads".format_map(known)
 
 
 def _unfinished(folder: Path) -> str:
@@ -255,7 +295,7 @@ def _unfinished(folder: Path) -> str:
 
 def _read_json(path: Path) -> Record:
     try:
-        value = json.loads(path.read_text())
+        value = parse_json(read_text(path))
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} is damaged ({error}); restore or remove its folder.") from None
     if not isinstance(value, dict):

@@ -113,7 +113,7 @@ def _loaded(
 
 def parent(run: Run) -> Path:
     """The folder of the honest teacher from which `run` was protected."""
-    if "parent" not in run.record:
+    if not run.record.get("parent"):
         raise StoreError(
             f"{run.folder} was not made by 'protect', so its honest twin is unknown: name it with --honest RUN."
         )

@@ -51,11 +51,11 @@ class Views(Spec):
     """Largest angle in degrees, either way; nearest pixel, black outside."""
     cutout: float = Field(0.0, ge=0, le=1)
     """Side of a black square, as a share of the shorter side (DeVries and Taylor 2017)."""
-    mixup: float = Field(0.0, ge=0)
+    mixup: float = Field(0.0, ge=0, le=100)
     """alpha of mixup (Zhang et al., ICLR 2018): the weight is drawn from Beta(alpha, alpha); 0 is off."""
-    cutmix: float = Field(0.0, ge=0)
+    cutmix: float = Field(0.0, ge=0, le=100)
     """alpha of CutMix (Yun et al., ICCV 2019); 0 is off."""
-    n_views: int = Field(0, ge=0)
+    n_views: int = Field(0, ge=0, le=1_000_000)
     """How many different views each sample has, taken in turn; 0 makes new ones in every epoch."""
 
     @model_validator(mode="after")

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from undistill.attacks.generative import Generative
@@ -12,6 +11,7 @@ from undistill.fit import Fit
 from undistill.losses import cross_entropy, distillation
 from undistill.models import last_features
 from undistill.oracle import Oracle
+from undistill.spec import LearningRate, Temperature, Weight
 from undistill.stream import Batch
 from undistill.synthesis import GeneratorTraining, without_data
 
@@ -20,15 +20,15 @@ class DAFL(Generative):
     """A generator whose images the victim is sure of (one-hot), that excite it (activation) and that cover all
     classes (information entropy); the student imitates the victim on them. Needs weights, no data."""
 
-    lr: float = Field(0.02, gt=0)
+    lr: LearningRate = 0.02
     """Of the generator, with Adam; a slow one shows the same images for too long."""
-    one_hot: float = Field(1.0, ge=0)
+    one_hot: Weight = 1.0
     """Weight of cross-entropy against the victim's own top answer (eq. 3)."""
-    activation: float = Field(0.1, ge=0)
+    activation: Weight = 0.1
     """Weight of minus the mean absolute feature (eq. 4, which sums), for networks that end in a linear layer."""
-    entropy: float = Field(5.0, ge=0)
+    entropy: Weight = 5.0
     """Weight of minus the entropy of the mean answer, in nats (eq. 5, which divides by the number of classes)."""
-    T: float = Field(4.0, gt=0)
+    T: Temperature = 4.0
 
     def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
         victim = oracle.weights

@@ -15,6 +15,7 @@ from undistill.errors import ModelError
 from undistill.fit import Fit
 from undistill.losses import cross_entropy, distillation
 from undistill.oracle import Access, Oracle
+from undistill.spec import LearningRate, Temperature, Weight
 from undistill.stream import Batch
 from undistill.synthesis import (
     BatchNormStatistics,
@@ -36,19 +37,19 @@ class DeepInversion(Attack):
     data."""
 
     needs = Access.WEIGHTS
-    count: int = Field(2000, ge=2)
+    count: int = Field(2000, ge=2, le=10_000_000)
     """Images in all, classes in turn."""
-    steps: int = Field(200, ge=1)
+    steps: int = Field(200, ge=1, le=1_000_000)
     """Of Adam, for each batch of images."""
-    lr: float = Field(0.05, gt=0)
-    statistics: float = Field(1.0, ge=0)
-    variation: float = Field(1.0, ge=0)
-    l2: float = Field(0.001, ge=0)
-    rounds: int = Field(2, ge=1)
+    lr: LearningRate = 0.05
+    statistics: Weight = 1.0
+    variation: Weight = 1.0
+    l2: Weight = 0.001
+    rounds: int = Field(2, ge=1, le=1000)
     """Of images; those of the first are made without the student, which then learns from all that there are."""
-    competition: float = Field(1.0, ge=0)
+    competition: Weight = 1.0
     """Weight of 1 - JS(victim, student) in later rounds (eq. 7)."""
-    T: float = Field(4.0, gt=0)
+    T: Temperature = 4.0
 
     @model_validator(mode="after")
     def _something_in_each_round(self) -> Self:
@@ -70,7 +71,8 @@ class DeepInversion(Attack):
         made: list[Tensor] = []
         for number in range(self.rounds):
             rival = student if number else None
-            made.append(fit.once(f"images-{number}", partial(self._images, victim, rival, number, data, fit)))
+            make = partial(self._images, victim, rival, number, data, fit)
+            made.append(fit.once(f"images-{number}", make, (share(self.count, number, self.rounds), *data.shape)))
             pixels = torch.cat(made)
             split = replace(data, train=Samples(pixels.cpu(), torch.zeros(len(pixels), dtype=torch.int64)))
 

@@ -16,6 +16,7 @@ from undistill.fit import Fit
 from undistill.losses import cross_entropy, distillation
 from undistill.oracle import Oracle
 from undistill.sheet import COLUMNS
+from undistill.spec import LearningRate, Temperature, Weight
 from undistill.stream import Batch
 from undistill.synthesis import (
     BatchNormStatistics,
@@ -39,24 +40,24 @@ class Fast(Generative):
     statistics 10 and adversarial 1.33 (from memory).
     """
 
-    inner: int = Field(5, ge=1)
+    inner: int = Field(5, ge=1, le=10_000)
     """Steps for a batch of images (Fast-5)."""
-    every: int = Field(20, ge=1)
+    every: int = Field(20, ge=1, le=1_000_000)
     """Steps of the student for a batch of new images."""
-    warmup: int = Field(20, ge=1)
+    warmup: int = Field(20, ge=1, le=10_000)
     """Batches of images before the student's first step, made without the student."""
-    lr: float = Field(2e-3, gt=0)
+    lr: LearningRate = 2e-3
     """Of copy and noise, with Adam; noise 5 times."""
     outer: float = Field(0.1, gt=0, le=1)
     """How far the meta-generator moves towards its copy."""
-    one_hot: float = Field(0.5, ge=0)
+    one_hot: Weight = 0.5
     """Weight of cross-entropy against random classes."""
-    statistics: float = Field(1.0, ge=0)
+    statistics: Weight = 1.0
     """Weight of the distance to batch-norm statistics."""
-    adversarial: float = Field(1.0, ge=0)
+    adversarial: Weight = 1.0
     """Weight of minus KL(victim || student) where both give the same top answer."""
-    T: float = Field(4.0, gt=0)
-    bank: int = Field(20_000, ge=1)
+    T: Temperature = 4.0
+    bank: int = Field(20_000, ge=1, le=10_000_000)
     """Images that are remembered, the latest ones."""
 
     def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:

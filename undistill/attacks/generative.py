@@ -6,6 +6,7 @@ from undistill.attacks.attack import Attack
 from undistill.data import Split
 from undistill.fit import Fit
 from undistill.oracle import Access
+from undistill.spec import LearningRate
 from undistill.synthesis import Generator
 
 
@@ -14,10 +15,10 @@ class Generative(Attack):
 
     listed = False
     needs = Access.WEIGHTS
-    lr: float = Field(1e-3, gt=0)
+    lr: LearningRate = 1e-3
     """Of the generator, with Adam."""
-    latent: int = Field(100, ge=1)
-    width: int = Field(64, ge=1)
+    latent: int = Field(100, ge=1, le=10_000)
+    width: int = Field(64, ge=1, le=1024)
     """Channels of the generator."""
 
     def generator(self, data: Split, fit: Fit) -> Generator:

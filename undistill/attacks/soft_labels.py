@@ -10,6 +10,7 @@ from undistill.data import Split
 from undistill.fit import Fit
 from undistill.losses import cross_entropy, distillation
 from undistill.oracle import Access, Oracle
+from undistill.spec import Temperature
 from undistill.stream import Batch
 
 
@@ -17,7 +18,7 @@ class SoftLabels(Attack):
     """`alpha T^2 KL(victim/T || student/T) + (1 - alpha) CE` (Hinton, Vinyals and Dean 2015)."""
 
     needs = Access.QUERY
-    T: float = Field(4.0, gt=0)
+    T: Temperature = 4.0
     alpha: float = Field(0.9, ge=0, le=1)
 
     def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:

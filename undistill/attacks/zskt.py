@@ -21,7 +21,7 @@ class ZSKT(Generative):
     a student that gives way on the same noise (algorithm 1). Without attention transfer, for which both need the
     same feature maps. Needs weights, no data."""
 
-    student_steps: int = Field(10, ge=1)
+    student_steps: int = Field(10, ge=1, le=10_000)
     """Steps of the student for one of the generator (10 in the paper)."""
 
     def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:

@@ -2,22 +2,28 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from undistill.errors import DataError, refused
+from undistill.errors import DataError, FileError, refused
+from undistill.files import inside, open_regular, sha256
 
 T = TypeVar("T")
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+"""Of what Pillow can read: others start programs (EPS), or are readers that hardly anybody keeps safe."""
 GREY = {"1", "L", "LA"}
 COLOUR = {"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"}
 
@@ -45,7 +51,7 @@ class ImageFiles:
         """SHA-256 over what the files hold and the shape to which it is read."""
         sha = hashlib.sha256(repr(self.shape).encode())
         for file in self.files:
-            sha.update(hashlib.sha256(file.read_bytes()).digest())
+            sha.update(bytes.fromhex(sha256(file)))
         return sha.digest()
 
 
@@ -66,17 +72,67 @@ def read_picture(file: Path, channels: int, size: tuple[int, int]) -> Tensor:
     return pixels.permute(2, 0, 1).contiguous()
 
 
+def read_sheet(file: Path) -> NDArray[np.uint8]:
+    """The pixels of a picture as it is, (H, W) grey or (H, W, 3) colour; `DataError` if it is no readable one."""
+    with _readable(file) as picture:
+        return np.array(picture.convert("L" if picture.mode in GREY else "RGB"))
+
+
 @contextmanager
 def _readable(file: Path) -> Iterator[Image.Image]:
     try:
-        with Image.open(file) as opened:
-            if opened.mode not in GREY | COLOUR:
-                raise DataError(f"{file} has mode {opened.mode}; convert it to 8-bit grey or colour.")
-            yield opened
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with open_regular(file) as content, Image.open(content, formats=_formats()) as opened:
+                if opened.mode not in GREY | COLOUR:
+                    raise DataError(f"{file} has mode {opened.mode}; convert it to 8-bit grey or colour.")
+                yield opened
+    except UnidentifiedImageError:
+        raise DataError(f"{file} is no readable image; {', '.join(FORMATS)} are. Convert or remove it.") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(f"{file} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller.") from None
+    except (DataError, FileError, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises many kinds for damaged files
         if refused(error):
             raise DataError(f"{file} cannot be read: {error.strerror}.") from None
         raise DataError(f"{file} is not a readable image ({error}); repair or remove it.") from None
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow has."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def entries(folder: Path, root: Path) -> list[os.DirEntry[str]]:
+    """What lies in `folder`, by name, hidden things aside.
+
+    Raises `DataError` for what would be read from elsewhere, or never end: a link to a folder, a link out of `root`, a
+    dead link, a FIFO or device.
+    """
+    with os.scandir(folder) as found:
+        visible = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in visible:
+        if entry.is_symlink():
+            if not os.path.exists(entry.path) or entry.is_dir():
+                what = "is a link to a folder" if entry.is_dir() else "is a link to nothing"
+                raise DataError(f"{entry.path} {what}; put a copy of what is meant into its place, or remove it.")
+            inside(root, os.path.relpath(entry.path, root))
+        elif not (entry.is_dir() or entry.is_file()):
+            raise DataError(f"{entry.path} is neither file nor folder; remove it.")
+    return visible
+
+
+def files_below(folder: Path, root: Path) -> list[Path]:
+    """All files below `folder`, sorted, hidden ones aside; see `entries`."""
+    found: list[Path] = []
+    todo = [folder]
+    while todo:
+        for entry in entries(todo.pop(), root):
+            (todo if entry.is_dir() else found).append(Path(entry.path))
+    return sorted(found)
 
 
 def fetched(images: Tensor | ImageFiles, fetch: Callable[[Tensor], T], parts: Sequence[Tensor]) -> Iterator[T]:

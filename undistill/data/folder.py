@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from undistill.data.files import GREY, ImageFiles, read_header, read_picture
+from undistill.data.files import GREY, ImageFiles, entries, files_below, read_header, read_picture
 from undistill.data.source import ResolvedPath, Source
 from undistill.data.split import Samples
 from undistill.errors import DataError
@@ -16,7 +16,10 @@ LARGE = 2 * 2**30  # bytes of pixels that are still held in memory
 
 
 class Folder(Source):
-    """`path/CLASS/*.png`, or `path/train/CLASS/...` and `path/test/CLASS/...`; any format Pillow reads."""
+    """`path/CLASS/*.png`, or `path/train/CLASS/...` and `path/test/CLASS/...`.
+
+    Images are PNG, JPEG, WebP, BMP, GIF, TIFF or AVIF.
+    """
 
     path: ResolvedPath
     size: int | None = Field(None, ge=4, le=4096)
@@ -32,25 +35,25 @@ class Folder(Source):
         root = Path(self.path)
         if not root.is_dir():
             raise DataError(f"There is no folder {root}.")
-        names = {folder.name for folder in _folders(root)}
+        folders = _folders(root, root)
+        names = {folder.name for folder in folders}
         if {"train", "test"} <= names:
             if extra := names - {"train", "test"}:
                 raise DataError(f"{root} has train and test, but also {sorted(extra)}; move them away.")
-            classes = [folder.name for folder in _folders(root / "train")]
-            found = [folder.name for folder in _folders(root / "test")]
-            if classes != found:
-                raise DataError(f"{root}: train has the classes {classes}, test has {found}; they must agree.")
-            return self._samples(root / "train", classes), self._samples(root / "test", classes), classes
-        classes = sorted(names)
-        return self._samples(root, classes), None, classes
+            parts = [_folders(root / part, root) for part in ("train", "test")]
+            train, test = ([folder.name for folder in part] for part in parts)
+            if train != test:
+                raise DataError(f"{root}: train has the classes {train}, test has {test}; they must agree.")
+            return self._samples(root / "train", parts[0]), self._samples(root / "test", parts[1]), train
+        return self._samples(root, folders), None, [folder.name for folder in folders]
 
-    def _samples(self, root: Path, classes: list[str]) -> Samples:
+    def _samples(self, root: Path, classes: list[Path]) -> Samples:
         if len(classes) < 2:
             raise DataError(
                 f"{root} has {len(classes)} class folder{'s' * (len(classes) != 1)}; images are expected "
                 "as FOLDER/CLASS/IMAGE, with at least two classes."
             )
-        found = [(file, label) for label, name in enumerate(classes) for file in _files(root / name)]
+        found = [(file, label) for label, folder in enumerate(classes) for file in _files(folder, Path(self.path))]
         files, labels = [file for file, _ in found], torch.tensor([label for _, label in found])
         headers = [read_header(file) for file in files]
         width, height = self._common_size(root, Counter(size for _, size in headers))
@@ -72,12 +75,12 @@ class Folder(Source):
         return next(iter(sizes))
 
 
-def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _folders(folder: Path, root: Path) -> list[Path]:
+    return [Path(entry.path) for entry in entries(folder, root) if entry.is_dir()]
 
 
-def _files(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+def _files(folder: Path, root: Path) -> list[Path]:
+    files = files_below(folder, root)
     if not files:
         raise DataError(f"The class folder {folder} is empty.")
     return files

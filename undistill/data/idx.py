@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from undistill.data.official import AGAIN, File, Official, reading
 from undistill.data.split import Samples
 from undistill.errors import DataError
+from undistill.files import open_regular
 
 LARGEST = 16 + 60_000 * 28 * 28  # bytes; a small archive may hold far more than fits into memory
 
@@ -21,7 +22,7 @@ LARGEST = 16 + 60_000 * 28 * 28  # bytes; a small archive may hold far more than
 def read_idx(path: Path) -> NDArray[np.uint8]:
     """The array in a gzipped IDX file of unsigned bytes; `DataError` if it is not a whole one."""
     with reading(path):
-        with gzip.open(path) as file:
+        with open_regular(path, LARGEST) as packed, gzip.open(packed) as file:
             content = file.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise ValueError(f"it holds more than {LARGEST:,} bytes")

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from undistill.data.source import ResolvedPath, Source
 from undistill.data.split import Samples
 from undistill.errors import DataError
-from undistill.states import read_arrays
+from undistill.states import LARGEST, read_arrays
 
 
 class Npz(Source):
@@ -19,6 +20,8 @@ class Npz(Source):
     """
 
     path: ResolvedPath
+    max_bytes: int = Field(LARGEST, ge=1)
+    """Largest size of all arrays together; an archive of a few megabytes can unpack to more than fits into memory."""
 
     @property
     def title(self) -> str:
@@ -26,7 +29,7 @@ class Npz(Source):
 
     def read(self) -> tuple[Samples, Samples | None, list[str]]:
         try:
-            arrays = read_arrays(Path(self.path))
+            arrays = read_arrays(Path(self.path), self.max_bytes)
         except FileNotFoundError:
             raise DataError(f"There is no file {self.path}.") from None
         except (OSError, ValueError) as error:

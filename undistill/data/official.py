@@ -18,7 +18,8 @@ from filelock import FileLock
 
 from undistill.data.source import Source
 from undistill.data.split import Samples
-from undistill.errors import DataError, refused
+from undistill.errors import DataError, FileError, refused
+from undistill.files import fresh_name, inside, open_regular, sweep
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def data_dir() -> Path:
     """Where public data sets lie: `UNDISTILL_DATA` (or --data-dir), else the user's cache folder."""
     import pooch
 
-    return Path(os.environ.get(VARIABLE) or pooch.os_cache("undistill")).expanduser()
+    return Path(os.path.expanduser(os.environ.get(VARIABLE) or pooch.os_cache("undistill")))
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class File:
 
     def matches(self, path: Path) -> bool:
         """Whether `path` holds the published bytes."""
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "md5").hexdigest() == self.md5
 
 
@@ -97,7 +98,10 @@ class Official(Source):
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / ".lock"):  # of several processes that find nothing, one fetches it
                 self._fetch(root)
-        return self._folder(root)
+        folder = self._folder(root)
+        for file in self.files:
+            inside(root, os.path.relpath(folder / file.name, root))
+        return folder
 
     def _folder(self, root: Path) -> Path:
         """Where any of the files lie already, or else where they are to be put."""
@@ -155,9 +159,9 @@ def reading(what: object, again: str = AGAIN.format("it")) -> Iterator[None]:
     """`DataError`, that says `what` is damaged and what to do, for whatever a reader raises."""
     try:
         yield
-    except (DataError, MemoryError):
+    except (DataError, FileError, MemoryError):
         raise
-    except Exception as error:  # gzip, zlib, struct, scipy and pillow raise many kinds for damaged files
+    except Exception as error:  # gzip, zlib, struct and pillow raise many kinds for damaged files
         if refused(error):
             raise
         raise DataError(
@@ -199,8 +203,9 @@ def fetch(home: str, file: File, folder: Path) -> Path:
 
 def unpack(archive: Path, root: Path) -> None:
     """Unpack a tar or zip archive into `root`, whole or not at all; other files are left alone."""
-    part = root / f"{archive.name}.part"
-    shutil.rmtree(part, ignore_errors=True)
+    sweep(root)
+    part = fresh_name(root)
+    part.mkdir()
     try:
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as packed:

@@ -11,7 +11,7 @@ from undistill.data.split import Data, Samples, divide
 from undistill.errors import DataError
 from undistill.spec import Spec
 
-ResolvedPath = Annotated[str, AfterValidator(lambda text: str(Path(text).expanduser().resolve()))]
+ResolvedPath = Annotated[str, AfterValidator(lambda text: os.path.realpath(os.path.expanduser(text)))]
 """A path that means the same from every working directory."""
 
 
@@ -31,7 +31,7 @@ class Source(Spec):
     def parse(cls, text: str) -> Self:
         """As `Spec.parse`; a bare path becomes the source that reads it."""
         known = text.casefold() in {name.casefold() for name in cls.registry}
-        path = Path(text).expanduser()
+        path = Path(os.path.expanduser(text))
         exists = os.path.exists(path)  # unlike Path.exists, False for a text that can be no path
         if known or not (exists or ("(" not in text and ("/" in text or path.suffix))):
             return super().parse(text)

@@ -11,7 +11,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from undistill.data.files import ImageFiles
-from undistill.errors import DataError
+from undistill.errors import DataError, legible
+
+LONGEST = 200  # characters of a class name
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ def divide(
     seed: int,
 ) -> Data:
     """Carve validation (and test, where the source has none) out of `pool`, then keep `count`; by seed, stratified."""
+    classes = [legible(str(name))[:LONGEST] for name in classes]
     for samples in filter(None, (pool, test)):
         _check(samples, classes)
     if test is None:

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.io import loadmat, whosmat
 
+from undistill.data.mat import read_mat
 from undistill.data.official import File, Official, reading
 from undistill.data.split import Samples
+
+SIDE = 32  # pixels
 
 
 class SVHN(Official):
@@ -30,15 +32,13 @@ class SVHN(Official):
 
 
 def _read(path: Path) -> Samples:
-    """`X` is (H, W, C, N); in `y` the digit 0 is written as 10. A small file may hold more than fits into memory."""
+    """`X` is (H, W, C, N); in `y` the digit 0 is written as 10."""
     with reading(path):
-        announced = {name: (shape, kind) for name, shape, kind in whosmat(str(path))}
-        count = announced["X"][0][-1]
-        if announced["X"] != ((32, 32, 3, count), "uint8") or announced["y"] != ((count, 1), "uint8"):
-            raise ValueError(f"X is {announced['X']}, y is {announced['y']}")
-        if count > max(map(sum, SVHN.counts)):
-            raise ValueError(f"{count:,} images")
-        arrays = loadmat(str(path), variable_names=["X", "y"])
-        images, labels = arrays["X"], arrays["y"].ravel().astype(np.int64) % 10
+        largest = max(map(sum, SVHN.counts)) * 3 * SIDE * SIDE + 2**20
+        arrays = read_mat(path, largest)
+        images, labels = arrays["X"], arrays["y"]
+        count = images.shape[-1]
+        if images.shape != (SIDE, SIDE, 3, count) or labels.shape != (count, 1):
+            raise ValueError(f"X has the shape {images.shape}, y {labels.shape}")
     pixels = np.ascontiguousarray(images.transpose(3, 2, 0, 1))
-    return Samples(torch.from_numpy(pixels), torch.from_numpy(labels))
+    return Samples(torch.from_numpy(pixels), torch.from_numpy(labels.ravel().astype(np.int64) % 10))

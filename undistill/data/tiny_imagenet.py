@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 
-from undistill.data.files import read_header, read_picture
+from undistill.data.files import files_below, read_header, read_picture
 from undistill.data.official import File, Official
 from undistill.data.split import Samples
 from undistill.errors import DataError
+from undistill.files import inside, read_text
 
 SIDE = 64
 
@@ -23,9 +24,9 @@ class TinyImageNet(Official):
     counts = ((500,) * 200, (50,) * 200)
 
     def read_from(self, folder: Path) -> tuple[Samples, Samples, list[str]]:
-        ids = sorted((folder / "wnids.txt").read_text().split())
-        words = dict(line.split("\t", 1) for line in (folder / "words.txt").read_text().splitlines())
-        train = [(file, name) for name in ids for file in sorted((folder / "train" / name).rglob("*.JPEG"))]
+        ids = sorted(read_text(folder / "wnids.txt").split())
+        words = dict(line.split("\t", 1) for line in read_text(folder / "words.txt").splitlines())
+        train = _sorted_by_folder(folder / "train", ids)
         return _samples(train, ids), _samples(validation_files(folder / "val", ids), ids), [words[name] for name in ids]
 
 
@@ -35,11 +36,11 @@ def validation_files(folder: Path, ids: Sequence[str]) -> list[tuple[Path, str]]
     A folder of images whose classes are unknown, or all the same, is refused: read by folder, as many
     readers do, it would be a test set of one class.
     """
-    annotations = folder / "val_annotations.txt"
-    if annotations.exists() and any(folder.glob("images/*")):
-        found = _annotated(annotations, folder / "images", ids)
+    annotations, images = folder / "val_annotations.txt", folder / "images"
+    if annotations.exists() and images.is_dir() and _images(images):
+        found = _annotated(annotations, images, ids)
     else:
-        found = [(file, name) for name in ids for file in sorted((folder / name).rglob("*.JPEG"))]
+        found = _sorted_by_folder(folder, ids)
     if len({label for _, label in found}) < 2:
         raise DataError(
             f"{folder} does not say which class its images are of, or all are of one: as published it has images/ and "
@@ -51,19 +52,29 @@ def validation_files(folder: Path, ids: Sequence[str]) -> list[tuple[Path, str]]
 def _annotated(annotations: Path, folder: Path, ids: Sequence[str]) -> list[tuple[Path, str]]:
     """Every image of `folder` with the class that a line of the list gives it."""
     labels = {}
-    for number, line in enumerate(annotations.read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(annotations).splitlines(), 1):
         if line.strip():
             name, label = (*line.split("\t"), "", "")[:2]
             if label not in ids or name in labels:
                 why = f"names {name} again" if name in labels else f"gives no class of wnids.txt: {line!r}"
                 raise DataError(f"Line {number} of {annotations} {why}. Restore that file from the archive.")
             labels[name] = label
-    if unlike := labels.keys() ^ {file.name for file in folder.glob("*.JPEG")}:
+    if unlike := labels.keys() ^ {file.name for file in _images(folder)}:
         raise DataError(
             f"{annotations} and {folder} do not name the same images: {min(unlike)} is in one of them alone, and "
             f"{len(unlike) - 1} more. Restore both from the archive."
         )
     return [(folder / name, label) for name, label in labels.items()]
+
+
+def _sorted_by_folder(folder: Path, ids: Sequence[str]) -> list[tuple[Path, str]]:
+    """Every image with its class, whose name is that of the folder in which it lies."""
+    folders = {name: inside(folder, name) for name in ids}
+    return [(file, name) for name, place in folders.items() if place.is_dir() for file in _images(place)]
+
+
+def _images(folder: Path) -> list[Path]:
+    return [file for file in files_below(folder, folder) if file.suffix == ".JPEG"]
 
 
 def _samples(found: Sequence[tuple[Path, str]], ids: Sequence[str]) -> Samples:

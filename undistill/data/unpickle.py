@@ -8,7 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from undistill.errors import DataError
+from undistill.errors import DataError, FileError
+from undistill.files import MIB, open_regular
+
+LARGEST = 512 * MIB
 
 STEPS = (
     "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT "
@@ -26,9 +29,9 @@ def read_batch(path: Path) -> dict[str, Any]:
     data.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path, LARGEST) as file:
             batch = _plain(_Unpickler(file, encoding="latin1").load(), {})
-    except OSError:
+    except (OSError, FileError):
         raise
     except Exception as error:  # a crafted or damaged pickle can raise any kind, MemoryError and RecursionError too
         why = "it ends too early" if isinstance(error, EOFError) else str(error).rstrip(".") or type(error).__name__

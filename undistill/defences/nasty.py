@@ -10,6 +10,7 @@ from undistill.data import Split
 from undistill.defences.defence import Defence
 from undistill.fit import Fit
 from undistill.losses import cross_entropy, undermining
+from undistill.spec import Temperature, Weight
 from undistill.store import Run
 from undistill.stream import Batch
 
@@ -17,8 +18,8 @@ from undistill.stream import Batch
 class Nasty(Defence):
     """`CE(nasty, y) - omega T^2 KL(nasty/T || adversary/T)`, the adversary a frozen normal network."""
 
-    omega: float = Field(0.04, ge=0)
-    T: float = Field(4.0, gt=0)
+    omega: Weight = 0.04
+    T: Temperature = 4.0
     warm_start: float | None = Field(None, gt=0, le=1)
     """None trains from scratch, as published; a share starts from the honest weights and takes
     that share of the recipe's epochs."""
@@ -42,7 +43,8 @@ class Nasty(Defence):
                 "undermining": self.omega * undermining(logits, adversary(batch), self.T),
             }
 
-        return fit(fresh, data, objective, epochs=epochs)
+        rounding = 1e-6 * self.omega * self.T**2  # of a KL in fp32, in nats
+        return fit(fresh, data, objective, epochs=epochs, bounds={"undermining": rounding})
 
     def _adversary(self, data: Split) -> nn.Module:
         run = Run.open(str(self.adversary))

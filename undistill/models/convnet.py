@@ -9,7 +9,7 @@ from undistill.models.model import Model, Shape
 class ConvNet(Model):
     """Three 3x3 convolutions of `width`, 2 and 4 times `width` channels with batch norm, global average, linear."""
 
-    width: int = Field(16, ge=1)
+    width: int = Field(16, ge=1, le=1024)
 
     def network(self, shape: Shape, num_classes: int) -> nn.Module:
         channels, height, width = shape

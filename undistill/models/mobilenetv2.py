@@ -22,7 +22,7 @@ class MobileNetV2(Model):
     """For images up to 64 pixels as in the code of "Undistillable": a 1 x 1 stem and the stage of 160 channels keep the
     resolution, and the first block has an expansion, by 1."""
 
-    width: float = Field(1.0, gt=0)
+    width: float = Field(1.0, gt=0, le=16)
     """Multiplies all channels, which stay multiples of 8; the last 1280 only above 1."""
 
     def network(self, shape: Shape, num_classes: int) -> nn.Module:

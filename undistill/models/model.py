@@ -1,7 +1,6 @@
 """`Model`: the one factory of networks, and what every network must be."""
 
 import contextlib
-import io
 from abc import abstractmethod
 from collections.abc import Iterator
 from copy import deepcopy
@@ -15,7 +14,9 @@ from torch import Tensor, nn
 
 from undistill.code import is_code
 from undistill.errors import ModelError
+from undistill.files import MIB, open_regular, read_bytes
 from undistill.spec import Spec
+from undistill.states import LARGEST, load_state
 
 Shape = tuple[int, int, int]  # channels, height, width
 
@@ -85,9 +86,13 @@ def returned(network: object, by: Spec) -> nn.Module:
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
-    """Load a safetensors file, or a state dict saved by torch. Pickled modules are refused unread."""
-    state = read_state(path)
+    """Load a safetensors file, or a state dict saved by torch. Pickled modules are refused unread.
+
+    Raises `ModelError` for weights of another architecture, and for those that the network cannot hold as they are:
+    sparse, quantised, complex, without data, or not finite in the network's own precision.
+    """
     own = network.state_dict()
+    state = read_state(path, largest=16 * sum(value.nbytes for value in own.values()) + 256 * MIB)
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [
         f"{name} is {tuple(state[name].shape)}, the network's is {tuple(own[name].shape)}"
@@ -96,37 +101,49 @@ def load_weights(network: nn.Module, path: Path) -> None:
     ]
     problems = [
         *([f"missing {missing[0]} and {len(missing) - 1} more"] if missing else []),
-        *([f"unexpected {extra[0]} and {len(extra) - 1} more"] if extra else []),
+        *([f"unexpected {extra[0][:100]} and {len(extra) - 1} more"] if extra else []),
         *sorted(shapes)[:1],
     ]
     if problems:
         raise ModelError(f"{path} holds the weights of another architecture: {'; '.join(problems)}.")
-    bad = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if bad:
-        raise ModelError(f"{path}: {bad[0]} holds NaN or infinity; these weights are not usable.")
-    network.load_state_dict(state)
+    network.load_state_dict({name: _fitting(value, own[name], f"{path}: {name}") for name, value in state.items()})
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def _fitting(value: Tensor, own: Tensor, name: str) -> Tensor:
+    """`value` in the type of the network's own tensor; `ModelError` if that would be something else."""
+    kinds = {"sparse": value.layout != torch.strided, "quantised": value.is_quantized, "without data": value.is_meta}
+    kinds["complex"] = value.is_complex() and not own.is_complex()
+    for kind, found in kinds.items():
+        if found:
+            raise ModelError(f"{name} is {kind}; convert it to a plain tensor of {own.dtype}.")
+    held = value.to(own.dtype)
+    if not held.isfinite().all():
+        raise ModelError(f"{name} holds NaN or infinity as {own.dtype}; these weights are not usable.")
+    return held
+
+
+def read_state(path: Path, largest: int = LARGEST) -> dict[str, Tensor]:
     """The tensors in a safetensors or torch file, by name; nothing in it is executed."""
     if not path.is_file():
         raise ModelError(f"There is no weights file {path}.")
-    content = path.read_bytes()
     try:
         if path.suffix == ".safetensors":
-            return load(content)
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            return load(read_bytes(path, largest))
+        open_regular(path, largest).close()
+        state = load_state(path, torch.device("cpu"))
     except SafetensorError as error:
         raise ModelError(f"{path} is not a whole safetensors file: {error}.") from None
-    except Exception:  # torch.load raises many kinds for what is damaged, or no plain state dict
+    except ValueError as error:
         raise ModelError(
-            f"{path} is damaged, or no plain state dict. A pickled module can execute code and is not loaded; "
-            "save tensors alone: torch.save(model.state_dict(), path), or safetensors."
+            f"{path} is damaged, or no plain state dict ({error}). A pickled module can execute code and is not "
+            "loaded; save tensors alone: torch.save(model.state_dict(), path), or safetensors."
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ModelError(
             f"{path} holds {type(state).__name__}, not a state dict of tensors; save model.state_dict() alone."
         )
+    if not all(isinstance(name, str) for name in state):
+        raise ModelError(f"{path} has tensors whose names are no text; save model.state_dict() alone.")
     return dict(state)
 
 

@@ -10,7 +10,7 @@ from undistill.models.model import Model, Shape
 class PlainCNN(Model):
     """3 x [conv3x3, BN, max-pool, ReLU] of 32, 64, 128 channels, fc 128, BN, ReLU, fc K (Ma et al. 2021)."""
 
-    width: int = Field(32, ge=1)
+    width: int = Field(32, ge=1, le=1024)
 
     def network(self, shape: Shape, num_classes: int) -> nn.Module:
         channels, height, width = shape

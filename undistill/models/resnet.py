@@ -16,7 +16,7 @@ class ResNet(Model):
     """ResNet-18, 34 or 50; a 3 x 3 stem without pooling for images up to 64 pixels, 7 x 7 above."""
 
     depth: Literal[18, 34, 50] = 18
-    width: int = Field(64, ge=1)
+    width: int = Field(64, ge=1, le=1024)
     """Channels of the first stage."""
 
     def network(self, shape: Shape, num_classes: int) -> nn.Module:

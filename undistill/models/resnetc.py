@@ -11,8 +11,8 @@ from undistill.models.parts import he_normal
 class ResNetC(Model):
     """`depth` = 6n + 2 layers in three stages of `width`, 2 and 4 times `width` channels."""
 
-    depth: int = Field(8, ge=8)
-    width: int = Field(16, ge=1)
+    depth: int = Field(8, ge=8, le=1000)
+    width: int = Field(16, ge=1, le=1024)
 
     @field_validator("depth")
     @classmethod

@@ -11,9 +11,9 @@ from undistill.models.resnet import Residual
 class ResNeXt(Model):
     """`depth` = 9n + 2 layers, `cardinality` groups of `width` channels; ResNeXt-29 (8 x 64) by default."""
 
-    depth: int = Field(29, ge=11)
-    cardinality: int = Field(8, ge=1)
-    width: int = Field(64, ge=1)
+    depth: int = Field(29, ge=11, le=1000)
+    cardinality: int = Field(8, ge=1, le=1024)
+    width: int = Field(64, ge=1, le=1024)
 
     @field_validator("depth")
     @classmethod

@@ -12,7 +12,7 @@ LAYERS = ((1,), (2,), (4, 4), (8, 8), (8, 8))  # times the width
 class VGG(Model):
     """Eight convolutions in five stages, each followed by max-pooling, then a linear layer."""
 
-    width: int = Field(64, ge=1)
+    width: int = Field(64, ge=1, le=1024)
     """Channels of the first convolution."""
 
     def network(self, shape: Shape, num_classes: int) -> nn.Module:

@@ -10,8 +10,8 @@ from undistill.models.resnetc import preactivation
 class WRN(Model):
     """`depth` = 6n + 4 layers: a stem of 16 channels, then three stages of 16, 32 and 64 times `width` channels."""
 
-    depth: int = Field(16, ge=10)
-    width: int = Field(2, ge=1)
+    depth: int = Field(16, ge=10, le=1000)
+    width: int = Field(2, ge=1, le=1024)
 
     @field_validator("depth")
     @classmethod

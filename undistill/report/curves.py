@@ -33,14 +33,14 @@ def of_runs(runs: Sequence[Run]) -> dict[str, Array]:
     for name, run in zip(names, runs, strict=True):
         curve = read_curve(run)
         if curve is None:
-            raise StoreError(f"{run.folder} has no epochs to draw: it took its weights as they were.")
+            raise StoreError(f"{run.folder} has no epochs to draw: it took its weights as they were, or has lost them.")
         curves[name] = curve
     return curves
 
 
 def training(curves: Mapping[str, Array]) -> Figure:
     """Validation accuracy by epoch of each training; below it the divergence of those that undermine, if any do."""
-    undermining = [name for name, curve in curves.items() if np.isfinite(curve[:, 1]).any()]
+    undermining = [name for name, curve in curves.items() if curve.shape[1] == 2]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.5, 5.2 if undermining else 3.2), layout="constrained")
         above, *below = figure.subplots(2 if undermining else 1, 1, sharex=True, squeeze=False)[:, 0]

@@ -5,11 +5,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from undistill.data.files import read_sheet
 from undistill.errors import SpecError, StoreError, unknown
+from undistill.files import inside, require_plain
 from undistill.models import Model
 from undistill.report import figures
 from undistill.report.curves import ablation, of_runs, training
-from undistill.report.evidence import Array, Evidence, evidence_of, read_evidence, read_sheet
+from undistill.report.evidence import Array, Evidence, evidence_of, read_evidence
 from undistill.report.page import read_report
 from undistill.report.table import read_table
 from undistill.store import Run
@@ -25,6 +27,9 @@ def draw_named(name: str, sources: Sequence[Path], model: str | None = None) -> 
         raise SpecError(unknown("figure", name, FIGURES))
     if not sources:
         raise SpecError(f"A figure is drawn from something: undistill figure {name} {FIGURES[name][0]}")
+    for source in sources:
+        if source.is_dir():
+            require_plain(source)
     return FIGURES[name][1](sources, None if model is None else Model.named(model))
 
 
@@ -51,7 +56,7 @@ def _sheets(source: Path) -> Mapping[str, Array]:
     if source.suffix != ".json":
         return read_evidence(source / "evidence.npz").sheets
     named = {row.name: [one.sheet for one in row.measured.values() if one.sheet] for row in read_table(source).rows}
-    return {name: read_sheet(source.parent / sheets[0]) for name, sheets in named.items() if sheets}
+    return {name: read_sheet(inside(source.parent, sheets[0])) for name, sheets in named.items() if sheets}
 
 
 def _synthesised(source: Path) -> Figure:

@@ -1,9 +1,8 @@
 """What the report's pictures are drawn from: answers of both teachers to the same test images, and their training."""
 
 import io
-import json
-import math
-from collections.abc import Mapping
+import logging
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
 from undistill.code import is_code
 from undistill.data import Data, Samples
+from undistill.data.files import read_sheet
+from undistill.data.split import LONGEST
 from undistill.defences import Defence
-from undistill.errors import StoreError
-from undistill.files import write_atomically
+from undistill.errors import StoreError, UndistillError, legible
+from undistill.files import parse_json, read_text, sha256, write_atomically
 from undistill.measure import DIVERGENCE_T as T
 from undistill.measure import evaluate
 from undistill.models import Model, device_of, features
-from undistill.states import read_arrays
+from undistill.states import LARGEST, read_arrays
 from undistill.store import Run
 from undistill.views import to_float
+
+log = logging.getLogger(__name__)
 
 IMAGES = 5
 POINTS = 400
@@ -51,18 +53,24 @@ class Evidence:
 
 
 def read_curve(run: Run) -> Array | None:
-    """(epochs, 2): validation accuracy in percent, and T^2 KL of the training views, NaN where nothing undermines.
+    """Validation accuracy in percent by epoch, (epochs, 1); beside it T^2 KL where a defence undermines, (epochs, 2).
 
-    None for weights that were taken as they were; `StoreError` for a damaged record.
+    None for weights that were taken as they were, and, with a warning, for a record that is damaged or was edited.
     """
     file = run.folder / "metrics.jsonl"
+    if not file.exists():
+        return None
     try:
-        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        if run.record.get("metrics_sha256") not in (None, sha256(file)):
+            raise ValueError
         omega = _omega(run)
-        values = [(100 * row["validation_accuracy"], _divergence(row, omega)) for row in rows]
-    except (ValueError, KeyError, TypeError):
-        raise StoreError(f"{file} is damaged.") from None
-    return np.array(values) if values else None
+        curve = np.array([_point(parse_json(line), omega) for line in read_text(file).splitlines()], float)
+        if curve.ndim != 2 or not np.isfinite(curve).all():
+            raise ValueError
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, UndistillError):
+        log.warning("%s is damaged or was edited; its curve is left out.", file)
+        return None
+    return curve
 
 
 def _omega(run: Run) -> float:
@@ -71,8 +79,9 @@ def _omega(run: Run) -> float:
     return getattr(Defence.parse(defence), "omega", 0.0) if defence and not is_code(defence) else 0.0
 
 
-def _divergence(row: Mapping[str, float], omega: float) -> float:
-    return -row["undermining"] / omega if omega and "undermining" in row else math.nan
+def _point(row: Mapping[str, float], omega: float) -> list[float]:
+    accuracy = 100 * row["validation_accuracy"]
+    return [accuracy, -row["undermining"] / omega] if omega and "undermining" in row else [accuracy]
 
 
 def write_evidence(
@@ -119,20 +128,14 @@ def _answered(data: Data, honest: nn.Module, victim: nn.Module) -> dict[str, Arr
     return arrays
 
 
-def read_sheet(file: Path) -> Array:
-    """The pixels of a sheet of images; `StoreError` where there is none."""
-    try:
-        with Image.open(file) as picture:
-            return np.asarray(picture)
-    except OSError as error:
-        raise StoreError(f"The sheet {file} is missing or damaged ({error}).") from None
-
-
 def read_evidence(path: Path) -> Evidence:
+    """`StoreError` for a file that is missing, damaged, or holds arrays of other shapes than `Evidence` says."""
     try:
-        return _evidence(read_arrays(path))
+        evidence = _evidence(read_arrays(path, LARGEST))
+        _check(evidence)
     except (OSError, ValueError, KeyError) as error:
         raise StoreError(f"{path} is missing or damaged ({error}); run the audit again.") from None
+    return evidence
 
 
 def _evidence(arrays: Mapping[str, Array]) -> Evidence:
@@ -141,8 +144,40 @@ def _evidence(arrays: Mapping[str, Array]) -> Evidence:
         for kind in ("map ", "sheet ", "curve ")
     )
     fields = {name: arrays[name] for name in ("images", "labels", "honest", "victim", "point_labels")}
-    classes = [str(name) for name in arrays["classes"]]
+    classes = [legible(str(name))[:LONGEST] for name in arrays["classes"].flat]
     return Evidence(classes=classes, maps=maps, sheets=sheets, curves=curves, **fields)
+
+
+def _check(evidence: Evidence) -> None:
+    """`ValueError` unless all arrays have the kinds, shapes and ranges that `Evidence` says."""
+    n, classes, points = len(evidence.images), len(evidence.classes), len(evidence.point_labels)
+    _require("images", evidence.images, "u", n, (1, 3), ANY, ANY)
+    _require("labels", evidence.labels, "iu", n)
+    _require("honest", evidence.honest, "f", n, classes)
+    _require("victim", evidence.victim, "f", n, classes)
+    _require("point_labels", evidence.point_labels, "iu", points)
+    for name, points_of in evidence.maps.items():
+        _require(f"map {name}", points_of, "f", points, 2)
+    for name, sheet in evidence.sheets.items():
+        _require(f"sheet {name}", sheet, "u", ANY, ANY, *[3] * (sheet.ndim - 2))
+    for name, curve in evidence.curves.items():
+        _require(f"curve {name}", curve, "f", ANY, (1, 2))
+    for labels in (evidence.labels, evidence.point_labels):
+        if labels.min() < 0 or labels.max() >= classes:
+            raise ValueError("a label is of no class")
+
+
+ANY = range(1, 2**31)
+
+
+def _require(name: str, array: Array, kinds: str, *shape: int | Container[int]) -> None:
+    """`ValueError` unless `array` has one of the kinds of numpy's dtypes, that shape, and finite values."""
+    sizes = zip(array.shape, shape, strict=False)
+    fits = all(size == wanted if isinstance(wanted, int) else size in wanted for size, wanted in sizes)
+    if array.dtype.kind not in kinds or array.ndim != len(shape) or not fits or not array.size:
+        raise ValueError(f"{legible(name)[:60]} is {array.dtype} of shape {array.shape}")
+    if (array.dtype.kind == "u" and array.dtype != np.uint8) or not np.isfinite(array).all():
+        raise ValueError(f"{legible(name)[:60]} holds what it should not")
 
 
 def _first_of_each(labels: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """report.json, and the two pages made from it: report.html for people, report.md for repositories."""
 
+import re
 from pathlib import Path
 from statistics import fmean
 
@@ -8,26 +9,36 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from pydantic import ValidationError
 
-from undistill.errors import StoreError
-from undistill.files import write_text
+from undistill.errors import StoreError, legible
+from undistill.files import parse_json, read_text, require_plain, write_json, write_text
 from undistill.report import figures
 from undistill.report.curves import training
 from undistill.report.evidence import read_evidence
 from undistill.report.schema import Interval, Report
 from undistill.verdict import columns, interval
 
-_templates = Environment(
+_HTML = Environment(
     loader=PackageLoader("undistill.report"),
-    autoescape=lambda name: bool(name and name.endswith(".html")),
+    autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
 )
 
 
+def _plain(value: object) -> object:
+    """Text that a Markdown page shows as it is: on one line, and without markup, HTML or cells of a table."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"([\\`*_\[\]<>|~$])", r"\\\1", legible(" ".join(value.split())).replace("&", "&amp;"))
+
+
+_MARKDOWN = _HTML.overlay(autoescape=False, finalize=_plain)
+
+
 def write_report(report: Report, folder: Path) -> None:
     """Write report.json into `folder`, where `evidence.npz` lies already, then both pages."""
-    write_text(folder / "report.json", report.model_dump_json(indent=2) + "\n")
+    write_json(folder / "report.json", report.model_dump())
     render(folder)
 
 
@@ -37,13 +48,18 @@ def read_report(folder: Path) -> Report:
     if not path.is_file():
         raise StoreError(f"There is no {path}; 'undistill audit' or 'undistill demo' writes one.")
     try:
-        return Report.model_validate_json(path.read_text())
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise StoreError(f"{path} is no report of this version of undistill: {str(error).splitlines()[0]}") from None
+        return Report.model_validate(parse_json(read_text(path)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except ValueError as error:
+        why = str(error)
+    raise StoreError(f"{path} is no report of this version of undistill ({legible(why)}).")
 
 
 def render(folder: Path) -> Path:
     """Make report.html and report.md anew from report.json and evidence.npz."""
+    require_plain(folder)
     report, evidence = read_report(folder), read_evidence(folder / "evidence.npz")
     pictures = {
         "students": draw(figures.students(report)),
@@ -54,8 +70,8 @@ def render(folder: Path) -> Path:
     }
     agreement = fmean(pair.agreement for pair in report.pairs)
     context = {"report": report, "rows": table(report), "agreement": agreement, "percent": percent, "points": points}
-    html = _templates.get_template("report.html").render(context, pictures=pictures)
-    write_text(folder / "report.md", _templates.get_template("report.md").render(context))
+    html = _HTML.get_template("report.html").render(context, pictures=pictures)
+    write_text(folder / "report.md", _MARKDOWN.get_template("report.md").render(context))
     write_text(folder / "report.html", html)
     return folder / "report.html"
 

@@ -1,14 +1,21 @@
 """`report.json`: the audit's product. Accuracies are shares from 0 to 1; docs/report.schema.json is made from here."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 Side = Literal["victim", "honest", "none"]
+Share = Annotated[float, Field(ge=0, le=1)]
+Difference = Annotated[float, Field(ge=-1, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+Text = Annotated[str, Field(max_length=10_000)]
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    """NaN and infinity are no numbers here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Interval(Part):
@@ -17,16 +24,16 @@ class Interval(Part):
     mean: float
     low: float | None
     high: float | None
-    n: int
+    n: Annotated[int, Field(ge=1)]
 
 
 class Teacher(Part):
     """One network on the test set; `nll` in nats. Means over pairs where there are several."""
 
-    spec: str
-    accuracy: float
-    nll: float
-    ece: float
+    spec: Text
+    accuracy: Share
+    nll: NotNegative
+    ece: Share
 
 
 class Pair(Part):
@@ -35,10 +42,10 @@ class Pair(Part):
     victim: Teacher
     honest: Teacher
     divergence: float
-    agreement: float
+    agreement: Share
     """Share of test images to which both give the same top answer."""
-    honest_train_accuracy: float
-    test_images: int
+    honest_train_accuracy: Share
+    test_images: Annotated[int, Field(ge=1)]
     adopted_weights: bool
     """The honest teacher started from weights made elsewhere."""
     same_origin: bool
@@ -49,28 +56,28 @@ class Cell(Part):
     """One student. Side 'none' is an attack that asks nobody; its fidelity is to the victim."""
 
     side: Side
-    attack: str
-    student: str
+    attack: Text
+    student: Text
     seed: int
-    accuracy: float
-    fidelity: float
-    queries: int
-    seconds: float
+    accuracy: Share
+    fidelity: Share
+    queries: Count
+    seconds: NotNegative
     floor: bool
-    late_gain: float
+    late_gain: Difference
     """Validation accuracy gained in the last fifth of the epochs: near 0 where training was long enough."""
-    engine: str
+    engine: Text
     """How the student was computed."""
-    diverged: str = ""
+    diverged: Text = ""
     """Why training ended without a student, which then counts as one that always gives the first class."""
-    environment: str = ""
+    environment: Text = ""
     """By which code it was measured, and on what."""
 
 
 class Verdict(Part):
     """Differences of test accuracy. Positive leaks are good for the thief."""
 
-    sentence: str
+    sentence: Text
     leak_hard: Interval
     """Worst attack minus the hard-label student: what the answers give away beyond the label."""
     leak_label_smoothing: Interval
@@ -83,8 +90,8 @@ class Verdict(Part):
     """Plain KD from the honest twin minus plain KD from the victim."""
     cost: Interval
     """Honest accuracy minus victim accuracy."""
-    worst_attack: str
-    worst_student: str
+    worst_attack: Text
+    worst_student: Text
 
 
 class Costs(Part):
@@ -102,24 +109,24 @@ class Costs(Part):
 class Flag(Part):
     """A way in which this result could mislead."""
 
-    name: str
-    message: str
+    name: Text
+    message: Text
 
 
 class Report(Part):
     format: Literal[1] = 1
-    title: str
-    data: str
-    classes: int
-    suite: str
-    recipe: str
+    title: Text
+    data: Text
+    classes: Annotated[int, Field(ge=2)]
+    suite: Text
+    recipe: Text
     victim: Teacher
     honest: Teacher
-    pairs: list[Pair]
-    cells: list[Cell]
+    pairs: Annotated[list[Pair], Field(min_length=1)]
+    cells: Annotated[list[Cell], Field(min_length=1)]
     divergence: float
     """T^2 KL(victim/T || honest/T) at T = 4 on the validation split, in nats; mean over pairs."""
     costs: Costs
     verdict: Verdict
     flags: list[Flag]
-    environment: dict[str, str | int]
+    environment: dict[Text, Text | int]

@@ -1,14 +1,13 @@
 """The table of `undistill reproduce` as it lies on disk: written by it, and what curves are drawn from."""
 
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from undistill.errors import StoreError
-from undistill.files import write_json
+from undistill.errors import StoreError, legible
+from undistill.files import parse_json, read_text, write_json
 from undistill.report.schema import Part
 
 
@@ -68,12 +67,12 @@ def read_table(file: Path) -> Table:
     if not file.exists():
         raise StoreError(f"There is no table {file}; 'undistill reproduce' writes one.")
     try:
-        return Table.model_validate(json.loads(file.read_text()))
-    except ValidationError as error:
+        return Table.model_validate(parse_json(read_text(file)))
+    except ValidationError as error:  # a ValueError, too
         first = error.errors()[0]
         why = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
     except ValueError as error:
-        why = type(error).__name__
+        why = legible(str(error))
     raise StoreError(f"{file} is damaged, or no table of 'undistill reproduce' ({why}).")
 
 
