@@ -264,7 +264,7 @@ def test_answers_that_are_not_finite_end_the_training(toy: Data, fit: Fit) -> No
             final.weight.fill_(3e38)
         return {"none": 0 * final.bias.sum()}
 
-    with pytest.raises(NonFinite, match=r"epoch 1 of 6: on validation images the network answers NaN or infinity to"):
+    with pytest.raises(NonFinite, match=r"epoch 1 of 6: on validation images: The network answers NaN or infinity to"):
         fit(network, toy, objective)
 
 

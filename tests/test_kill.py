@@ -21,20 +21,22 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 PROGRAM = "from undistill import fit; fit.CHECKPOINT_SECONDS = 0.0; from undistill.cli import app; app()"
 
 
-def start(*words: object) -> subprocess.Popen[bytes]:
+def start(*words: object, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", PROGRAM, *map(str, words)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=stderr)
 
 
-def kill_when(process: subprocess.Popen[bytes], folder: Path, pattern: str) -> None:
-    """SIGKILL as soon as a checkpoint is there."""
+def kill_when(
+    process: subprocess.Popen[bytes], folder: Path, pattern: str, number: signal.Signals = signal.SIGKILL
+) -> int:
+    """Send a signal as soon as a checkpoint is there; returns the exit code."""
     deadline = time.monotonic() + 60
     while not list(folder.glob(pattern)):
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.send_signal(number)
+    return process.wait(60)
 
 
 def finish(*words: object) -> None:
@@ -54,8 +56,27 @@ def pair(toy_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run,
 
 def test_train(pair: tuple[Run, Run], toy_file: Path, tmp_path: Path) -> None:
     words = ["train", "--data", toy_file, "--model", TEACHER, "--out", tmp_path / "run", *SET]
-    kill_when(start(*words), tmp_path / "run", "checkpoint-0.pt")
+    assert kill_when(start(*words), tmp_path / "run", "checkpoint-0.pt") == -signal.SIGKILL
     assert not (tmp_path / "run" / "run.json").exists()
+    finish(*words)
+    assert Run.open(tmp_path / "run").digest == pair[0].digest
+
+
+ENDINGS = {signal.SIGTERM: (143, "Terminated"), signal.SIGINT: (130, "Interrupted")}
+
+
+@pytest.mark.parametrize("number", ENDINGS, ids=lambda number: number.name)
+def test_a_signal_ends_it_in_a_sentence(
+    number: signal.Signals, pair: tuple[Run, Run], toy_file: Path, tmp_path: Path
+) -> None:
+    words = ["train", "--data", toy_file, "--model", TEACHER, "--out", tmp_path / "run", *SET]
+    process = start(*words, stderr=subprocess.PIPE)
+    code, said = ENDINGS[number]
+    assert kill_when(process, tmp_path / "run", "checkpoint-0.pt", number) == code
+    assert process.stderr is not None
+    *_, last = process.stderr.read().decode().strip().splitlines()
+    assert last == f"Error: {said}. The same command goes on from here."
+    assert (tmp_path / "run" / "checkpoint-0.pt").exists()
     finish(*words)
     assert Run.open(tmp_path / "run").digest == pair[0].digest
 

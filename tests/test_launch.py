@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import RECIPE, STUDENT
-from tests.test_kill import ENVIRONMENT, kill_when, start
+from tests.test_kill import ENDINGS, ENVIRONMENT, kill_when, start
 from undistill.auditor import audit
 from undistill.engine import EXACT, Engine
 from undistill.errors import LaunchError, ModelError, SpecError
@@ -162,6 +162,37 @@ def test_a_killed_pool_leaves_no_workers_and_is_resumed(slow_pair: Run, tmp_path
     assert start(*words(slow_pair, tmp_path / "killed", *pool)).wait() == 0
     assert start(*words(slow_pair, tmp_path / "serial")).wait() == 0
     assert report_of(tmp_path / "killed") == report_of(tmp_path / "serial")
+
+
+@pytest.mark.parametrize("number", ENDINGS, ids=lambda number: number.name)
+def test_a_signal_ends_a_pool_and_its_workers(number: signal.Signals, slow_pair: Run, tmp_path: Path) -> None:
+    """With one sentence, and nothing that Python finds left over."""
+    code, said = ENDINGS[number]
+    process = start(*words(slow_pair, tmp_path / "a", "--launcher", "pool"), stderr=subprocess.PIPE)
+    wait_for(tmp_path / "a", "cells/*/checkpoint-0.pt")
+    workers = workers_of(process)
+    process.send_signal(number)
+    assert process.stderr is not None
+    *_, last = process.stderr.read().decode().strip().splitlines()
+    assert last == f"Error: {said}. The same command goes on from here."
+    assert process.wait(60) == code
+    assert not any(map(alive, workers))
+
+
+@pytest.mark.parametrize("patience", [0.0, 0.3, 1.0])
+def test_workers_end_with_their_parent_even_while_they_import(patience: float, slow_pair: Run, tmp_path: Path) -> None:
+    process = start(*words(slow_pair, tmp_path / "a", "--launcher", "pool"))
+    deadline = time.monotonic() + 60
+    while len(workers := workers_of(process)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(patience)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 3
+    while any(map(alive, workers)):
+        assert time.monotonic() < deadline, "workers outlived their parent"
+        time.sleep(0.02)
 
 
 def wait_for(folder: Path, pattern: str) -> None:

@@ -68,6 +68,7 @@ def audit(
     jobs = list(plan([subject], suite, attacks, students, recipe))
     for job in jobs:  # what cannot be loaded, or attacked, is said before work is done
         job.attack.check(job.subject.network(job.side))
+    subject.require_finite()
     with claim(Path(out), {"command": "audit", "victim": subject.victim.digest, "honest": subject.honest.digest}):
         return perform(jobs, Path(out), suite, launcher, progress or Progress.silent())
 

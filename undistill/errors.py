@@ -47,7 +47,12 @@ class LaunchError(UndistillError):
 
 def legible(text: str) -> str:
     """`text` without what a terminal or a page might obey or not be able to show, which is written as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(c if c.isprintable() else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    byte = ord(character) - 0xDC00  # where Python puts the bytes of a file name that are not UTF-8
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode("ascii")
 
 
 def refused(error: BaseException) -> TypeGuard[OSError]:

@@ -293,7 +293,7 @@ class _Loop:
         try:
             return evaluate(self.current, self.validation, self.engine)
         except NonFinite as error:
-            raise self._stopped(f"on validation images {error}") from None
+            raise self._stopped(f"on validation images: {error}") from None
 
     def _step(self, batch: Batch, scale: float) -> dict[str, Tensor]:
         """Every term and their sum, detached."""

@@ -45,6 +45,6 @@ def require_finite(logits: Tensor, what: str) -> Tensor:
     broken = int((~logits.isfinite()).any(1).sum())
     if broken:
         raise NonFinite(
-            f"the network answers NaN or infinity to {broken} of {len(logits)} {what}; its weights are not usable."
+            f"The network answers NaN or infinity to {broken} of {len(logits)} {what}; its weights are not usable."
         )
     return logits

@@ -179,4 +179,4 @@ def _shown(value: Any) -> str:
     try:
         return reprlib.repr(value)
     except Exception:
-        return f"a {type(value).__name__}"
+        return f"<{type(value).__name__}>"

@@ -22,6 +22,7 @@ from undistill.files import GIB, MIB, open_regular, write_atomically
 log = logging.getLogger(__name__)
 
 LARGEST = 2 * GIB
+SECONDS = 60.0  # that a child process has to read a file, beside one for every 20 MiB
 DIGEST = 64  # characters of a SHA-256
 
 
@@ -79,7 +80,7 @@ def load_state(path: Path, device: torch.device) -> Any:
             return type(error).__name__
         return ""
 
-    if why := in_child(attempt, seconds=60 + content / (20 * MIB), memory=8 * content + GIB):
+    if why := in_child(attempt, seconds=SECONDS + content / (20 * MIB), memory=8 * content + GIB):
         raise ValueError(why)
     return _load(path, device)
 

@@ -107,10 +107,10 @@ def _take(folder: Path, request: Record) -> FileLock:
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file; choose another --out.")
     folder.mkdir(parents=True, exist_ok=True)
-    require_plain(folder)
     others = [held for held in folder.iterdir() if held.name != ".lock" and not PART.fullmatch(held.name)]
     if others and not path.exists():
         raise StoreError(f"{folder} holds files that are no run of undistill; choose another --out.")
+    require_plain(folder)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
@@ -193,9 +193,9 @@ class Run:
         folder = Path(folder)
         if not folder.is_dir():
             raise StoreError(f"There is no run folder {folder}.")
-        require_plain(folder)
         if not (folder / "run.json").exists():
             raise StoreError(f"{folder} is {_unfinished(folder)}.")
+        require_plain(folder)
         record = _read_json(folder / "run.json")
         try:
             Recorded.model_validate(record)

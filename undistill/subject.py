@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from undistill.answers import GIB, REMEMBER, Answers, AnswerStore
 from undistill.data import Data, Split
 from undistill.engine import EXACT, Engine
-from undistill.errors import StoreError
+from undistill.errors import NonFinite, StoreError
 from undistill.models import Model
 from undistill.report.schema import Side
 from undistill.seeds import derive
@@ -93,6 +93,15 @@ class Subject:
 
     def network(self, side: Side) -> nn.Module:
         return self.answers[side].network
+
+    def require_finite(self) -> None:
+        """Raise `NonFinite`, naming the run, if one of the two answers NaN or infinity to the test images."""
+        runs: dict[Side, Run] = {"victim": self.victim, "honest": self.honest}
+        for side, run in runs.items():
+            try:
+                self.test_logits(side)
+            except NonFinite as error:
+                raise NonFinite(f"{run.folder}: {error}") from None
 
     def test_logits(self, side: Side) -> Tensor:
         """What a side answers to the test images."""

@@ -13,7 +13,7 @@ from undistill import distributed, measure
 from undistill.answers import GIB, REMEMBER, AnswerStore
 from undistill.data import Data, Source
 from undistill.defences import Defence
-from undistill.errors import DataError, SpecError
+from undistill.errors import DataError, NonFinite, SpecError
 from undistill.files import sha256
 from undistill.fit import Fit, Recipe
 from undistill.losses import cross_entropy
@@ -85,7 +85,7 @@ def train(
         if not place.finished:
             fit = Fit(settings.recipe, seed, chosen, place.folder, progress or Progress.silent(), "honest teacher")
             network = fit(network, loaded.split, objective)
-            place.finish(network, _record(request, loaded, fit, network))
+            place.finish(network, _record(request, loaded, fit, network, str(weights or model)))
     return Run.open(out)
 
 
@@ -130,7 +130,7 @@ def protect(
             fit = Fit(settings.recipe, seed, chosen, place.folder, progress or Progress.silent(), name, store=store)
             with seeded(derive(settings.seed, "defence")):
                 victim = returned(defence.protect(teacher.to(chosen), fresh, data.split, fit), defence)
-            record = _record(request, data, fit, victim)
+            record = _record(request, data, fit, victim, str(defence))
             record["metrics"]["divergence"] = measure.divergence(
                 evaluate(victim, data.validation), evaluate(teacher, data.validation)
             )
@@ -177,8 +177,12 @@ def pick_device(name: str) -> torch.device:
     return tried.device  # cuda:0 for cuda
 
 
-def _record(request: Record, data: Data, fit: Fit, network: nn.Module) -> Record:
-    logits = evaluate(network, data.validation).cpu()
+def _record(request: Record, data: Data, fit: Fit, network: nn.Module, who: str) -> Record:
+    """What is known of the finished network; `NonFinite`, naming `who` it comes from, if it answers NaN or infinity."""
+    try:
+        logits = evaluate(network, data.validation).cpu()
+    except NonFinite as error:
+        raise NonFinite(f"{who}: {error}") from None
     labels = data.validation.labels
     return request | {
         "classes": list(data.classes),

@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from undistill.errors import DataError, FileError, refused
+from undistill.errors import DataError, FileError, UndistillError, refused
 from undistill.files import inside, open_regular, sha256
 
 T = TypeVar("T")
@@ -150,19 +150,19 @@ def fetched(images: Tensor | ImageFiles, fetch: Callable[[Tensor], T], parts: Se
         generator=torch.Generator(),  # else it draws from the caller's, who then drops out other units
     )
     for result in loader:
-        if isinstance(result, DataError):
+        if isinstance(result, UndistillError):
             raise result
         yield result
 
 
-class _Fetching(Dataset[T | DataError]):
+class _Fetching(Dataset[T | UndistillError]):
     """An error travels as a result, since DataLoader would wrap it into a traceback."""
 
     def __init__(self, fetch: Callable[[Tensor], T]) -> None:
         self.fetch = fetch
 
-    def __getitem__(self, index: Tensor) -> T | DataError:
+    def __getitem__(self, index: Tensor) -> T | UndistillError:
         try:
             return self.fetch(index)
-        except DataError as error:
+        except UndistillError as error:
             return error

@@ -88,6 +88,7 @@ class Official(Source):
     def find(self) -> Path:
         """The folder in which the files lie; they are downloaded where there is none."""
         root = data_dir()
+        self._require_inside(root)
         folder = self._folder(root)
         missing = self._missing(folder)
         if self.archive and 0 < len(missing) < len(self.files):
@@ -98,10 +99,14 @@ class Official(Source):
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / ".lock"):  # of several processes that find nothing, one fetches it
                 self._fetch(root)
-        folder = self._folder(root)
-        for file in self.files:
-            inside(root, os.path.relpath(folder / file.name, root))
-        return folder
+        self._require_inside(root)
+        return self._folder(root)
+
+    def _require_inside(self, root: Path) -> None:
+        """`FileError` for a link in `root` by which we would read, or write, elsewhere."""
+        for folder in self.folders:
+            for file in self.files:
+                inside(root, str(Path(folder, file.name)))
 
     def _folder(self, root: Path) -> Path:
         """Where any of the files lie already, or else where they are to be put."""

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from undistill.errors import StoreError
+from undistill.errors import StoreError, legible
 from undistill.report.evidence import Array, read_curve
 from undistill.report.figures import STYLE
 from undistill.report.table import read_table
@@ -26,9 +26,9 @@ POINT = re.compile(r"((?P<what>\w+)=(?P<value>[^:]+)|(?P<share>\d+)%): (?P<line>
 
 def of_runs(runs: Sequence[Run]) -> dict[str, Array]:
     """The curve of each run, by a name of its own; `StoreError` for one that was not trained."""
-    names = [run.folder.name for run in runs]
+    names = [legible(run.folder.name) for run in runs]
     if len(set(names)) < len(names):
-        names = [str(run.folder) for run in runs]
+        names = [legible(str(run.folder)) for run in runs]
     curves = {}
     for name, run in zip(names, runs, strict=True):
         curve = read_curve(run)

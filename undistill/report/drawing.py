@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from undistill.data.files import read_sheet
 from undistill.errors import SpecError, StoreError, unknown
-from undistill.files import inside, require_plain
+from undistill.files import inside
 from undistill.models import Model
 from undistill.report import figures
 from undistill.report.curves import ablation, of_runs, training
@@ -27,9 +27,6 @@ def draw_named(name: str, sources: Sequence[Path], model: str | None = None) -> 
         raise SpecError(unknown("figure", name, FIGURES))
     if not sources:
         raise SpecError(f"A figure is drawn from something: undistill figure {name} {FIGURES[name][0]}")
-    for source in sources:
-        if source.is_dir():
-            require_plain(source)
     return FIGURES[name][1](sources, None if model is None else Model.named(model))
 
 

@@ -20,7 +20,7 @@ from undistill.data.files import read_sheet
 from undistill.data.split import LONGEST
 from undistill.defences import Defence
 from undistill.errors import StoreError, UndistillError, legible
-from undistill.files import parse_json, read_text, sha256, write_atomically
+from undistill.files import parse_json, read_text, require_plain, sha256, write_atomically
 from undistill.measure import DIVERGENCE_T as T
 from undistill.measure import evaluate
 from undistill.models import Model, device_of, features
@@ -131,6 +131,8 @@ def _answered(data: Data, honest: nn.Module, victim: nn.Module) -> dict[str, Arr
 def read_evidence(path: Path) -> Evidence:
     """`StoreError` for a file that is missing, damaged, or holds arrays of other shapes than `Evidence` says."""
     try:
+        if path.exists():
+            require_plain(path.parent)
         evidence = _evidence(read_arrays(path, LARGEST))
         _check(evidence)
     except (OSError, ValueError, KeyError) as error:

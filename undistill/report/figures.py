@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from undistill.errors import legible
 from undistill.files import write_atomically, write_text
 from undistill.measure import DIVERGENCE_T as T
 from undistill.report.evidence import Array, Evidence
@@ -68,7 +69,9 @@ def students(report: Report) -> Figure:
             rows = {column: found[column] for column in reversed(found) if column[2] == student}
             _panel(axes, rows)
             axes.set_yticks(range(len(rows)), [names[column] for column in rows], fontsize=10 if lines == 1 else 8)
-            axes.set_xlabel(f"test accuracy of the student {student}, %   (· · · no teacher, - - - top answers only)")
+            axes.set_xlabel(
+                f"test accuracy of the student {legible(student)}, %   (· · · no teacher, - - - top answers only)"
+            )
     return figure
 
 
@@ -98,7 +101,7 @@ def label(column: Column) -> str:
     """'SoftLabels(T=4, alpha=0.9) from the victim'."""
     side, attack, _ = column
     return (
-        attack.removesuffix("()")
+        legible(attack).removesuffix("()")
         + {"victim": " from the protected", "honest": " from the unprotected", "none": ""}[side]
     )
 
@@ -173,5 +176,5 @@ def sheets(pictures: Mapping[str, Array]) -> Figure:
             axes.axis("off")
         for axes, (name, pixels) in zip(grid, pictures.items(), strict=False):
             axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axes.set_title(fill(name, 46), fontsize=8)
+            axes.set_title(fill(legible(name), 46), fontsize=8)
     return figure

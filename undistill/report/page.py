@@ -47,6 +47,7 @@ def read_report(folder: Path) -> Report:
     path = folder / "report.json"
     if not path.is_file():
         raise StoreError(f"There is no {path}; 'undistill audit' or 'undistill demo' writes one.")
+    require_plain(folder)
     try:
         return Report.model_validate(parse_json(read_text(path)))
     except ValidationError as error:
@@ -59,7 +60,6 @@ def read_report(folder: Path) -> Report:
 
 def render(folder: Path) -> Path:
     """Make report.html and report.md anew from report.json and evidence.npz."""
-    require_plain(folder)
     report, evidence = read_report(folder), read_evidence(folder / "evidence.npz")
     pictures = {
         "students": draw(figures.students(report)),
