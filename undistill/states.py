@@ -22,7 +22,7 @@ from undistill.files import GIB, MIB, open_regular, write_atomically
 log = logging.getLogger(__name__)
 
 LARGEST = 2 * GIB
-SECONDS = 60.0  # that a child process has to read a file, beside one for every 20 MiB
+SECONDS = 20.0  # that a child process has to read a file, beside one for every 20 MiB
 DIGEST = 64  # characters of a SHA-256
 
 
