@@ -228,6 +228,19 @@ def test_public_data_is_read_and_written_inside_its_folder(
     assert not list(elsewhere.iterdir()), "nothing was downloaded into it"
 
 
+def test_a_link_for_tiny_imagenets_annotations_is_refused(
+    root: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(monkeypatch, TinyImageNet, 18, 6, classes=3)
+    write_tiny(root / "tiny-imagenet-200")
+    annotations = root / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    (outside / "file").rename(root.parent / "file")
+    annotations.unlink()
+    annotations.symlink_to(root.parent / "file")
+    with pytest.raises(FileError, match="leads out of"):
+        TinyImageNet().load()
+
+
 def test_names_in_a_list_of_classes_stay_in_the_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch, TinyImageNet, 18, 6, classes=3)
     folder = root / "tiny-imagenet-200"

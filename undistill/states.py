@@ -5,6 +5,7 @@ import io
 import logging
 import math
 import os
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,7 +91,9 @@ def _load(path: Path, device: torch.device) -> Any:
         if zipfile.is_zipfile(file) and any(member.compress_type for member in zipfile.ZipFile(file).infolist()):
             raise ValueError("torch does not compress")  # and a compressed member may be far larger than the file
         file.seek(0)
-        return torch.load(file, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of pickles that are then refused, or read all the same
+            return torch.load(file, map_location=device, weights_only=True)
 
 
 def read_arrays(path: Path, max_bytes: int = LARGEST) -> dict[str, NDArray[Any]]:

@@ -36,7 +36,7 @@ def validation_files(folder: Path, ids: Sequence[str]) -> list[tuple[Path, str]]
     A folder of images whose classes are unknown, or all the same, is refused: read by folder, as many
     readers do, it would be a test set of one class.
     """
-    annotations, images = folder / "val_annotations.txt", folder / "images"
+    annotations, images = inside(folder, "val_annotations.txt"), inside(folder, "images")
     if annotations.exists() and images.is_dir() and _images(images):
         found = _annotated(annotations, images, ids)
     else:

@@ -141,6 +141,8 @@ def read_evidence(path: Path) -> Evidence:
 
 
 def _evidence(arrays: Mapping[str, Array]) -> Evidence:
+    if scalars := [name for name, array in arrays.items() if not array.ndim]:
+        raise ValueError(f"{legible(scalars[0])[:60]} is a single number")
     maps, sheets, curves = (
         {name.removeprefix(kind): arrays[name] for name in arrays if name.startswith(kind)}
         for kind in ("map ", "sheet ", "curve ")
