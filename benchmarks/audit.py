@@ -18,10 +18,10 @@ from benchmarks.step import BATCH, CLASSES, SHAPE, VIEWS, samples
 from undistill.attacks import Attack
 from undistill.cells import Job
 from undistill.engine import EXACT, FAST, keep_freed_memory
-from undistill.fit import Recipe
 from undistill.launch import Launcher
 from undistill.models import Model, frozen
 from undistill.progress import Progress
+from undistill.recipe import Recipe
 from undistill.store import Run
 from undistill.subject import Asking, Subject
 from undistill.workflow import TrainSettings, train

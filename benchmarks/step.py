@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import plain
 from undistill.data import Samples, Split
 from undistill.engine import EXACT, FAST, Engine, keep_freed_memory
-from undistill.fit import Fit, Recipe
+from undistill.fit import Fit
 from undistill.losses import cross_entropy, distillation, undermining
 from undistill.models import Model, frozen
+from undistill.recipe import Recipe
 from undistill.stream import Batch, Stream
 from undistill.views import Views, to_float
 

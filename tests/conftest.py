@@ -8,7 +8,8 @@ import torch
 
 from undistill.data import Data, Npz
 from undistill.data.official import VARIABLE
-from undistill.fit import Fit, Recipe
+from undistill.fit import Fit
+from undistill.recipe import Recipe
 from undistill.store import Run
 from undistill.workflow import Settings, TrainSettings, protect, train
 

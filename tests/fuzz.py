@@ -47,14 +47,16 @@ class World:
 
     folder: Path
     secret: Path
+    case: Path
+    """Where a case runs: paths in records mean what they meant when the world was made."""
 
     @classmethod
     def make(cls, folder: Path) -> "World":
-        world, secret = folder / "world", folder / "outside"
+        world, secret = folder / "case" / "sandbox", folder / "outside"  # where each case will find itself
         (secret / "folder").mkdir(parents=True)
         (secret / "file").write_text("precious")
         (secret / "weights.safetensors").write_bytes(b"precious")
-        world.mkdir()
+        world.mkdir(parents=True)
         arrays = toy_arrays(per_class=12)
         np.savez(world / "toy.npz", **arrays)
         for number, (image, label) in enumerate(zip(arrays["images"], arrays["labels"], strict=True)):
@@ -82,7 +84,14 @@ class World:
         other = {"name": "omega=0.2: CNN", "measured": {"0": {"accuracy": 60.0, "divergence": 3.0}}}
         (world / "table.json").write_text(json.dumps({"rows": [row, other]}))
         Image.new("L", (16, 16), 9).save(world / "x.png")
-        return cls(world, secret)
+        (folder / "case").rename(folder / "pristine")
+        return cls(folder / "pristine" / "sandbox", secret, folder / "case")
+
+    def sandbox(self) -> "Sandbox":
+        """A new copy of the world, in the place of the last one."""
+        shutil.rmtree(self.case, ignore_errors=True)
+        shutil.copytree(self.folder, self.case / "sandbox")
+        return Sandbox(self.case / "sandbox")
 
 
 @contextmanager
@@ -102,6 +111,8 @@ class Sandbox:
 
     folder: Path
     problems: list[str] = field(default_factory=list)
+    code: int = -1
+    said: str = ""
 
     def run(self, *words: object) -> None:
         """Run a command; note what must not happen."""
@@ -112,7 +123,7 @@ class Sandbox:
         try:
             with _alarm():
                 ended = CliRunner().invoke(app, [str(word) for word in words])
-        except TimeoutError:
+        except Late:
             self.problems.append(f"hang: {words}")
         finally:
             os.chdir(before)
@@ -125,6 +136,9 @@ class Sandbox:
             self.problems.append(f"traceback: {words}\n{where}")
         if ended.exit_code == 2 and (len(ended.stderr) > 20_000 or "Error" not in ended.stderr):
             self.problems.append(f"no sentence: {words}\n{ended.stderr[:300]}")
+        self.code, self.said = ended.exit_code, ended.output
+        if "precious" in ended.output:
+            self.problems.append(f"what lies outside was shown: {words}")
         if "\x1b" in ended.output:
             self.problems.append(f"escape sequence: {words}")
         if time.monotonic() - began > SECONDS:
@@ -134,7 +148,7 @@ class Sandbox:
 @contextmanager
 def _alarm() -> Iterator[None]:
     def late(*_: object) -> None:
-        raise TimeoutError
+        raise Late
 
     signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
@@ -142,6 +156,10 @@ def _alarm() -> Iterator[None]:
         yield
     finally:
         signal.alarm(0)
+
+
+class Late(BaseException):
+    """A case takes too long; no error that a command would turn into a sentence."""
 
 
 class Guard:
@@ -519,11 +537,13 @@ TINY = "data/tiny-imagenet-200"
 TARGETS = {
     "npz": Target(["toy.npz"], ARRAYS, check("toy.npz")),
     "photos": Target(["photos/*/*.png"], BYTES, check("photos")),
-    "CIFAR": Target(["data/cifar-10-batches-py/*"], [*BYTES, plant_pickle], check("CIFAR10")),
-    "IDX": Target(["data/mnist/*"], BYTES, check("MNIST")),
-    "SVHN": Target(["data/svhn/*"], BYTES, check("SVHN")),
-    "Tiny-ImageNet's lists": Target([f"{TINY}/*.txt", f"{TINY}/val/*.txt"], TEXT, check("TinyImageNet")),
-    "Tiny-ImageNet's images": Target([f"{TINY}/*/*/*.JPEG"], BYTES, check("TinyImageNet")),
+    "CIFAR": Target(["data/cifar-10-batches-py/*"], [*BYTES, plant_pickle], check("CIFAR10(validation=0.2)")),
+    "IDX": Target(["data/mnist/*"], BYTES, check("MNIST(validation=0.3)")),
+    "SVHN": Target(["data/svhn/*"], BYTES, check("SVHN(validation=0.3)")),
+    "Tiny-ImageNet's lists": Target(
+        [f"{TINY}/*.txt", f"{TINY}/val/*.txt"], TEXT, check("TinyImageNet(validation=0.2)")
+    ),
+    "Tiny-ImageNet's images": Target([f"{TINY}/*/*/*.JPEG"], BYTES, check("TinyImageNet(validation=0.2)")),
     "weights.pt": Target(["weights.pt"], STATE, [[*TRAIN, "toy.npz", "--weights", "weights.pt"]]),
     "weights": Target(["weights.safetensors"], BYTES, [[*TRAIN, "toy.npz", "--weights", "weights.safetensors"]]),
     "YAML": Target(
@@ -541,7 +561,7 @@ TARGETS = {
     "report": Target(["audit/report.json"], JSON, [["report", "audit"]]),
     "evidence": Target(["audit/evidence.npz"], ARRAYS, [figure("answers", "audit"), figure("maps", "audit")]),
     "cells": Target(["audit/cells/*.json"], JSON, [[*AUDIT, "audit"]]),
-    "answers": Target(["*/answers/*/*.safetensors"], BYTES, [[*AUDIT, "audit"]]),
+    "answers": Target(["*/answers/*/*.safetensors"], BYTES, [[*AUDIT, "audit"], [*AUDIT, "anew"]]),
     "table": Target(
         ["table.json", "x.png"], JSON, [figure("ablation", "table.json"), figure("synthesised", "table.json")]
     ),
@@ -593,21 +613,20 @@ def _changed(r: Random, target: Target, folder: Path) -> list[list[object]]:
     return [r.choice(target.commands)]
 
 
-def case(seed: int, world: World, guard: Guard, folder: Path) -> list[str]:
-    """Run the case `seed` in a new folder; returns what went wrong."""
+def case(seed: int, world: World, guard: Guard) -> list[str]:
+    """Run the case `seed` in a new sandbox; returns what went wrong."""
     r = Random(seed)
-    sandbox = Sandbox(folder / "sandbox")
-    shutil.copytree(world.folder, sandbox.folder)
+    sandbox = world.sandbox()
     os.environ["FUZZ_SECRET"] = str(world.secret / "file")
     name = r.choice([*TARGETS, "specs", "specs", "set"])
     commands = _commands(r, name) if name in ("specs", "set") else _changed(r, TARGETS[name], sandbox.folder)
-    guard.sandbox = str(folder)
+    guard.sandbox = str(world.case)
     try:
         for command in commands:
             sandbox.run(*command)
     finally:
         guard.sandbox = ""
     problems = sandbox.problems + guard.problems()
-    if list(folder.rglob("executed")):
+    if list(world.case.rglob("executed")):
         problems.append("code was executed")
     return [f"case {seed} ({name}): {problem}" for problem in problems]

@@ -46,6 +46,30 @@ def test_a_child_answers_or_is_stopped() -> None:
     assert time.monotonic() - began < 20
 
 
+HOLDS = """
+import os, sys, time
+from undistill.child import in_child
+in_child(lambda: open(sys.argv[1], "w").write(str(os.getpid())) and "" or time.sleep(60) or "")
+"""
+
+
+@linux
+def test_a_child_ends_with_its_parent_and_holds_nothing_of_his_open(tmp_path: Path) -> None:
+    """Whoever waits at the end of a pipe would else never learn of the parent's death."""
+    reader, writer = os.pipe()
+    parent = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path / "pid")], pass_fds=[writer])
+    os.close(writer)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    parent.kill()
+    parent.wait()
+    assert os.read(reader, 1) == b"", "the pipe is closed at once"
+    time.sleep(0.5)
+    assert not Path("/proc", (tmp_path / "pid").read_text(), "cwd").exists()
+
+
 def test_how_a_process_ended_in_words() -> None:
     assert death(-signal.SIGSEGV) == "SIGSEGV, a fault in native code"
     assert death(-signal.SIGKILL) == "SIGKILL, most likely for lack of memory"

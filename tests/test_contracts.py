@@ -15,11 +15,12 @@ from undistill.attacks import Attack
 from undistill.data import Data, Samples
 from undistill.defences import Defence
 from undistill.errors import BudgetExceeded, ModelError
-from undistill.fit import Fit, Recipe
+from undistill.fit import Fit
 from undistill.measure import accuracy, evaluate
 from undistill.models import Model, seeded
 from undistill.oracle import Access, Oracle
 from undistill.progress import Progress, Task
+from undistill.recipe import Recipe
 from undistill.spec import Spec
 from undistill.store import Run
 

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from undistill.data import Samples, Split
 from undistill.defences.nasty import Nasty
-from undistill.fit import Fit, Recipe
+from undistill.fit import Fit
 from undistill.losses import cross_entropy, distillation, undermining
+from undistill.recipe import Recipe
 from undistill.views import Views
 
 FILE = Path(__file__).parents[1] / "examples" / "nasty_in_one_screen.py"

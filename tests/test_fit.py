@@ -1,5 +1,8 @@
+import hashlib
+import io
 import json
 import math
+import zipfile
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -13,11 +16,12 @@ from tests.conftest import RECIPE, STUDENT, TEACHER
 from undistill import fit as fit_module
 from undistill.data import Data, Samples, Split
 from undistill.engine import Engine
-from undistill.errors import NonFinite, SpecError
-from undistill.fit import Fit, Recipe
+from undistill.errors import FileError, NonFinite, SpecError
+from undistill.fit import Fit
 from undistill.losses import cross_entropy
 from undistill.models import Model
 from undistill.optimisers import build_optimiser, build_schedule
+from undistill.recipe import Recipe
 from undistill.states import write_tensors
 from undistill.stream import Batch
 from undistill.views import Views
@@ -207,6 +211,70 @@ FORGED = {
     "history": [{"epoch": "one"}],
     "carried": 5,
 }
+EPOCH = {
+    "loss": 1.0,
+    "ce": 1.0,
+    "lr": 0.1,
+    "validation_accuracy": 0.5,
+    "validation_nll": 1.0,
+    "seconds": 1.0,
+    "epoch": 1,
+}
+EPOCHS = {
+    "no time": {name: value for name, value in EPOCH.items() if name != "seconds"},
+    "text for a time": EPOCH | {"seconds": "x"},
+    "a time below 0": EPOCH | {"seconds": -1e9},
+    "NaN": EPOCH | {"validation_nll": math.nan},
+    "another epoch than the schedule's": EPOCH,
+}
+
+
+@pytest.mark.parametrize("what", EPOCHS)
+def test_a_checkpoint_with_impossible_epochs_is_not_used(
+    what: str, toy: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = RECIPE.model_copy(update={"epochs": 3})
+    trained(toy, recipe, folder=tmp_path)
+    forge(tmp_path / "checkpoint-0.pt", epoch=1, history=[EPOCHS[what]])
+    trained(toy, recipe, folder=tmp_path)
+    assert "checkpoint-0.pt is not of this training (" in caplog.text
+
+
+def test_a_hostile_pickle_with_the_right_hash_is_not_used(
+    toy: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = trained(toy, RECIPE, folder=tmp_path)
+    path = tmp_path / "checkpoint-0.pt"
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(buffer, "w") as new:
+        for name in old.namelist():
+            evil = b"cos\nsystem\n(S'exit'\ntR."
+            new.writestr(name, evil if name.endswith("data.pkl") else old.read(name))
+    content = bytearray(buffer.getvalue())
+    content[-2:] = (64).to_bytes(2, "little")
+    path.write_bytes(content + hashlib.sha256(content).hexdigest().encode())
+    again = trained(toy, RECIPE, folder=tmp_path)
+    assert "checkpoint-0.pt is damaged (UnpicklingError" in caplog.text
+    assert same(whole, again)
+
+
+def test_what_this_machine_cannot_read_is_not_thrown_away(
+    toy: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A child that is killed for lack of memory does not make a checkpoint damaged."""
+    trained(toy, RECIPE, folder=tmp_path)
+    before = (tmp_path / "checkpoint-0.pt").read_bytes()
+    monkeypatch.setattr("undistill.states.FORKS", True)
+    monkeypatch.setattr("undistill.states.in_child", lambda *_, **__: "SIGKILL, most likely for lack of memory")
+    with pytest.raises(FileError, match=r"checkpoint-0\.pt cannot be read here \(SIGKILL.*Free memory"):
+        trained(toy, RECIPE, folder=tmp_path)
+    assert (tmp_path / "checkpoint-0.pt").read_bytes() == before
+
+
+def test_a_checkpoint_too_large_to_be_read_is_not_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tensors(tmp_path / "x.pt", {"a": torch.zeros(1000)}, largest=3000)
+    assert "is not kept" in caplog.text
+    assert not (tmp_path / "x.pt").exists()
 
 
 @pytest.mark.parametrize("name", FORGED)

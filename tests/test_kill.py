@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import STUDENT, TEACHER
-from undistill.fit import Recipe
+from undistill.recipe import Recipe
 from undistill.store import Run
 from undistill.workflow import Settings, TrainSettings, protect, train
 
@@ -21,9 +21,11 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 PROGRAM = "from undistill import fit; fit.CHECKPOINT_SECONDS = 0.0; from undistill.cli import app; app()"
 
 
-def start(*words: object, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+def start(*words: object, stderr: int = subprocess.DEVNULL, session: bool = False) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", PROGRAM, *map(str, words)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=stderr)
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=session
+    )
 
 
 def kill_when(

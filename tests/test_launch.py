@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.conftest import RECIPE, STUDENT
 from tests.test_kill import ENDINGS, ENVIRONMENT, kill_when, start
@@ -24,6 +26,8 @@ MINE = '''
 import os
 import signal
 from pathlib import Path
+
+import torch
 
 from undistill import Access, Attack
 from undistill.errors import ModelError
@@ -40,6 +44,8 @@ class Marked(Attack):
         marker = Path(self.marker)
         if self.deed == "crash in bf16" and fit.recipe.engine.precision == "bf16":
             os.kill(os.getpid(), signal.SIGSEGV)
+        if self.deed == "exit":
+            raise SystemExit(3)
         if self.deed == "crash":
             os.kill(os.getpid(), signal.SIGABRT)
         if self.deed in ("die", "die once", "refuse") and not marker.exists():
@@ -48,6 +54,9 @@ class Marked(Attack):
             if self.deed == "refuse":
                 raise ModelError("this attack refuses")
             os.kill(os.getpid(), signal.SIGKILL)
+
+        if self.deed == "crash in bf16":
+            fit.show(torch.zeros(1, 1, 4, 4, dtype=torch.uint8))
 
         def objective(network, batch):
             return {"match": (network(batch.images) - oracle(batch)).abs().mean()}
@@ -102,6 +111,10 @@ def test_a_fault_in_native_code_is_named_and_the_exact_engine_tried(
     )
     engines = {cell.engine for cell in report.cells if cell.attack.startswith(str(tmp_path))}
     assert engines == {str(EXACT)}
+    sheets = {path.stem for path in (tmp_path / "a" / "cells").glob("*.png")}
+    assert len(sheets) == 2
+    assert sheets <= {path.stem for path in (tmp_path / "a" / "cells").glob("*.json")}, "found by the cell's name"
+    assert not list((tmp_path / "a" / "cells").glob("*/")), "finished cells leave no folder behind"
     assert "ended with SIGSEGV, a fault in native code; its cell is done again in the exact engine" in caplog.text
     with pytest.raises(LaunchError, match=r"SIGABRT, a fault in native code, in the exact engine as well.*another one"):
         cells(victim, tmp_path / "b", pool, [mine("crash")])
@@ -168,15 +181,22 @@ def test_a_killed_pool_leaves_no_workers_and_is_resumed(slow_pair: Run, tmp_path
 def test_a_signal_ends_a_pool_and_its_workers(number: signal.Signals, slow_pair: Run, tmp_path: Path) -> None:
     """With one sentence, and nothing that Python finds left over."""
     code, said = ENDINGS[number]
-    process = start(*words(slow_pair, tmp_path / "a", "--launcher", "pool"), stderr=subprocess.PIPE)
+    process = start(*words(slow_pair, tmp_path / "a", "--launcher", "pool"), stderr=subprocess.PIPE, session=True)
     wait_for(tmp_path / "a", "cells/*/checkpoint-0.pt")
     workers = workers_of(process)
-    process.send_signal(number)
+    if number == signal.SIGINT:  # a terminal sends it to all
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     assert process.stderr is not None
-    *_, last = process.stderr.read().decode().strip().splitlines()
-    assert last == f"Error: {said}. The same command goes on from here."
+    lines = process.stderr.read().decode().strip().splitlines()
+    assert lines[-1] == f"Error: {said}. The same command goes on from here."
+    assert not [line for line in lines[:-1] if not re.match(r"\w+ on \w+, seed 0: |audit: ", line)], lines
     assert process.wait(60) == code
-    assert not any(map(alive, workers))
+    deadline = time.monotonic() + 3
+    while any(map(alive, workers)):  # Python's own resource tracker notices a little later
+        assert time.monotonic() < deadline, "workers outlived their parent"
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("patience", [0.0, 0.3, 1.0])
@@ -222,6 +242,24 @@ def test_a_board_shows_what_workers_report(tmp_path: Path) -> None:
         (tmp_path / "cell" / PROGRESS_FILE).unlink()
         board.look()
         assert not board._tasks
+
+
+def test_what_strangers_planted_as_reports_is_shown_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cell").mkdir()
+    report = {"name": "[/b]\x1b]0;owned\x07", "total": 3, "done": 3, "note": "[red]"}
+    (tmp_path / "cell" / PROGRESS_FILE).write_text(json.dumps(report))
+    for terminal in (True, False):
+        with Progress(Console(force_terminal=terminal)) as progress, Board(progress, tmp_path) as board:
+            board.look()
+    shown = capsys.readouterr().out
+    assert "[/b]" in shown
+    assert "owned" in shown
+    assert "\x1b]0" not in shown
+
+
+def test_a_cell_that_calls_exit_is_named(victim: Run, tmp_path: Path, mine) -> None:
+    with pytest.raises(LaunchError, match=r"may not call sys\.exit"):
+        cells(victim, tmp_path / "a", Pool(workers=1), [mine("exit")])
 
 
 def test_bad_launchers_are_explained(victim: Run, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from undistill.cli import app
 from undistill.code import source_sha256
 from undistill.data import Source
 from undistill.errors import NonFinite, SpecError, StoreError
-from undistill.fit import Recipe
 from undistill.launch import Serial
+from undistill.recipe import Recipe
 from undistill.report.table import Measured
 from undistill.reproduce.case import Case, Teacher, Workshop
 from undistill.reproduce.run import EXPERIMENTS, Row, find, reproduce

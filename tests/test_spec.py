@@ -10,8 +10,8 @@ from undistill.data import Source
 from undistill.defences import Defence
 from undistill.defences.nasty import Nasty
 from undistill.errors import ModelError, SpecError
-from undistill.fit import Recipe
 from undistill.models import Model
+from undistill.recipe import Recipe
 from undistill.views import Views
 
 

@@ -14,9 +14,10 @@ from undistill.attacks.fast import Fast
 from undistill.attacks.zskt import ZSKT
 from undistill.data import Data
 from undistill.engine import Engine
-from undistill.fit import Fit, Recipe
+from undistill.fit import Fit
 from undistill.models import Model
 from undistill.oracle import Oracle
+from undistill.recipe import Recipe
 from undistill.synthesis import (
     BatchNormStatistics,
     Generator,

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import NASTY, RECIPE, TEACHER
 from undistill.errors import ModelError, NonFinite, StoreError
-from undistill.fit import Recipe
+from undistill.recipe import Recipe
 from undistill.store import Run
 from undistill.workflow import Settings, TrainSettings, protect, recorded_settings, train
 

@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from undistill.auditor import audit
     from undistill.data import Data, Samples, Source, Split
     from undistill.defences import Defence
-    from undistill.fit import Fit, Recipe
+    from undistill.fit import Fit
     from undistill.models import Model
     from undistill.oracle import Access, Oracle
+    from undistill.recipe import Recipe
     from undistill.store import Run
     from undistill.stream import Batch
     from undistill.workflow import Settings, TrainSettings, protect, train
@@ -22,9 +23,10 @@ _HOMES = {
     "auditor": ["audit"],
     "data": ["Data", "Samples", "Source", "Split"],
     "defences": ["Defence"],
-    "fit": ["Fit", "Recipe"],
+    "fit": ["Fit"],
     "models": ["Model"],
     "oracle": ["Access", "Oracle"],
+    "recipe": ["Recipe"],
     "store": ["Run"],
     "stream": ["Batch"],
     "workflow": ["Settings", "TrainSettings", "protect", "train"],

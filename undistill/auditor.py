@@ -15,13 +15,13 @@ from undistill.attacks import Attack
 from undistill.cells import Job
 from undistill.data import Data, Samples, Source
 from undistill.errors import SpecError
-from undistill.fit import Recipe
 from undistill.flags import raised
 from undistill.launch import Launcher
 from undistill.measure import evaluate
 from undistill.models import Model
 from undistill.oracle import Access
 from undistill.progress import Progress
+from undistill.recipe import Recipe
 from undistill.report.evidence import read_curve, write_evidence
 from undistill.report.figures import label
 from undistill.report.page import write_report

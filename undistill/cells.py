@@ -18,11 +18,12 @@ from undistill.code import source_sha256
 from undistill.engine import EXACT
 from undistill.errors import NonFinite
 from undistill.files import read_json, seal, unseal, write_json
-from undistill.fit import Fit, Recipe
+from undistill.fit import Fit
 from undistill.measure import evaluate
 from undistill.models import Model, returned, seeded
 from undistill.oracle import Oracle
 from undistill.progress import Progress
+from undistill.recipe import Recipe
 from undistill.report.schema import Cell, Side
 from undistill.seeds import derive
 from undistill.store import described, environment
@@ -73,23 +74,23 @@ class Job:
     def run(self, cells: Path, progress: Progress, *, exact: bool = False) -> Cell:
         """The cell from its file, or trained and written there; a stopped training goes on.
 
-        `exact` begins it anew in the exact engine, whatever was asked for: the one that was chosen crashed.
+        `exact` does it in the exact engine, whatever was asked for, and in a folder of its own: the other one crashed.
         """
-        file, folder = cells / f"{self.key}.json", cells / self.key
+        file, folders = cells / f"{self.key}.json", [cells / self.key, cells / f"{self.key}-exact"]
         if cell := read_cell(file, self):
             return cell
-        asked = self
+        asked, folder = self, folders[exact]
         if exact:
-            shutil.rmtree(folder, ignore_errors=True)
             subject = replace(self.subject, asking=replace(self.subject.asking, engine=EXACT))
             asked = replace(self, subject=subject, recipe=self.recipe.model_copy(update={"engine": EXACT}))
         folder.mkdir(parents=True, exist_ok=True)
-        cell = asked._train(folder, cells.parent / "engines", progress)
+        cell = asked._train(folder, self.sheet(cells), cells.parent / "engines", progress)
         write_json(file, seal(cell.model_dump()))
-        shutil.rmtree(folder, ignore_errors=True)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
         return cell
 
-    def _train(self, folder: Path, trials: Path, progress: Progress) -> Cell:
+    def _train(self, folder: Path, sheet: Path, trials: Path, progress: Progress) -> Cell:
         subject, data = self.subject, self.subject.data
         oracle = Oracle(subject.answers[self.side], self.attack.needs)
         seed = derive(self.seed, "student")
@@ -103,7 +104,7 @@ class Job:
             self.name,
             view_seed=derive(0, "views"),
             trials=trials,
-            sheet=self.sheet(folder.parent),
+            sheet=sheet,
             carried=(oracle,),
         )
         diverged = ""

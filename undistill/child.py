@@ -1,5 +1,7 @@
 """Work that native code may crash, hang or fill memory with, tried in a child process first."""
 
+import ctypes
+import math
 import multiprocessing
 import os
 import signal
@@ -13,6 +15,8 @@ from pathlib import Path
 import torch
 
 SECONDS = 300.0
+FORKS = sys.platform == "linux"  # elsewhere, forking beside native libraries is unsafe
+PR_SET_PDEATHSIG = 1
 
 
 def in_child(check: Callable[[], str], *, seconds: float = SECONDS, memory: int | None = None) -> str:
@@ -20,14 +24,13 @@ def in_child(check: Callable[[], str], *, seconds: float = SECONDS, memory: int 
 
     An empty answer means that nothing is wrong. The child may take `seconds`, and allocate `memory` bytes more than
     this process has. It is forked, so that any network can be checked as it is; it computes on one thread, since
-    OpenMP's threads do not survive a fork. Where forking beside native libraries is unsafe (anywhere but on Linux),
-    `check` runs in this process.
+    OpenMP's threads do not survive a fork. Where `FORKS` is false, `check` runs in this process.
     """
-    if sys.platform != "linux":
+    if not FORKS:
         return check()
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_answer, args=(check, sender, memory))
+    child = context.Process(target=_answer, args=(check, sender, seconds, memory))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of threads that hold locks: see _answer
         child.start()
@@ -46,14 +49,21 @@ def in_child(check: Callable[[], str], *, seconds: float = SECONDS, memory: int 
     return answer if child.exitcode == 0 else death(child.exitcode)
 
 
-def _answer(check: Callable[[], str], sender: Connection, memory: int | None) -> None:
-    """The child: it touches neither the terminal nor its parent's locks, and leaves no core file."""
+def _answer(check: Callable[[], str], sender: Connection, seconds: float, memory: int | None) -> None:
+    """The child: it does not outlive its parent, holds nothing of his open, is silent, and leaves no core file."""
     import faulthandler
     import resource
 
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     faulthandler.disable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.alarm(math.ceil(seconds) + 1)
+    for name in os.listdir("/proc/self/fd"):  # a pipe held open here would hide the death of its owner
+        if int(name) > 2 and int(name) != sender.fileno():
+            with suppress(OSError):
+                os.close(int(name))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # glibc reports a corrupted heap there
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory is not None:

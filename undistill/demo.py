@@ -5,9 +5,9 @@ from pathlib import Path
 from undistill import distributed
 from undistill.auditor import perform, plan
 from undistill.data import Digits
-from undistill.fit import Recipe
 from undistill.launch import Serial
 from undistill.progress import Progress
+from undistill.recipe import Recipe
 from undistill.report.schema import Report
 from undistill.store import claim
 from undistill.subject import Asking, Subject

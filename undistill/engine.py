@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Literal
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.backends.cpu import get_cpu_capability as cpu_capability
 
 from undistill import distributed
-from undistill.child import in_child
+from undistill.child import FORKS, in_child
 from undistill.errors import ModelError
-from undistill.files import machine_key, read_json, seal, unseal, write_json
+from undistill.files import machine_key, read_json, seal, sweep, unseal, write_json
 from undistill.losses import cross_entropy
 from undistill.models import seeded
 from undistill.spec import Spec
@@ -112,33 +112,36 @@ def settle(
     steps: int,
     training: bool,
     folder: Path | None = None,
+    beside: Sequence[nn.Module] = (),
 ) -> Engine:
     """The fastest engine that `engine` allows for `network` on a sample of its images, (B, C, H, W) in [0, 1].
 
-    Measured once: a trial is recorded in `folder` and found there again, so that a resumed run is
-    computed as it was begun. Raises `ModelError` where no allowed engine can compute the network.
+    Measured once: a trial is recorded in `folder` and found there again by the same machine, so that a resumed run is
+    computed as it was begun. `beside` are networks that get the same layout. Raises `ModelError` where no allowed
+    engine can compute the network.
     """
     if engine.exact:
         return engine
-    trial = _Trial(network, sample(), training)
-    file = folder / f"{trial.key(engine, steps)}.json" if folder else None
+    trial = _Trial(network, sample(), training, beside)
+    key = trial.key(engine, steps)
+    file = folder / f"{key}.json" if folder else None
     with _alone(file):
-        found = distributed.from_first(_recorded(file))
+        found = distributed.from_first(_recorded(file, key))
         if found is None:
             found = trial.fastest(engine, steps) if distributed.rank() == 0 else None
             found = distributed.from_first(found)
             assert found is not None
             if file:
                 with contextlib.suppress(OSError):  # what cannot be recorded is measured again
-                    write_json(file, seal(trial.record(engine, found), machine_key()))
+                    write_json(file, seal(trial.record(engine, found) | {"key": key}, machine_key()))
     return found
 
 
-def _recorded(file: Path | None) -> Engine | None:
+def _recorded(file: Path | None, key: str) -> Engine | None:
     """The choice of an earlier trial on this machine; None where there is none, or it is another's, or damaged."""
     record = (read_json(file) if file else None) or {}
     found = unseal(record, machine_key()) if record else None
-    return Engine.parse(str(found["engine"])) if found else None
+    return Engine.parse(str(found["engine"])) if found and found["key"] == key else None
 
 
 @contextlib.contextmanager
@@ -149,14 +152,15 @@ def _alone(file: Path | None) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(FileLock(file.with_name(TRIAL_LOCK)))
+                sweep(file.parent)
         yield
 
 
 class _Trial:
     """Times one step of a copy of the network, for each of several engines."""
 
-    def __init__(self, network: nn.Module, images: Tensor, training: bool) -> None:
-        self.network, self.images, self.training = network, images, training
+    def __init__(self, network: nn.Module, images: Tensor, training: bool, beside: Sequence[nn.Module]) -> None:
+        self.network, self.images, self.training, self.beside = network, images, training, beside
         self.seconds: dict[str, float] = {}
         self.refused: dict[str, str] = {}
 
@@ -179,43 +183,48 @@ class _Trial:
 
     def _try(self, engine: Engine) -> None:
         best = min(self.seconds.values(), default=float("inf"))
-        if why := self._fault(engine):
-            self.refused[str(engine)] = why
-            return
+        why = "" if engine.exact or engine.compile else self._fault(engine)
         try:
-            with seeded(0):
-                step = self._step(engine)
-                # compiled code records its CUDA graphs in the steps after the first
-                warm_up = [_timed(step) for _ in range(4 if engine.compile else 2)]
-                if engine.compile or warm_up[-1] < FAR * best:
-                    self.seconds[str(engine)] = statistics.median(_timed(step) for _ in range(3))
+            if not why:
+                with seeded(0):
+                    step = self._step(engine)
+                    # compiled code records its CUDA graphs in the steps after the first
+                    warm_up = [_timed(step) for _ in range(4 if engine.compile else 2)]
+                    if engine.compile or warm_up[-1] < FAR * best:
+                        self.seconds[str(engine)] = statistics.median(_timed(step) for _ in range(3))
+                    if engine.compile:  # tried after its eager twin, and not in a child, which would compile it again
+                        why = self._difference(engine, step)
         except Exception as error:  # whatever layout or compiler cannot do with this network
-            self.refused[str(engine)] = _summary(error)
+            why = _summary(error)
+        if why:
+            self.refused[str(engine)] = why
+            self.seconds.pop(str(engine), None)
 
     def _fault(self, engine: Engine) -> str:
         """Why `engine` cannot be used, though it may be fast: it crashes, or computes something else."""
-        if engine.exact:
-            return ""
-        if self.images.is_cuda:  # which a forked child cannot use
-            return self._difference(engine)
-        return known_fault(self.network, engine) or in_child(lambda: self._difference(engine))
+        for network in (self.network, *self.beside):
+            if why := known_fault(network, engine):
+                return why
+        return in_child(lambda: self._check(engine)) if _may_fork() else self._check(engine)
 
-    def _difference(self, engine: Engine) -> str:
-        """How loss and gradients, or answers, differ from the exact engine's beyond `TOLERANCE`; empty if they do not.
-
-        They are compared in eval mode, where no dropout depends on the layout, after a step as in training.
-        """
+    def _check(self, engine: Engine) -> str:
+        """First one step of training, which must not crash; then loss and gradients are compared."""
         images = self.images[:CHECKED]
         try:
             with seeded(0):
                 _Step(engine, deepcopy(self.network), images, self.training)()
-                exact, ours = (
-                    _Step(e, deepcopy(self.network), images, self.training).outcome() for e in (EXACT, engine)
-                )
-        except Exception as error:  # whatever layout or compiler cannot do with this network
+                return self._difference(engine, _Step(engine, deepcopy(self.network), images, self.training))
+        except Exception as error:  # whatever this layout cannot do with this network
             return _summary(error)
+
+    def _difference(self, engine: Engine, step: "_Step") -> str:
+        """How loss and gradients, or answers, differ from the exact engine's beyond `TOLERANCE`; empty if they do not.
+
+        They are compared in eval mode: dropout depends on the layout, and batch norm in training magnifies rounding.
+        """
+        exact = _Step(EXACT, deepcopy(step.eager), step.images, self.training).outcome()
         allowed = TOLERANCE[engine.precision]
-        for what, value in ours.items():
+        for what, value in step.outcome().items():
             far = ((value - exact[what]).norm() / exact[what].norm().clamp_min(1e-12)).item()
             if not far <= allowed:
                 return f"{what} {far:.1e} away from the exact engine's, relative; rounding is at most {allowed:g}"
@@ -232,6 +241,7 @@ class _Trial:
             repr(self.network),
             list(self.images.shape),
             *machine(self.images.device),
+            hashlib.sha256(machine_key()).hexdigest(),  # machines that share a folder do not overwrite each other's
             self.training,
         ]
         return "engine-" + hashlib.sha256(json.dumps([*parts, torch.__version__]).encode()).hexdigest()[:16]
@@ -248,8 +258,8 @@ class _Step:
     """One step of plain training, or one answer."""
 
     def __init__(self, engine: Engine, network: nn.Module, images: Tensor, training: bool) -> None:
-        self.engine, self.training = engine, training
-        self.network = engine.prepare(network.to(images.device).train(training), training)
+        self.engine, self.training, self.eager = engine, training, network.to(images.device).train(training)
+        self.network = engine.prepare(self.eager, training)
         self.images = engine.laid_out(images)
 
     def __call__(self) -> None:
@@ -277,6 +287,11 @@ class _Step:
                 self.network.zero_grad()
                 loss.backward()
         return logits, loss
+
+
+def _may_fork() -> bool:
+    """Whether a child may compute gradients: not where there is a GPU, whose threads of autograd a fork breaks."""
+    return FORKS and not torch.cuda.is_available()
 
 
 def known_fault(network: nn.Module, engine: Engine) -> str:

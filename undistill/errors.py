@@ -1,5 +1,6 @@
 """What can go wrong in a way the user can mend. The command line prints these and exits with 2."""
 
+import logging
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import TypeGuard
@@ -53,6 +54,18 @@ def legible(text: str) -> str:
 def _escape(character: str) -> str:
     byte = ord(character) - 0xDC00  # where Python puts the bytes of a file name that are not UTF-8
     return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode("ascii")
+
+
+def short_of_memory(error: BaseException) -> bool:
+    """Whether memory is lacking: torch says so in a RuntimeError, and in other words on every device."""
+    return isinstance(error, MemoryError) or any(w in str(error) for w in ("allocate memory", "out of memory"))
+
+
+class LegibleFormatter(logging.Formatter):
+    """Messages quote files of strangers."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return legible(super().format(record))
 
 
 def refused(error: BaseException) -> TypeGuard[OSError]:

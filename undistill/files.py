@@ -81,7 +81,7 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _json(value: object, path: Path, indent: int | None = None) -> str:
+def _json(value: object, path: object, indent: int | None = None) -> str:
     try:
         return json.dumps(value, indent=indent, allow_nan=False)
     except ValueError:
@@ -162,7 +162,7 @@ def seal(record: Mapping[str, Any], key: bytes = b"") -> dict[str, Any]:
 
     Who can write the file can also make the hash anew, unless it takes a `key` that only we know.
     """
-    content = _json(dict(sorted(record.items())), Path("a sealed record"))
+    content = _json(dict(sorted(record.items())), "a record")
     return {**record, "sha256": hmac.new(key, content.encode(), "sha256").hexdigest()}
 
 
@@ -184,7 +184,10 @@ def machine_key() -> bytes:
             if not path.exists():
                 write_atomically(path, lambda file: file.write(secrets.token_bytes(32)))
                 path.chmod(0o600)
-            return read_bytes(path, 32)
+            key = read_bytes(path, 32)
+            if len(key) < 32:
+                raise OSError(f"{path} is cut off")
+            return key
     except OSError:  # no place to keep one: what is measured now is found again by nobody else
         return secrets.token_bytes(32)
 

@@ -7,66 +7,31 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from undistill import distributed
 from undistill.answers import Answers, AnswerStore
 from undistill.data import Split
-from undistill.engine import Engine, settle
-from undistill.errors import NonFinite, SpecError
-from undistill.files import write_lines
+from undistill.engine import settle
+from undistill.errors import NonFinite, SpecError, short_of_memory
+from undistill.files import MIB, write_lines
 from undistill.measure import accuracy, evaluate, nll
 from undistill.models import seeded
 from undistill.optimisers import Average, build_optimiser, build_schedule, tensors_of
 from undistill.progress import Progress
+from undistill.recipe import Recipe
 from undistill.seeds import derive
 from undistill.sheet import COLUMNS, write_sheet
-from undistill.spec import LearningRate, Spec, within
 from undistill.states import LARGEST, read_tensors, same_form, write_tensors
 from undistill.stream import Batch, Stream
-from undistill.views import Views, to_float
+from undistill.views import to_float
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 2.0
-
-
-class Recipe(Spec):
-    """How the loop runs; the defaults suit small images."""
-
-    epochs: int = Field(40, ge=0, le=1_000_000)
-    batch_size: int = Field(64, ge=2, le=1_000_000)
-    optimiser: Literal["sgd", "adamw"] = "sgd"
-    lr: LearningRate = 0.05
-    momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of SGD, first beta of AdamW."""
-    weight_decay: Annotated[float, within(0, 10, "it pulls the weights to 0 faster than anything can be learnt")] = 5e-4
-    schedule: Literal["step", "cosine", "one_cycle"] = "one_cycle"
-    warmup: float = Field(0.2, ge=0, lt=1)
-    """Share of the epochs in which the learning rate rises to `lr`."""
-    drops: tuple[float, ...] = (0.5, 0.75)
-    """For schedule 'step': shares of the epochs at which the learning rate falls by `gamma`."""
-    gamma: float = Field(0.1, gt=0, lt=1)
-    clip: float = Field(5.0, ge=0, le=1e6)
-    """Largest norm of the whole gradient; 0 leaves it alone."""
-    ema: float = Field(0.0, ge=0, lt=1)
-    """Decay of the averaged weights that become the result; 0 takes the last weights."""
-    selection: Literal["last", "best"] = "last"
-    """The epoch whose weights are kept; 'best' goes by validation accuracy."""
-    engine: Engine = Engine()
-    views: Views = Views()
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "Recipe":
-        if self.schedule == "one_cycle" and self.warmup == 0:
-            raise ValueError("schedule 'one_cycle' rises before it falls: warmup must be above 0")
-        if any(not 0 < drop < 1 for drop in self.drops):
-            raise ValueError("drops are shares of the epochs, between 0 and 1")
-        return self
 
 
 Objective = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
@@ -121,14 +86,15 @@ class Fit:
     def once(self, name: str, make: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
         """Run `make` under its own seed; a resumed run finds its result, a tensor of `shape`, in the run folder."""
         file = self.folder / f"{name}.pt" if self.folder else None
-        held = read_tensors(file, self.device) if file else None
+        largest = 8 * math.prod(shape) + MIB
+        held = read_tensors(file, self.device, largest) if file else None
         if held is None or not _is_made(held, shape):
             began = time.perf_counter()
             with seeded(derive(self.seed, name)):
                 made = make()
             held = {"made": made, "seconds": time.perf_counter() - began}
             if file:
-                write_tensors(file, held)
+                write_tensors(file, held, largest)
         self.asides.append(held["seconds"])
         return cast(Tensor, held["made"])
 
@@ -204,6 +170,7 @@ class _Loop:
             steps=epochs * self.batches,
             training=True,
             folder=fit.trials or fit.folder,
+            beside=fit.beside,
         )
         for each in (self.network, *fit.beside):
             self.engine.lay_out(each)
@@ -285,7 +252,10 @@ class _Loop:
         metrics = dict(zip(terms, steps.sum(0).tolist(), strict=True))
         for name, bound in self.bounds.items():
             if metrics[name] > bound:
-                raise self._stopped(f"the term '{name}' is {metrics[name]:.3g} and cannot exceed {bound:.3g}")
+                raise NonFinite(
+                    f"Training stopped in epoch {self.epoch + 1} of {self.epochs}: the term '{name}' is "
+                    f"{metrics[name]:.3g} and cannot exceed {bound:.3g}, so it is made of rounding errors. Lower its T."
+                )
         return metrics
 
     def _validate(self) -> Tensor:
@@ -355,23 +325,30 @@ class _Loop:
         for thing, saved in zip(self.fit.carried, state["carried"], strict=True):
             thing.load_state_dict(saved)
 
+    @property
+    def _largest(self) -> int:
+        """Bytes of a checkpoint: network, optimiser, averages, best weights, and what an attack carries."""
+        return 16 * sum(tensor.nbytes for tensor in tensors_of(self.network)) + LARGEST
+
     def save(self, path: Path) -> None:
-        write_tensors(path, self.state_dict())
+        write_tensors(path, self.state_dict(), self._largest)
 
     def restore(self, path: Path | None) -> None:
         """Go on from a checkpoint, if there is one that this training wrote; else begin."""
-        largest = 16 * sum(tensor.nbytes for tensor in tensors_of(self.network)) + LARGEST
-        state = read_tensors(path, self.fit.device, largest) if path else None
-        if state is None:
+        state = read_tensors(path, self.fit.device, self._largest) if path else None
+        if not distributed.everywhere(state is not None) or state is None:
             return
-        before = deepcopy(self.state_dict())
+        before, why = deepcopy(self.state_dict()), ""
         try:
             self._require_ours(state)
             self.load_state_dict(state)
         except Exception as error:  # what is of another version, or made up, can fail in any way
+            if short_of_memory(error):
+                raise
+            why = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        if not distributed.everywhere(not why):
             self.load_state_dict(before)
-            said = f": {str(error).splitlines()[0]}" if str(error) else ""
-            log.warning("%s is not of this training (%s%s); it begins again.", path, type(error).__name__, said)
+            log.warning("%s is not of this training (%s); it begins again.", path, why or "in another process")
 
     def _require_ours(self, state: Mapping[str, Any]) -> None:
         """Raise `ValueError`, or fail, unless `state` has the form that `state_dict` has after an epoch."""
@@ -386,18 +363,26 @@ class _Loop:
             "schedule": same_form(state["schedule"], own["schedule"]),
             "average": same_form(state["average"], own["average"]),
             "best": state["best"] is None or same_form(state["best"], own["network"]),
-            "history": [past["epoch"] for past in state["history"]] == list(range(1, state["epoch"] + 1)),
-            "epoch": state["epoch"] in range(1, self.epochs + 1),
+            "history": [past["epoch"] for past in state["history"]] == list(range(1, state["epoch"] + 1))
+            and all(map(_is_measured, state["history"])),
+            "epoch": state["epoch"] in range(1, self.epochs + 1)
+            and state["schedule"]["last_epoch"] == state["epoch"] * self.batches,
         }
         for name, right in alike.items():
             if not right:
                 raise ValueError(f"its {name} has another form")
 
 
+def _is_measured(epoch: Mapping[str, Any]) -> bool:
+    """Whether an epoch's metrics are finite numbers, and those that others read are there."""
+    numbers = all(type(value) in (int, float) and math.isfinite(value) for value in epoch.values())
+    return numbers and {"loss", "validation_accuracy", "validation_nll"} <= epoch.keys() and epoch["seconds"] >= 0
+
+
 def _is_made(held: Mapping[str, Any], shape: tuple[int, ...]) -> bool:
     """Whether a file of `Fit.once` holds what it should."""
     made, seconds = held.get("made"), held.get("seconds")
-    return isinstance(made, Tensor) and made.shape == shape and isinstance(seconds, float) and math.isfinite(seconds)
+    return isinstance(made, Tensor) and made.shape == shape and isinstance(seconds, float) and 0 <= seconds < math.inf
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
@@ -133,7 +134,7 @@ class Crew:
 
     def __init__(self, size: int) -> None:
         self._context = multiprocessing.get_context("spawn")
-        self._workers = [self._start(number) for number in range(size)]
+        self._size, self._workers = size, list[Worker]()
 
     def _start(self, number: int) -> "Worker":
         ours, theirs = self._context.Pipe()
@@ -144,6 +145,12 @@ class Crew:
         return Worker(process, ours)
 
     def __enter__(self) -> Self:
+        try:
+            for number in range(self._size):
+                self._workers.append(self._start(number))
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -190,6 +197,7 @@ def _interrupts_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    resource_tracker.ensure_running()  # which would unblock it at the first start
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -234,7 +242,7 @@ class Ray(Launcher):
                         key = todo.pop(future)
                         try:
                             done[key] = self._result(ray, future)
-                        except ray.exceptions.RayError as error:
+                        except ray.exceptions.WorkerCrashedError as error:
                             orders[key] = self._again(orders[key], error)
                             todo[remote.remote(orders[key])] = key
                         else:
@@ -255,7 +263,7 @@ class Ray(Launcher):
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # ray raises many kinds for an address where no cluster answers
             raise LaunchError(
-                f"No Ray cluster answers at '{self.address}' ({' '.join(str(error).split())[:200]}). Start one with "
+                f"No Ray cluster answers at '{self.address}' ({_short(error)}). Start one with "
                 "'ray start --head', name its address with --address, or use --launcher pool. Nothing was lost."
             ) from None
         return ray
@@ -265,15 +273,23 @@ class Ray(Launcher):
             cell: Cell = ray.get(future)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
+        except ray.exceptions.WorkerCrashedError:
+            raise
+        except ray.exceptions.RayError as error:
+            raise LaunchError(f"A cell was lost ({_short(error)}). Finished cells are kept.") from None
         return cell
 
     def _again(self, order: "Order", error: Exception) -> "Order":
         """Ray does not say by which signal a worker died: the exact engine is tried before giving up."""
-        why = f"A cell's worker died {PATIENCE + 1} times ({' '.join(str(error).split())[:200]})"
+        why = f"A cell's worker died {PATIENCE + 1} times ({_short(error)})"
         if order.exact:
             raise LaunchError(f"{why}, in the exact engine as well. Finished cells are kept.") from None
         log.warning("%s; its cell is done again in the exact engine.", why)
         return replace(order, exact=True)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _require_listening(address: str) -> None:
@@ -301,8 +317,10 @@ class Order:
         return cls(pickle.dumps(job), cells.resolve(), threads, Path.cwd(), data_dir(), tuple(code.trusted()))
 
 
-def perform(order: Order) -> Cell:
-    """Do a cell in this worker; what it says of its progress lies beside it."""
+def perform(order: Order, number: int | None = None) -> Cell:
+    """Do a cell in this worker; what it says of its progress lies beside it. `number` picks one of the GPUs."""
+    if number is not None and (count := torch.cuda.device_count()):
+        torch.cuda.set_device(number % count)
     os.chdir(order.cwd)
     os.environ[VARIABLE] = str(order.data)
     torch.set_num_threads(order.threads)
@@ -311,9 +329,3 @@ def perform(order: Order) -> Cell:
         code.trust(reference)
     job: Job = pickle.loads(order.job)
     return job.run(order.cells, Reporter(order.cells / job.key), exact=order.exact)
-
-
-def take_gpu(number: int) -> None:
-    """Let this process compute on one of the GPUs, in turn."""
-    if count := torch.cuda.device_count():
-        torch.cuda.set_device(number % count)

@@ -1,7 +1,7 @@
 """The optimiser, its learning rate, and averaged weights, as a recipe asks for them."""
 
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,10 @@ from torch.optim.lr_scheduler import (
 )
 
 from undistill.errors import ModelError
-
-if TYPE_CHECKING:
-    from undistill.fit import Recipe
+from undistill.recipe import Recipe
 
 
-def build_optimiser(network: nn.Module, recipe: "Recipe") -> Optimizer:
+def build_optimiser(network: nn.Module, recipe: Recipe) -> Optimizer:
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if not parameters:
         raise ModelError(
@@ -34,7 +32,7 @@ def build_optimiser(network: nn.Module, recipe: "Recipe") -> Optimizer:
     return SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=fused)
 
 
-def build_schedule(optimiser: Optimizer, recipe: "Recipe", steps: int) -> LRScheduler:
+def build_schedule(optimiser: Optimizer, recipe: Recipe, steps: int) -> LRScheduler:
     """The learning rate of every step."""
     rise = round(recipe.warmup * steps)
     if recipe.schedule == "one_cycle":

@@ -1,10 +1,12 @@
 """What the commands of the command line share: their options, and how they end."""
 
 import io
+import logging
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from undistill.errors import UndistillError, legible
+from undistill.errors import LegibleFormatter, UndistillError, legible, short_of_memory
 
 if TYPE_CHECKING:
     from undistill.launch import Launcher
     from undistill.progress import Progress
 
+PATIENCE = 10.0  # seconds in which a second SIGTERM is ignored
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun
 FIRST = not LAUNCHED or os.environ["RANK"] == "0"  # the one that speaks
 
@@ -34,6 +37,8 @@ class Commands(TyperGroup):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
+        if logging.lastResort:
+            logging.lastResort.setFormatter(LegibleFormatter())
         try:
             with _ending_on_sigterm():
                 return super().invoke(ctx)
@@ -49,7 +54,7 @@ class Commands(TyperGroup):
                 "mend that and run the same command again."
             )
         except (MemoryError, RuntimeError) as error:
-            if not _short_of_memory(error):
+            if not short_of_memory(error):
                 raise
             fail(
                 "This machine has too little memory for that. What was finished is kept: free some, or take fewer "
@@ -63,13 +68,13 @@ class Commands(TyperGroup):
 
 @contextmanager
 def _ending_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends the work as Ctrl-C does, so that it is left in order. Later ones are ignored meanwhile."""
+    """SIGTERM ends the work as Ctrl-C does, so that it is left in order. For some seconds, others change nothing."""
+    first: list[float] = []
 
     def end(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if hasattr(signal, "SIGCHLD"):  # torch's handler would raise for each reader of images that the signal ended
-            signal.signal(signal.SIGCHLD, lambda *_: None)
-        raise Terminated
+        first.append(time.monotonic())
+        if first[-1] - first[0] > PATIENCE or len(first) == 1:
+            raise Terminated
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -77,13 +82,12 @@ def _ending_on_sigterm() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
+    except RuntimeError as error:
+        if first:  # torch raises one for each reader of images that the same signal ended
+            raise Terminated from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _short_of_memory(error: BaseException) -> bool:
-    """torch says so in a RuntimeError, and in other words on every device."""
-    return isinstance(error, MemoryError) or any(w in str(error) for w in ("allocate memory", "out of memory"))
 
 
 def fail(message: str, code: int = 2) -> None:

@@ -64,4 +64,7 @@ class Oracle:
         return {"queries": self.queries}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.queries = state["queries"]
+        queries = state["queries"]
+        if type(queries) is not int or queries < 0:
+            raise ValueError(f"its queries are {queries!r:.40}")
+        self.queries = queries

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from undistill.errors import legible
 from undistill.files import read_json
 
 LINE_SECONDS = 10.0
@@ -48,11 +49,11 @@ class Progress:
     def __enter__(self) -> Self:
         if self._console and self._console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=16),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TextColumn("[dim]{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", style="dim", markup=False),
             )
             self._bars = self._stack.enter_context(Bars(*columns, console=self._console))
         return self
@@ -117,7 +118,9 @@ def _read_report(file: Path) -> dict[str, Any] | None:
     """What a worker reported; None for anything else."""
     report = read_json(file) or {}
     kinds = {"name": str, "total": int, "done": int, "note": str}
-    return report if all(isinstance(report.get(name), kind) for name, kind in kinds.items()) else None
+    if not all(isinstance(report.get(name), kind) for name, kind in kinds.items()):
+        return None
+    return report | {name: legible(report[name])[:200] for name in ("name", "note")}
 
 
 class _Report:
@@ -130,7 +133,7 @@ class _Report:
     def reach(self, done: int, note: str) -> None:
         self._done = done
         report = {"name": self._name, "total": self._total, "done": done, "note": note}
-        with suppress(OSError):  # no work fails for want of a report
+        with suppress(OSError):  # no work fails for want of a report, nor waits for it to reach the disk
             self._file.write_text(json.dumps(report))
 
 
@@ -157,5 +160,5 @@ class _Lines:
         news, self._done = done > self._done, done
         now = time.monotonic()
         if self._console and news and (done == self._total or now - self._spoke >= LINE_SECONDS):
-            self._console.print(f"{self._name}: {self._done}/{self._total} {note}")
+            self._console.print(f"{self._name}: {self._done}/{self._total} {note}", markup=False)
             self._spoke = now

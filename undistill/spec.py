@@ -28,7 +28,7 @@ def within(low: float, high: float, why: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-Temperature = Annotated[float, within(0.05, 1000, "beyond, T^2 KL is made of rounding errors")]
+Temperature = Annotated[float, within(0.05, 1000, "below, only the top answer is left; beyond, T^2 KL is rounding")]
 """T of a softened answer, softmax(z / T)."""
 Weight = Annotated[float, within(0, 1000, "a term of the loss beyond drowns all others")]
 """Factor of a term in a loss."""

@@ -17,24 +17,30 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
-from undistill.child import in_child
+from undistill.child import FORKS, in_child
+from undistill.errors import FileError, short_of_memory
 from undistill.files import GIB, MIB, open_regular, write_atomically
 
 log = logging.getLogger(__name__)
 
 LARGEST = 2 * GIB
 SECONDS = 20.0  # that a child process has to read a file, beside one for every 20 MiB
+DONE, DAMAGED = "done", "damaged: "
 DIGEST = 64  # characters of a SHA-256
 
 
-def write_tensors(path: Path, state: dict[str, Any]) -> None:
+def write_tensors(path: Path, state: dict[str, Any], largest: int = LARGEST) -> None:
     """Nested plain containers and tensors, as `read_tensors` reads them, in torch's own format.
 
-    Its hash lies in the comment of the zip archive that such a file is.
+    Its hash lies in the comment of the zip archive that such a file is. What is larger than `largest`, and would not be
+    read again, is not written; a warning says so.
     """
     buffer = io.BytesIO()  # torch's own writer hides why the disk refused
     torch.save(state, buffer)
     content = bytearray(buffer.getbuffer())
+    if len(content) + DIGEST > largest:
+        log.warning("%s would have %s bytes and is not kept; %s are read at most.", path, len(content), largest)
+        return
     content[-2:] = DIGEST.to_bytes(2, "little")  # the length of the comment, until now 0
     content += hashlib.sha256(content).hexdigest().encode()
     write_atomically(path, lambda file: file.write(content))
@@ -44,7 +50,7 @@ def read_tensors(path: Path, device: torch.device, largest: int = LARGEST) -> di
     """What `write_tensors` wrote, without executing anything; None, and a warning, if absent or damaged."""
     if not path.exists():
         return None
-    why = "larger than such a state"
+    why, state = "larger than such a state", None
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size <= largest:
             why = _unlike_its_hash(file)
@@ -68,22 +74,38 @@ def _unlike_its_hash(file: IO[bytes]) -> str:
 
 
 def load_state(path: Path, device: torch.device) -> Any:
-    """What torch saved: plain containers and tensors alone. `ValueError` if it is damaged or anything else.
+    """What torch saved: plain containers and tensors alone.
 
-    Reading executes nothing, but a crafted pickle can take hours or all memory; so a child process reads it first.
+    Raises `ValueError` if it is damaged or anything else. Reading executes nothing, but a crafted pickle can take hours
+    or all memory; so a child process reads it first, and `FileError` says that it could not.
     """
-    content = path.stat().st_size
+    size = path.stat().st_size
 
     def attempt() -> str:
         try:
             _load(path, torch.device("cpu"))
-        except BaseException as error:  # torch raises many kinds for what is damaged, or no plain state
-            return type(error).__name__
-        return ""
+        except MemoryError:
+            raise
+        except Exception as error:  # torch raises many kinds for what is damaged, or no plain state
+            return _said(error)
+        return DONE
 
-    if why := in_child(attempt, seconds=SECONDS + content / (20 * MIB), memory=8 * content + GIB):
-        raise ValueError(why)
-    return _load(path, device)
+    if FORKS:
+        answer = in_child(attempt, seconds=SECONDS + size / (20 * MIB), memory=8 * size + GIB)
+        if answer.startswith(DAMAGED):
+            raise ValueError(answer.removeprefix(DAMAGED))
+        if answer != DONE:
+            raise FileError(f"{path} cannot be read here ({answer}). Free memory, or remove it to begin again.")
+    try:
+        return _load(path, device)
+    except Exception as error:
+        if short_of_memory(error):
+            raise
+        raise ValueError(_said(error).removeprefix(DAMAGED)) from None
+
+
+def _said(error: Exception) -> str:
+    return f"{DAMAGED}{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def _load(path: Path, device: torch.device) -> Any:

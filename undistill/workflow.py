@@ -15,11 +15,12 @@ from undistill.data import Data, Source
 from undistill.defences import Defence
 from undistill.errors import DataError, NonFinite, SpecError
 from undistill.files import sha256
-from undistill.fit import Fit, Recipe
+from undistill.fit import Fit
 from undistill.losses import cross_entropy
 from undistill.measure import evaluate
 from undistill.models import Model, load_weights, returned, seeded
 from undistill.progress import Progress
+from undistill.recipe import Recipe
 from undistill.seeds import derive
 from undistill.spec import Spec
 from undistill.store import Record, Run, claim, difference

@@ -23,6 +23,13 @@ class Npz(Source):
     max_bytes: int = Field(LARGEST, ge=1)
     """Largest size of all arrays together; an archive of a few megabytes can unpack to more than fits into memory."""
 
+    def __str__(self) -> str:
+        """Without the limit where it is the usual one: it changes no image."""
+        usual = self.max_bytes == LARGEST
+        return super().__str__().replace(f", max_bytes={LARGEST}", "") if usual else super().__str__()
+
+    __repr__ = __str__
+
     @property
     def title(self) -> str:
         return Path(self.path).stem

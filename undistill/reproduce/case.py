@@ -18,11 +18,11 @@ from undistill.data import Source
 from undistill.defences import Defence
 from undistill.errors import NonFinite
 from undistill.files import sha256
-from undistill.fit import Recipe
 from undistill.launch import Launcher
 from undistill.models import Model
 from undistill.oracle import Access
 from undistill.progress import Progress
+from undistill.recipe import Recipe
 from undistill.report.schema import Side
 from undistill.report.table import Measured
 from undistill.spec import Spec

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from undistill.errors import SpecError, StoreError, unknown
 from undistill.files import write_text
-from undistill.fit import Recipe
 from undistill.measure import DIVERGENCE_T
+from undistill.recipe import Recipe
 from undistill.report.table import Line, Measured, Table, read_table, write_table
 from undistill.reproduce import ablations, tables
 from undistill.reproduce.case import Case, Teacher, Workshop

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from undistill.engine import FAST
 from undistill.errors import SpecError, unknown
-from undistill.fit import Recipe
+from undistill.recipe import Recipe
 from undistill.reproduce.case import Teacher
 from undistill.views import Views
 
