@@ -212,7 +212,7 @@ def test_an_edited_attack_of_this_package_is_another_attack(victim: Run, monkeyp
 
 
 def test_an_audit_needs_a_seed(victim: Run, tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="at least one seed"):
+    with pytest.raises(SpecError, match="takes 1 to 1000 seeds"):
         run_audit(victim, tmp_path / "a", seeds=0)
 
 

@@ -297,7 +297,7 @@ HEADERS = {
     "no array": b"hello",
     "more than is there": member(b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000,), }\n", b"x"),
     "less than is there": member(b"{'descr': '|u1', 'fortran_order': False, 'shape': (1,), }\n", b"xy"),
-    "objects": member(b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }\n", b"12345678"),
+    "nothing, very often": member(b"{'descr': '<U0', 'fortran_order': False, 'shape': (100000000000,), }\n"),
     "version": b"\x93NUMPY\x09\x00aaaa",
 }
 
@@ -417,7 +417,7 @@ def test_hostile_torch_files_are_refused(what: str, tmp_path: Path, monkeypatch:
     with zipfile.ZipFile(tmp_path / "x.pt", "w", packing) as archive:
         for name, data in members.items():
             archive.writestr(name, data)
-    with pytest.raises(ModelError, match="damaged, or no plain state dict"):
+    with pytest.raises((ModelError, FileError), match=r"damaged, or no plain state dict|cannot be read here"):
         load_weights(Model.parse(STUDENT).build((1, 8, 8), 3, 0), tmp_path / "x.pt")
 
 

@@ -32,6 +32,7 @@ from undistill.suites import find_suite
 from undistill.verdict import interval, judge
 from undistill.workflow import pick_device, recorded_settings
 
+MOST_SEEDS = 1000
 SIDES: tuple[Side, Side] = ("victim", "honest")
 
 
@@ -59,8 +60,8 @@ def audit(
     answers a view once; `remember` is the disk in GiB that its answers may fill, in its run folder.
     """
     distributed.require_one("audit")
-    if seeds < 1:
-        raise SpecError(f"An audit needs at least one seed; seeds = {seeds}.")
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise SpecError(f"An audit takes 1 to {MOST_SEEDS} seeds; seeds = {seeds}.")
     launcher = Launcher.named(launcher)
     subject = Subject.of(victim, honest, range(seeds), model)
     recipe = recipe or recorded_settings(subject.honest).recipe

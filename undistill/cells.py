@@ -110,7 +110,8 @@ class Job:
         diverged = ""
         try:
             with seeded(derive(self.seed, "attack")):
-                student = returned(self.attack.run(oracle, student, subject.attackers, fit), self.attack)
+                student = self.attack.run(oracle, student, subject.attackers, fit)
+            student = returned(student, self.attack, data.shape, data.num_classes)
             logits = evaluate(student, data.test).cpu()
         except NonFinite as error:
             logits, diverged = torch.zeros(len(data.test), data.num_classes), str(error)

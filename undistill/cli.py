@@ -8,6 +8,7 @@ import typer
 
 from undistill.errors import legible
 from undistill.options import (
+    MOST_SEEDS,
     Address,
     Code,
     Commands,
@@ -40,7 +41,9 @@ app = typer.Typer(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("runs/demo"),
-    seeds: Annotated[int, typer.Option(min=1, help="Repetitions of everything: split, teachers, students.")] = 3,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=MOST_SEEDS, help="Repetitions of everything: split, teachers, students.")
+    ] = 3,
     device: Device = "auto",
 ) -> None:
     """Train, protect and audit on handwritten digits; ends with a report."""
@@ -127,7 +130,7 @@ def audit(
     student: Annotated[
         list[str] | None, typer.Option(help="The thief's network instead of the suite's; repeatable.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Students of each kind.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=MOST_SEEDS, help="Students of each kind.")] = 3,
     out: Out = None,
     model: Code = None,
     config: Config = None,
@@ -272,7 +275,7 @@ def figure(
     sources = sources or []
     drawn = draw_named(name, sources, model)
     beside_it = sources[0] / name if sources[0].is_dir() else sources[0].with_suffix("")
-    for file in save(drawn, _place(out or beside_it, beside_it.name)):
+    for file in save(drawn, _place(out, beside_it.name) if out else beside_it):
         say(str(file))
 
 
@@ -287,7 +290,7 @@ def _place(out: Path, name: str) -> Path:
 def reproduce(
     name: Annotated[str, typer.Argument(help="An experiment, or 'list'.")] = "list",
     scale: Annotated[str, typer.Option(help="smoke (digits), small (two cores) or paper (as published).")] = "small",
-    seeds: Annotated[int, typer.Option(min=1, help="Repetitions of everything.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=MOST_SEEDS, help="Repetitions of everything.")] = 1,
     cells: Annotated[str, typer.Option(help="Only figures whose name matches, such as '*CNN'.")] = "*",
     as_authors: Annotated[
         bool,

@@ -192,9 +192,9 @@ def machine_key() -> bytes:
         return secrets.token_bytes(32)
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a regular file."""
-    with open_regular(path) as file:
+def sha256(path: Path, largest: int | None = None) -> str:
+    """SHA-256 of a regular file of at most `largest` bytes."""
+    with open_regular(path, largest) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -351,32 +352,57 @@ class _Loop:
             log.warning("%s is not of this training (%s); it begins again.", path, why or "in another process")
 
     def _require_ours(self, state: Mapping[str, Any]) -> None:
-        """Raise `ValueError`, or fail, unless `state` has the form that `state_dict` has after an epoch."""
-        own = self.state_dict()
-        groups, kept = state["optimiser"]["param_groups"], state["optimiser"]["state"]
-        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
-        shapes = [(value.shape, parameters[n].shape) for n in kept for value in kept[n].values() if value is not None]
+        """Raise `ValueError`, or fail, unless `state` has the form that `state_dict` has after an epoch.
+
+        The schedule depends on the number of steps alone; it, and what it sets in the optimiser, must be what we would
+        have come to ourselves.
+        """
+        own, epoch = self.state_dict(), state["epoch"]
+        if type(epoch) is not int or epoch not in range(1, self.epochs + 1):
+            raise ValueError(f"its epoch is {epoch!r:.40}")
+        optimiser, schedule = self._after(epoch * self.batches)
         alike = {
             "network": same_form(state["network"], own["network"]),
-            "optimiser": same_form(groups, own["optimiser"]["param_groups"])
-            and all(shape in ((), expected) for shape, expected in shapes),
-            "schedule": same_form(state["schedule"], own["schedule"]),
+            "optimiser": state["optimiser"]["param_groups"] == optimiser["param_groups"]
+            and self._moments_fit(state["optimiser"]["state"]),
+            "schedule": state["schedule"] == schedule,
             "average": same_form(state["average"], own["average"]),
             "best": state["best"] is None or same_form(state["best"], own["network"]),
-            "history": [past["epoch"] for past in state["history"]] == list(range(1, state["epoch"] + 1))
+            "history": [past["epoch"] for past in state["history"]] == list(range(1, epoch + 1))
             and all(map(_is_measured, state["history"])),
-            "epoch": state["epoch"] in range(1, self.epochs + 1)
-            and state["schedule"]["last_epoch"] == state["epoch"] * self.batches,
         }
         for name, right in alike.items():
             if not right:
                 raise ValueError(f"its {name} has another form")
 
+    def _after(self, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The states of a new optimiser and schedule after so many steps of the schedule."""
+        optimiser = build_optimiser(self.network, self.recipe)
+        schedule = build_schedule(optimiser, self.recipe, self.epochs * self.batches)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the optimiser itself makes no step
+            for _ in range(steps):
+                schedule.step()
+        return optimiser.state_dict(), schedule.state_dict()
+
+    def _moments_fit(self, kept: Mapping[int, Mapping[str, Any]]) -> bool:
+        """Whether what an optimiser keeps of each parameter has the names and shapes that its kind has."""
+        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        adam = {"step": torch.zeros(()), "exp_avg": None, "exp_avg_sq": None}
+        names: Mapping[str, Any] = adam if self.recipe.optimiser == "adamw" else {"momentum_buffer": None}
+        for number, held in kept.items():
+            parameter = parameters[number].detach()
+            expected = {name: parameter if like is None else like for name, like in names.items()}
+            if not same_form({name: value for name, value in held.items() if value is not None}, expected):
+                return bool(not self.recipe.momentum and held == {"momentum_buffer": None})
+        return True
+
 
 def _is_measured(epoch: Mapping[str, Any]) -> bool:
     """Whether an epoch's metrics are finite numbers, and those that others read are there."""
     numbers = all(type(value) in (int, float) and math.isfinite(value) for value in epoch.values())
-    return numbers and {"loss", "validation_accuracy", "validation_nll"} <= epoch.keys() and epoch["seconds"] >= 0
+    known = {"loss", "validation_accuracy", "validation_nll"} <= epoch.keys()
+    return numbers and known and epoch["seconds"] >= 0 and 0 <= epoch["validation_accuracy"] <= 1
 
 
 def _is_made(held: Mapping[str, Any], shape: tuple[int, ...]) -> bool:

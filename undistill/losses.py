@@ -5,6 +5,7 @@ from torch import Tensor
 
 from undistill.errors import NonFinite
 
+LARGEST = 1e15  # of an answer
 LOG_ZERO = -1e4  # stands for log 0 in an answer, so that KL stays finite
 
 
@@ -41,8 +42,8 @@ def undermining(nasty: Tensor, adversary: Tensor, T: float) -> Tensor:
 
 
 def require_finite(logits: Tensor, what: str) -> Tensor:
-    """`logits` (N, K); `NonFinite` if any is NaN or infinite."""
-    broken = int((~logits.isfinite()).any(1).sum())
+    """`logits` (N, K); `NonFinite` if any is NaN, infinite, or so large that measurements of it would be."""
+    broken = int((~(logits.abs() <= LARGEST)).any(1).sum())
     if broken:
         raise NonFinite(
             f"The network answers NaN or infinity to {broken} of {len(logits)} {what}; its weights are not usable."

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from undistill.errors import LegibleFormatter, UndistillError, legible, short_of_memory
+from undistill.errors import LegibleFormatter, StoreError, UndistillError, legible, short_of_memory
 
 if TYPE_CHECKING:
     from undistill.launch import Launcher
     from undistill.progress import Progress
 
+MOST_SEEDS = 1000
 PATIENCE = 10.0  # seconds in which a second SIGTERM is ignored
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun
 FIRST = not LAUNCHED or os.environ["RANK"] == "0"  # the one that speaks
@@ -40,7 +41,7 @@ class Commands(TyperGroup):
         if logging.lastResort:
             logging.lastResort.setFormatter(LegibleFormatter())
         try:
-            with _ending_on_sigterm():
+            with _ending_on_signals():
                 return super().invoke(ctx)
         except UndistillError as error:
             fail(str(error))
@@ -67,19 +68,31 @@ class Commands(TyperGroup):
 
 
 @contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends the work as Ctrl-C does, so that it is left in order. For some seconds, others change nothing."""
+def _ending_on_signals() -> Iterator[None]:
+    """SIGTERM ends the work as Ctrl-C does, so that it is left in order. For some seconds, others change nothing.
+
+    While something is imported a signal waits: half an import of numpy or torch ends in errors of every kind.
+    """
     first: list[float] = []
 
-    def end(*_: object) -> None:
-        first.append(time.monotonic())
-        if first[-1] - first[0] > PATIENCE or len(first) == 1:
-            raise Terminated
+    def end(number: int, _: object) -> None:
+        if _importing() and hasattr(signal, "setitimer"):
+            waiting.append(number)
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            return
+        now = time.monotonic()
+        first.append(now)
+        if len(first) == 1 or now - first[0] > PATIENCE or number == signal.SIGINT:
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
+    waiting: list[int] = []
+    handlers: dict[int, Any] = {signal.SIGTERM: end, signal.SIGINT: end}
+    if hasattr(signal, "SIGALRM"):
+        handlers[signal.SIGALRM] = lambda *_: end(waiting.pop(0), None) if waiting else None
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     except RuntimeError as error:
@@ -87,7 +100,18 @@ def _ending_on_sigterm() -> Iterator[None]:
             raise Terminated from error
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _importing() -> bool:
+    """Whether the main thread is in the middle of an import."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def fail(message: str, code: int = 2) -> None:
@@ -161,4 +185,7 @@ def build_launcher(text: str, workers: int | None, address: str | None) -> "Laun
 def beside(run: Path, what: str) -> Path:
     """RUN-what, next to RUN."""
     run = run if run.name not in ("", "..") else run.resolve()
-    return run.with_name(f"{run.name}-{what}")
+    place = run.with_name(f"{run.name}-{what}")
+    if place.is_symlink():
+        raise StoreError(f"{place} is a link; if its target is meant, name it with --out.")
+    return place

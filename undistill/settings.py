@@ -61,7 +61,7 @@ def _read(config: Path) -> dict[str, Any]:
 def _parse(text: str) -> Any:
     try:
         value = yaml.load(text, _Plain)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise SpecError(f"Settings are not readable YAML: {' '.join(str(error).split())[:300]}") from None
     _require_names(value)
     return value

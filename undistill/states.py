@@ -128,28 +128,38 @@ def read_arrays(path: Path, max_bytes: int = LARGEST) -> dict[str, NDArray[Any]]
             raise ValueError("it is none, or the end of it is missing")
         try:
             with zipfile.ZipFile(file) as archive:
-                _check_members(archive, max_bytes)
+                names = _plain_members(archive, max_bytes)
             file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
+                return {name: arrays[name] for name in names}
         except Exception as error:  # np.load raises many kinds for what is damaged
             raise ValueError(str(error) or type(error).__name__) from None
 
 
-def _check_members(archive: zipfile.ZipFile, max_bytes: int) -> None:
-    """`ValueError` unless all members are arrays as large as they announce, and all together not too large."""
-    whole = sum(member.file_size for member in archive.infolist())
+def _plain_members(archive: zipfile.ZipFile, max_bytes: int) -> list[str]:
+    """The names of the arrays, but for those of objects; other files in the archive are passed over.
+
+    `ValueError` unless all are as large as they announce, and all together not too large.
+    """
+    members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
+    whole = sum(member.file_size for member in members)
     if whole > max_bytes:
         raise ValueError(f"it unpacks to {whole:,} bytes; max_bytes is {max_bytes:,}")
-    for member in archive.infolist():
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    names = []
+    for member in members:
         with archive.open(member) as file:
-            readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             version = np.lib.format.read_magic(file)
             if version not in readers:
                 raise ValueError(f"{member.filename} has the unknown version {version}")
             shape, _, kind = readers[version](file)
-            if kind.hasobject or math.prod(shape) * kind.itemsize != member.file_size - file.tell():
-                raise ValueError(f"{member.filename} is no plain array of the shape that it announces")
+            size = member.file_size - file.tell()
+        if kind.hasobject:
+            continue
+        if not kind.itemsize or math.prod(shape) * kind.itemsize != size:
+            raise ValueError(f"{member.filename} is no plain array of the shape that it announces")
+        names.append(member.filename.removesuffix(".npy"))
+    return names
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor]) -> str:
@@ -162,8 +172,12 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> str:
 def same_form(one: Any, other: Any) -> bool:
     """Whether two states hold the same names, shapes and types, and finite numbers."""
     if isinstance(one, Tensor):
-        same = isinstance(other, Tensor) and (one.shape, one.dtype) == (other.shape, other.dtype)
-        return same and bool(one.isfinite().all())
+        same = isinstance(other, Tensor) and (one.shape, one.dtype, one.layout) == (
+            other.shape,
+            other.dtype,
+            other.layout,
+        )
+        return same and not one.is_meta and bool(one.isfinite().all())
     if isinstance(one, Mapping):
         return (
             isinstance(other, Mapping)

@@ -31,7 +31,7 @@ from undistill.data import Data, Source
 from undistill.engine import TRIAL_LOCK
 from undistill.errors import NonFinite, StoreError, UndistillError
 from undistill.files import PART, parse_json, read_json, read_text, require_plain, sha256, sweep, write_json
-from undistill.models import Model, device_of, load_weights
+from undistill.models import Model, device_of, largest_weights, load_weights
 from undistill.states import write_weights
 
 Record = dict[str, Any]
@@ -140,7 +140,7 @@ def _sweep_below(folder: Path) -> None:
             _sweep_below(path)
 
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(ge=-1e18, le=1e18, allow_inf_nan=False)]
 
 
 class Metrics(BaseModel):
@@ -174,7 +174,7 @@ class Recorded(BaseModel):
     refers: dict[str, str]
     settings: dict[str, Any]
     metrics: Metrics
-    seconds: Finite = Field(ge=0)
+    seconds: Annotated[Finite, Field(ge=0)]
     weights_sha256: str
     metrics_sha256: str | None = None
     environment: dict[str, str | int] = Field(default_factory=dict)
@@ -215,18 +215,20 @@ class Run:
                 f"{self.record['data']} no longer holds the images on which {self.folder} was made; "
                 "restore them, or train again into a new folder."
             )
+        self.require(data.shape, data.classes)
         return data
 
     def network(self, model: Model | None = None) -> nn.Module:
         """The trained network, in eval mode. `model` overrides the recorded one (needed for the user's own code)."""
-        path = self.folder / "weights.safetensors"
-        if not path.exists() or sha256(path) != self.record["weights_sha256"]:
+        path, network = self.folder / "weights.safetensors", self.fresh(0, model)
+        if not path.exists() or sha256(path, largest_weights(network)) != self.record["weights_sha256"]:
             raise StoreError(
                 f"{path} is missing or not the file that this run wrote; remove {self.folder} and make the run again."
             )
-        return self.fresh(0, model, weights=path)
+        load_weights(network, path)
+        return network
 
-    def fresh(self, seed: int, model: Model | None = None, weights: Path | None = None) -> nn.Module:
+    def fresh(self, seed: int, model: Model | None = None) -> nn.Module:
         """The same architecture, newly initialised by `seed`."""
         spec = self.model(model)
         if changed := set(spec.refers().values()) - set(self.record["refers"].values()):
@@ -234,10 +236,7 @@ class Run:
                 f"The code of {spec} has changed since {self.folder} was made (SHA-256 now {min(changed)[:12]}...); "
                 "restore it, or make the run again with another --out."
             )
-        network = spec.build(self.shape, len(self.record["classes"]), seed)
-        if weights:
-            load_weights(network, weights)
-        return network.eval()
+        return spec.build(self.shape, len(self.record["classes"]), seed).eval()
 
     def model(self, override: Model | None = None) -> Model:
         """The recorded network; `override` names it again where it is the user's own code."""

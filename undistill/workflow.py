@@ -18,7 +18,7 @@ from undistill.files import sha256
 from undistill.fit import Fit
 from undistill.losses import cross_entropy
 from undistill.measure import evaluate
-from undistill.models import Model, load_weights, returned, seeded
+from undistill.models import Model, largest_weights, load_weights, returned, seeded
 from undistill.progress import Progress
 from undistill.recipe import Recipe
 from undistill.seeds import derive
@@ -63,17 +63,18 @@ def train(
     settings = settings or TrainSettings()
     source, model = Source.named(data), Model.named(model)
     loaded = source.load()
+    seed = derive(settings.seed, "honest")
+    network = model.build(loaded.shape, loaded.num_classes, seed)
+    start = sha256(Path(weights), largest_weights(network)) if weights and Path(weights).is_file() else None
     request = {
         "command": "train",
         "data": str(source),
         "data_sha256": loaded.digest,
         "model": str(model),
-        "start_sha256": sha256(Path(weights)) if weights and Path(weights).is_file() else None,
+        "start_sha256": start,
         "refers": model.refers(),
         "settings": settings.model_dump(mode="json"),
     }
-    seed = derive(settings.seed, "honest")
-    network = model.build(loaded.shape, loaded.num_classes, seed)
     if weights:
         load_weights(network, Path(weights))
         network.eval()
@@ -130,7 +131,8 @@ def protect(
             store = AnswerStore(honest.folder / "answers", remember * GIB)
             fit = Fit(settings.recipe, seed, chosen, place.folder, progress or Progress.silent(), name, store=store)
             with seeded(derive(settings.seed, "defence")):
-                victim = returned(defence.protect(teacher.to(chosen), fresh, data.split, fit), defence)
+                victim = defence.protect(teacher.to(chosen), fresh, data.split, fit)
+                victim = returned(victim, defence, data.shape, data.num_classes)
             record = _record(request, data, fit, victim, str(defence))
             record["metrics"]["divergence"] = measure.divergence(
                 evaluate(victim, data.validation), evaluate(teacher, data.validation)
@@ -158,11 +160,15 @@ def together(device: torch.device, request: Record) -> Iterator[None]:
 
 
 def recorded_settings(run: Run) -> Settings:
-    """Seed and recipe with which a run was made; weights that were adopted untrained have the default epochs."""
+    """Seed and recipe with which a run was made; weights that were adopted untrained have the default epochs.
+
+    Where the run was compiled, a trial decides anew whether that pays.
+    """
     made = Settings(**{name: run.record["settings"].get(name) for name in Settings.model_fields})
-    if made.recipe.epochs:
-        return made
-    return Settings(seed=made.seed, recipe=made.recipe.model_copy(update={"epochs": Recipe().epochs}))
+    changes: dict[str, object] = {} if made.recipe.epochs else {"epochs": Recipe().epochs}
+    if made.recipe.engine.compile:  # a stranger's record may not force it: it can take hours
+        changes["engine"] = made.recipe.engine.model_copy(update={"compile": "auto"})
+    return Settings(seed=made.seed, recipe=made.recipe.model_copy(update=changes))
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,5 +1,6 @@
 """What a data set holds, checked file by file and class by class."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from undistill.data.source import Source
 from undistill.data.split import Data
 from undistill.sheet import COLUMNS
 
+SHOWN = 128  # pixels of the longer side
 OTHER = "other bytes than published, but complete and well-formed"
 
 
@@ -34,12 +36,18 @@ class Check:
         return {name: torch.bincount(part.labels, minlength=self.data.num_classes) for name, part in parts.items()}
 
     def sheet(self, rows: int = 10) -> Tensor:
-        """uint8 (N, C, H, W): `COLUMNS` training images of each of the first `rows` classes, white if it has fewer."""
-        labels = self.data.train.labels
+        """uint8 (N, C, H, W): `COLUMNS` training images of each of the first `rows` classes, white if it has fewer.
+
+        Of large images, every n-th pixel is shown.
+        """
+        labels, (channels, height, width) = self.data.train.labels, self.data.shape
+        step = math.ceil(max(height, width) / SHOWN)
+        small = (channels, math.ceil(height / step), math.ceil(width / step))
         found = [(labels == label).nonzero().flatten()[:COLUMNS] for label in range(min(rows, self.data.num_classes))]
-        whole = torch.full((len(found) * COLUMNS, *self.data.shape), 255, dtype=torch.uint8)
+        whole = torch.full((len(found) * COLUMNS, *small), 255, dtype=torch.uint8)
         for row, index in zip(whole.split(COLUMNS), found, strict=True):
-            row[: len(index)] = self.data.train[index].pixels
+            for place, one in zip(row, index, strict=False):
+                place.copy_(self.data.train[one[None]].pixels[0, :, ::step, ::step])
         return whole
 
 

@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from undistill.errors import DataError, FileError, UndistillError, refused
-from undistill.files import inside, open_regular, sha256
+from undistill.files import GIB, inside, open_regular, sha256
 
 T = TypeVar("T")
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 """Of what Pillow can read: others start programs (EPS), or are readers that hardly anybody keeps safe."""
+LARGEST = GIB  # of one file
+LARGEST_SHEET = 2**24  # pixels
 GREY = {"1", "L", "LA"}
 COLOUR = {"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"}
 
@@ -51,7 +53,7 @@ class ImageFiles:
         """SHA-256 over what the files hold and the shape to which it is read."""
         sha = hashlib.sha256(repr(self.shape).encode())
         for file in self.files:
-            sha.update(bytes.fromhex(sha256(file)))
+            sha.update(bytes.fromhex(sha256(file, LARGEST)))
         return sha.digest()
 
 
@@ -75,6 +77,8 @@ def read_picture(file: Path, channels: int, size: tuple[int, int]) -> Tensor:
 def read_sheet(file: Path) -> NDArray[np.uint8]:
     """The pixels of a picture as it is, (H, W) grey or (H, W, 3) colour; `DataError` if it is no readable one."""
     with _readable(file) as picture:
+        if picture.width * picture.height > LARGEST_SHEET:
+            raise DataError(f"{file} has more than {LARGEST_SHEET:,} pixels, and is no sheet of small images.")
         return np.array(picture.convert("L" if picture.mode in GREY else "RGB"))
 
 
@@ -83,7 +87,7 @@ def _readable(file: Path) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with open_regular(file) as content, Image.open(content, formats=_formats()) as opened:
+            with open_regular(file, LARGEST) as content, Image.open(content, formats=_formats()) as opened:
                 if opened.mode not in GREY | COLOUR:
                     raise DataError(f"{file} has mode {opened.mode}; convert it to 8-bit grey or colour.")
                 yield opened

@@ -61,6 +61,8 @@ class Npz(Source):
             raise DataError(
                 f"{Path(self.path).name}: classes has shape {names.shape}; it must list one name per class."
             )
+        if len(names) > len(pool):
+            raise DataError(f"{Path(self.path).name}: {len(names):,} classes, and only {len(pool):,} images.")
         classes = [str(name) for name in names]
         return pool, test, classes
 

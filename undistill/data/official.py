@@ -19,10 +19,11 @@ from filelock import FileLock
 from undistill.data.source import Source
 from undistill.data.split import Samples
 from undistill.errors import DataError, FileError, refused
-from undistill.files import fresh_name, inside, open_regular, sweep
+from undistill.files import GIB, fresh_name, inside, open_regular, sweep
 
 log = logging.getLogger(__name__)
 
+LARGEST = GIB  # of a published file
 VARIABLE = "UNDISTILL_DATA"
 AGAIN = "Remove {}, and what was published is downloaded again."
 
@@ -43,6 +44,8 @@ class File:
 
     def matches(self, path: Path) -> bool:
         """Whether `path` holds the published bytes."""
+        if path.stat().st_size > LARGEST:
+            return False
         with open_regular(path) as file:
             return hashlib.file_digest(file, "md5").hexdigest() == self.md5
 

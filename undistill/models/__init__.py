@@ -3,7 +3,17 @@
 from undistill.models.convnet import ConvNet
 from undistill.models.factory import Factory
 from undistill.models.mobilenetv2 import MobileNetV2
-from undistill.models.model import Model, device_of, features, frozen, last_features, load_weights, returned, seeded
+from undistill.models.model import (
+    Model,
+    device_of,
+    features,
+    frozen,
+    largest_weights,
+    last_features,
+    load_weights,
+    returned,
+    seeded,
+)
 from undistill.models.plaincnn import PlainCNN
 from undistill.models.resnet import ResNet
 from undistill.models.resnetc import ResNetC
@@ -29,6 +39,7 @@ __all__ = [
     "device_of",
     "features",
     "frozen",
+    "largest_weights",
     "last_features",
     "load_weights",
     "returned",

@@ -55,33 +55,35 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def check(network: nn.Module, shape: Shape, num_classes: int, name: str) -> None:
+def check(network: nn.Module, shape: Shape, num_classes: int, name: str, *, finite: bool = True) -> None:
     """Raise `ModelError` unless `network` maps (2, C, H, W) images to finite (2, K) logits, trained or in training."""
     if not isinstance(network, nn.Module):
         raise ModelError(f"{name} returned {type(network).__name__}; a factory must return a torch.nn.Module.")
     try:
         trial = deepcopy(network)  # a forward pass in training mode changes batch-norm statistics
         with torch.no_grad():
-            answers = {mode: trial.train(mode == "training")(torch.zeros(2, *shape)) for mode in ("training", "eval")}
+            blank = torch.zeros(2, *shape, device=device_of(network))
+            answers = {mode: trial.train(mode == "training")(blank) for mode in ("training", "eval")}
     except Exception as error:
         raise ModelError(
             f"{name} failed on images of shape {shape} (channels, height, width): {type(error).__name__}: {error}"
         ) from error
     for mode, logits in answers.items():
-        if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+        if not isinstance(logits, Tensor) or logits.shape != (2, num_classes) or not logits.is_floating_point():
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ModelError(
                 f"{name} answers two images with {found} in {mode} mode; for {num_classes} classes it must return "
                 f"logits of shape (2, {num_classes})."
             )
-    if not answers["eval"].isfinite().all():
+    if finite and not answers["eval"].isfinite().all():
         raise ModelError(f"{name} answers a blank image with NaN or infinity; its weights are not usable.")
 
 
-def returned(network: object, by: Spec) -> nn.Module:
-    """What an attack or defence returned; `ModelError` unless it is a network."""
+def returned(network: object, by: Spec, shape: Shape, num_classes: int) -> nn.Module:
+    """The network that an attack or defence returned; `ModelError` unless it classifies such images."""
     if not isinstance(network, nn.Module):
         raise ModelError(f"{by} returned {type(network).__name__}; it must return the network that it trained.")
+    check(network, shape, num_classes, f"The network of {by}", finite=False)
     return network
 
 
@@ -92,7 +94,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
     sparse, quantised, complex, without data, or not finite in the network's own precision.
     """
     own = network.state_dict()
-    state = read_state(path, largest=16 * sum(value.nbytes for value in own.values()) + 256 * MIB)
+    state = read_state(path, largest_weights(network))
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [
         f"{name} is {tuple(state[name].shape)}, the network's is {tuple(own[name].shape)}"
@@ -109,6 +111,11 @@ def load_weights(network: nn.Module, path: Path) -> None:
     network.load_state_dict({name: _fitting(value, own[name], f"{path}: {name}") for name, value in state.items()})
 
 
+def largest_weights(network: nn.Module) -> int:
+    """Bytes of a file with weights for `network`: in double precision, with optimiser and averages, and some more."""
+    return 16 * sum(int(value.nbytes) for value in network.state_dict().values()) + 256 * MIB
+
+
 def _fitting(value: Tensor, own: Tensor, name: str) -> Tensor:
     """`value` in the type of the network's own tensor; `ModelError` if that would be something else."""
     kinds = {"sparse": value.layout != torch.strided, "quantised": value.is_quantized, "without data": value.is_meta}
@@ -116,9 +123,16 @@ def _fitting(value: Tensor, own: Tensor, name: str) -> Tensor:
     for kind, found in kinds.items():
         if found:
             raise ModelError(f"{name} is {kind}; convert it to a plain tensor of {own.dtype}.")
-    held = value.to(own.dtype)
-    if not held.isfinite().all():
-        raise ModelError(f"{name} holds NaN or infinity as {own.dtype}; these weights are not usable.")
+    try:
+        numbers = value.double() if value.is_floating_point() else value
+        held = numbers.to(own.dtype)
+    except (RuntimeError, NotImplementedError):
+        raise ModelError(f"{name} is {value.dtype}, which torch cannot convert to {own.dtype}.") from None
+    for tensor in (numbers, held):
+        if not tensor.isfinite().all():
+            raise ModelError(f"{name} holds NaN or infinity as {own.dtype}; these weights are not usable.")
+    if not own.is_floating_point() and not own.is_complex() and not torch.equal(held.to(numbers.dtype), numbers):
+        raise ModelError(f"{name} holds numbers that {own.dtype} cannot; these weights are not usable.")
     return held
 
 
@@ -131,8 +145,8 @@ def read_state(path: Path, largest: int = LARGEST) -> dict[str, Tensor]:
             return load(read_bytes(path, largest))
         open_regular(path, largest).close()
         state = load_state(path, torch.device("cpu"))
-    except SafetensorError as error:
-        raise ModelError(f"{path} is not a whole safetensors file: {error}.") from None
+    except (SafetensorError, KeyError) as error:  # KeyError: a type that the library's torch side does not know
+        raise ModelError(f"{path} is not a whole safetensors file of usual types: {error}.") from None
     except ValueError as error:
         raise ModelError(
             f"{path} is damaged, or no plain state dict ({error}). A pickled module can execute code and is not "

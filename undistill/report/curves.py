@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from undistill.errors import StoreError, legible
-from undistill.report.evidence import Array, read_curve
+from undistill.report.evidence import MOST, Array, read_curve
 from undistill.report.figures import STYLE
 from undistill.report.table import read_table
 from undistill.store import Run
@@ -67,7 +67,7 @@ def ablation(table: Path) -> Figure:
     flat: dict[str, list[float]] = {}
     reached: dict[str, float] = {}
     what = ""
-    rows = [row for row in read_table(table).rows if row.accuracies]
+    rows = [row.model_copy(update={"name": legible(row.name)}) for row in read_table(table).rows if row.accuracies]
     for row in rows:
         if found := POINT.fullmatch(row.name):
             what = found["what"] or "share of the images, %"
@@ -101,9 +101,10 @@ def ablation(table: Path) -> Figure:
 def _places(values: Iterable[str]) -> Mapping[str, float] | Mapping[str, str]:
     """Where each value of an ablation stands, in order: at its number, or where they are words, one after another."""
     try:
-        return {value: float(value) for value in sorted(values, key=float)}
+        places = {value: float(value) for value in sorted(values, key=float)}
     except ValueError:
         return {value: value for value in values}
+    return places if all(abs(place) < MOST for place in places.values()) else {value: value for value in values}
 
 
 def _line(axes: Axes, name: str, points: Sequence[tuple[float | str, list[float]]], number: int) -> None:

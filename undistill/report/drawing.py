@@ -17,6 +17,8 @@ from undistill.report.table import read_table
 from undistill.store import Run
 from undistill.subject import Subject, parent
 
+MOST_SHEETS = 50
+
 
 def draw_named(name: str, sources: Sequence[Path], model: str | None = None) -> Figure:
     """The figure `name` of `sources`: folders of audits or runs, or tables; `SpecError` for an unknown one.
@@ -53,7 +55,8 @@ def _sheets(source: Path) -> Mapping[str, Array]:
     if source.suffix != ".json":
         return read_evidence(source / "evidence.npz").sheets
     named = {row.name: [one.sheet for one in row.measured.values() if one.sheet] for row in read_table(source).rows}
-    return {name: read_sheet(inside(source.parent, sheets[0])) for name, sheets in named.items() if sheets}
+    shown = [(name, sheets[0]) for name, sheets in named.items() if sheets][:MOST_SHEETS]
+    return {name: read_sheet(inside(source.parent, sheet)) for name, sheet in shown}
 
 
 def _synthesised(source: Path) -> Figure:

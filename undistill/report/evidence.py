@@ -20,7 +20,7 @@ from undistill.data.files import read_sheet
 from undistill.data.split import LONGEST
 from undistill.defences import Defence
 from undistill.errors import StoreError, UndistillError, legible
-from undistill.files import parse_json, read_text, require_plain, sha256, write_atomically
+from undistill.files import LARGEST_TEXT, parse_json, read_text, require_plain, sha256, write_atomically
 from undistill.measure import DIVERGENCE_T as T
 from undistill.measure import evaluate
 from undistill.models import Model, device_of, features
@@ -31,6 +31,7 @@ from undistill.views import to_float
 log = logging.getLogger(__name__)
 
 IMAGES = 5
+MOST = 1e12  # a measurement beyond is none, and no axis can show it
 POINTS = 400
 
 Array = NDArray[Any]
@@ -61,11 +62,11 @@ def read_curve(run: Run) -> Array | None:
     if not file.exists():
         return None
     try:
-        if run.record.get("metrics_sha256") not in (None, sha256(file)):
+        if run.record.get("metrics_sha256") not in (None, sha256(file, LARGEST_TEXT)):
             raise ValueError
         omega = _omega(run)
         curve = np.array([_point(parse_json(line), omega) for line in read_text(file).splitlines()], float)
-        if curve.ndim != 2 or not np.isfinite(curve).all():
+        if curve.ndim != 2 or not (np.abs(curve) < MOST).all():
             raise ValueError
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, UndistillError):
         log.warning("%s is damaged or was edited; its curve is left out.", file)
@@ -155,6 +156,8 @@ def _evidence(arrays: Mapping[str, Array]) -> Evidence:
 def _check(evidence: Evidence) -> None:
     """`ValueError` unless all arrays have the kinds, shapes and ranges that `Evidence` says."""
     n, classes, points = len(evidence.images), len(evidence.classes), len(evidence.point_labels)
+    if n > 4 * IMAGES or classes > 10_000 or len(evidence.sheets) > 100 or not evidence.maps:
+        raise ValueError(f"{n} images, {classes} classes, {len(evidence.maps)} maps, {len(evidence.sheets)} sheets")
     _require("images", evidence.images, "u", n, (1, 3), ANY, ANY)
     _require("labels", evidence.labels, "iu", n)
     _require("honest", evidence.honest, "f", n, classes)
@@ -180,7 +183,7 @@ def _require(name: str, array: Array, kinds: str, *shape: int | Container[int]) 
     fits = all(size == wanted if isinstance(wanted, int) else size in wanted for size, wanted in sizes)
     if array.dtype.kind not in kinds or array.ndim != len(shape) or not fits or not array.size:
         raise ValueError(f"{legible(name)[:60]} is {array.dtype} of shape {array.shape}")
-    if (array.dtype.kind == "u" and array.dtype != np.uint8) or not np.isfinite(array).all():
+    if (array.dtype.kind == "u" and array.dtype != np.uint8) or not (np.abs(array) < MOST).all():
         raise ValueError(f"{legible(name)[:60]} holds what it should not")
 
 

@@ -24,7 +24,9 @@ from undistill.report.schema import Report
 from undistill.verdict import Column, columns, interval
 
 HONEST, VICTIM, FLOOR = "#4477aa", "#cc3311", "#555555"
-STYLE: Any = {
+OTHERS = ("backend", "interactive", "toolbar", "timezone", "webagg", "tk.", "docstring", "date.epoch")
+STYLE: Any = {  # a matplotlibrc in the current folder may be a stranger's, and can have text set by LaTeX
+    **{name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith(OTHERS)},
     "svg.fonttype": "none",
     "text.parse_math": False,
     "svg.hashsalt": "undistill",

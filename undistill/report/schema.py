@@ -2,12 +2,14 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Side = Literal["victim", "honest", "none"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Difference = Annotated[float, Field(ge=-1, le=1)]
-NotNegative = Annotated[float, Field(ge=0)]
+Number = Annotated[float, Field(ge=-1e18, le=1e18)]
+"""Nothing that is measured is beyond, and a hundred times as much can still be written."""
+NotNegative = Annotated[float, Field(ge=0, le=1e18)]
 Count = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(max_length=10_000)]
 
@@ -21,9 +23,9 @@ class Part(BaseModel):
 class Interval(Part):
     """A mean with its 95 % interval; the ends are null where a single measurement has no spread."""
 
-    mean: float
-    low: float | None
-    high: float | None
+    mean: Number
+    low: Number | None
+    high: Number | None
     n: Annotated[int, Field(ge=1)]
 
 
@@ -41,7 +43,7 @@ class Pair(Part):
 
     victim: Teacher
     honest: Teacher
-    divergence: float
+    divergence: Number
     agreement: Share
     """Share of test images to which both give the same top answer."""
     honest_train_accuracy: Share
@@ -97,13 +99,13 @@ class Verdict(Part):
 class Costs(Part):
     """Victim minus honest twin on the test set, and what protecting took."""
 
-    accuracy_lost: float
-    nll: float
-    ece: float
-    l1: float
-    ms_per_query_victim: float
-    ms_per_query_honest: float
-    train_seconds: float
+    accuracy_lost: Number
+    nll: Number
+    ece: Number
+    l1: Number
+    ms_per_query_victim: Number
+    ms_per_query_honest: Number
+    train_seconds: Number
 
 
 class Flag(Part):
@@ -124,9 +126,18 @@ class Report(Part):
     honest: Teacher
     pairs: Annotated[list[Pair], Field(min_length=1)]
     cells: Annotated[list[Cell], Field(min_length=1)]
-    divergence: float
+    divergence: Number
     """T^2 KL(victim/T || honest/T) at T = 4 on the validation split, in nats; mean over pairs."""
     costs: Costs
     verdict: Verdict
     flags: list[Flag]
     environment: dict[Text, Text | int]
+
+    @field_validator("cells")
+    @classmethod
+    def _few_rows(cls, cells: list[Cell]) -> list[Cell]:
+        """A page with more rows, and a figure of more panels, would take hours to draw."""
+        rows = {(cell.side, cell.attack, cell.student) for cell in cells}
+        if len(rows) > 2000 or len({cell.student for cell in cells}) > 100:
+            raise ValueError("more than 2,000 attacks, or more than 100 students")
+        return cells

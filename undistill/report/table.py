@@ -3,24 +3,27 @@
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import ConfigDict, Field, ValidationError
 
 from undistill.errors import StoreError, legible
 from undistill.files import parse_json, read_text, write_json
-from undistill.report.schema import Part
+from undistill.report.schema import Number, Part, Text
+
+Percent = Annotated[float, Field(ge=0, le=100)]
 
 
 @dataclass(frozen=True)
 class Measured:
     """One figure for one seed. Accuracies are in percent."""
 
-    accuracy: float
-    divergence: float | None = None
+    accuracy: Percent
+    divergence: Number | None = None
     """T^2 KL of the victim's answers from the honest twin's, in nats; None for an honest teacher."""
-    validation_accuracy: float | None = None
+    validation_accuracy: Percent | None = None
     """Of a teacher: what choices may be made by."""
-    train_accuracy: float | None = None
+    train_accuracy: Percent | None = None
     """Of a teacher: how far it fits the images that it was trained on, unaugmented."""
     diverged: str = ""
     """Why training ended without a network."""
@@ -36,11 +39,11 @@ class Line(Part):
     """One figure, by seed. What earlier versions wrote beside it is left out."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
-    name: str
-    published: float | None = None
-    teacher: str = ""
-    student: str = ""
-    measured: dict[int, Measured]
+    name: Annotated[str, Field(max_length=300)]
+    published: Number | None = None
+    teacher: Text = ""
+    student: Text = ""
+    measured: Annotated[dict[int, Measured], Field(max_length=1000)]
     case: str = ""
     """All on which the figure depends."""
 
@@ -57,7 +60,7 @@ class Line(Part):
 
 
 class Table(Part):
-    rows: list[Line]
+    rows: Annotated[list[Line], Field(max_length=2000)]
     earlier: list[Line] = Field(default_factory=list)
     """Figures of cases that are no longer asked for, because a setting was changed."""
 
