@@ -125,7 +125,7 @@ def bad_npz(name: str) -> dict[str, object]:
         ("one image of a class", "Add images of the rarest class"),
         ("wrong names", "it needs images and labels"),
         ("unlisted classes", "must list one name per class"),
-        ("objects", "not a readable .npz archive"),
+        ("objects", "it needs images and labels"),
     ],
 )
 def test_bad_npz_is_explained(tmp_path: Path, name: str, said: str) -> None:

@@ -30,6 +30,7 @@ from undistill.models import Model, load_weights
 from undistill.settings import read_settings
 from undistill.states import load_state, read_arrays
 from undistill.store import Run
+from undistill.workflow import recorded_settings
 
 CPU = torch.device("cpu")
 
@@ -498,24 +499,94 @@ def test_legible_text_is_left_alone_and_the_rest_escaped() -> None:
     assert legible("a\x1b[0m\n\udce9\u202e") == r"a\x1b[0m\n\xe9\u202e"
 
 
-def test_names_that_are_not_utf8_lose_no_work(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_lose_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a whole run: folder, classes, outputs, pages and figures."""
     here = os.fsencode(tmp_path) + b"/caf\xe9"
     for label, name in enumerate((b"\xe9t\xe9", b"hiver")):
         os.makedirs(here + b"/photos/" + name)
         for number, image in enumerate(toy_arrays(per_class=20)["images"][label * 20 : label * 20 + 20]):
             Image.fromarray(image).save(here + b"/photos/" + name + b"/%03d.png" % number)
-    fast = [b"--set", b"recipe.epochs=1", b"--set", b"recipe.batch_size=8"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    monkeypatch.chdir(os.fsdecode(here))
+    fast = ["--set", "recipe.epochs=1", "--set", "recipe.batch_size=8"]
+    for command in (
+        ["train", "--data", "photos", "--model", TEACHER, "--out", "h\udce9", *fast],
+        ["protect", "h\udce9", "--defence", NASTY, "--out", "v\udce9"],
+        ["audit", "v\udce9", "--student", STUDENT, "--seeds", 1, "--out", "a\udce9"],
+        ["figure", "answers", "a\udce9"],
+    ):
+        result = call(*command)
+        assert result.exit_code == 0, result.output
+    assert "\\xe9t\\xe9" in Path("a\udce9/report.html").read_text()
 
-    def run(*words: bytes) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(
-            [sys.executable, "-m", "undistill", *words], cwd=here, env=environment, capture_output=True, timeout=120
-        )
 
-    trained = run(b"train", b"--data", b"photos", b"--model", TEACHER.encode(), b"--out", b"h\xe9", *fast)
-    assert trained.returncode == 0, trained.stderr
-    assert run(b"protect", b"h\xe9", b"--defence", NASTY.encode(), b"--out", b"v\xe9").returncode == 0
-    audited = run(b"audit", b"v\xe9", b"--student", STUDENT.encode(), b"--seeds", b"1", b"--out", b"a\xe9")
-    assert audited.returncode == 0, audited.stderr
-    assert run(b"figure", b"answers", b"a\xe9").returncode == 0
+def test_a_figure_of_a_table_follows_no_link_beside_it(outside: Path, tmp_path: Path) -> None:
+    rows = [{"name": f"omega={n}: a", "measured": {"0": {"accuracy": 50.0}}} for n in (1, 2)]
+    (tmp_path / "t.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "t").symlink_to(outside)
+    before = content(outside)
+    assert call("figure", "ablation", tmp_path / "t.json").exit_code == 0
+    assert content(outside) == before
+    assert (tmp_path / "t.svg").is_file()
+
+
+def test_an_out_that_nobody_named_is_no_link(honest: Run, outside: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(honest.folder, tmp_path / "run"))
+    (tmp_path / "run-nasty").symlink_to(outside)
+    refused(call("protect", run, "--defence", NASTY), "run-nasty is a link; if its target is meant, name it with --out")
+
+
+def test_a_matplotlibrc_of_a_stranger_changes_no_figure(audited: Path, tmp_path: Path) -> None:
+    """It could have text set by LaTeX, an external program."""
+    folder = Path(shutil.copytree(audited, tmp_path / "audit"))
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    (tmp_path / "bin").mkdir()
+    latex = tmp_path / "bin" / "latex"
+    latex.write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\nexit 1\n")
+    latex.chmod(0o755)
+    environment = os.environ | {"PATH": f"{latex.parent}:{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "undistill", "report", str(folder)]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_record_cannot_force_compilation(honest: Run, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(honest.folder, tmp_path / "run"))
+    record = json.loads((run / "run.json").read_text())
+    record["settings"]["recipe"]["engine"]["compile"] = True
+    (run / "run.json").write_text(json.dumps(record))
+    assert recorded_settings(Run.open(run)).recipe.engine.compile == "auto"
+
+
+@pytest.mark.parametrize(("field", "value"), [("classes", ["a", "b"]), ("shape", [3, 12, 12])])
+def test_a_record_of_other_images_is_refused(field: str, value: object, honest: Run, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(honest.folder, tmp_path / "run"))
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {field: value}))
+    refused(call("protect", run, "--defence", NASTY, "--out", tmp_path / "out"), "is for images")
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "metrics.jsonl"])
+def test_huge_files_are_not_even_hashed(name: str, honest: Run, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(honest.folder, tmp_path / "run"))
+    os.truncate(run / name, 10**12)
+    for command in (["protect", run, "--defence", NASTY, "--out", tmp_path / "out"], ["figure", "training", run]):
+        if (name == "metrics.jsonl") == (command[0] == "figure"):
+            assert call(*command).exit_code == 2
+
+
+def test_numbers_that_whole_numbers_cannot_hold_are_refused(honest: Run, tmp_path: Path) -> None:
+    state = weights()
+    name = next(name for name in state if name.endswith("num_batches_tracked"))
+    for value in (float("nan"), float("inf"), 0.5):
+        torch.save(state | {name: torch.tensor(value)}, tmp_path / "x.pt")
+        with pytest.raises(ModelError, match="not usable"):
+            load_weights(Model.parse(STUDENT).build((1, 12, 12), 3, 0), tmp_path / "x.pt")
+
+
+def test_files_beside_the_arrays_of_an_archive_are_passed_over(tmp_path: Path) -> None:
+    arrays = toy_arrays(per_class=20)
+    np.savez(tmp_path / "x.npz", **arrays, meta=np.array({"a": 1}, object))
+    with zipfile.ZipFile(tmp_path / "x.npz", "a") as archive:
+        archive.writestr("README.txt", "hello")
+    assert len(Source.parse(str(tmp_path / "x.npz")).load().train)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.fuzz import SECONDS, TARGETS, Guard, World, case, quick
 
-IN_SUITE, CHUNK, ALL = 320, 40, 6000
+IN_SUITE, CHUNK, ALL = 240, 40, 6000
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="uses signals and limits of Linux")
 

@@ -68,9 +68,7 @@ ENDINGS = {signal.SIGTERM: (143, "Terminated"), signal.SIGINT: (130, "Interrupte
 
 
 @pytest.mark.parametrize("number", ENDINGS, ids=lambda number: number.name)
-def test_a_signal_ends_it_in_a_sentence(
-    number: signal.Signals, pair: tuple[Run, Run], toy_file: Path, tmp_path: Path
-) -> None:
+def test_a_signal_ends_it_in_a_sentence(number: signal.Signals, toy_file: Path, tmp_path: Path) -> None:
     words = ["train", "--data", toy_file, "--model", TEACHER, "--out", tmp_path / "run", *SET]
     process = start(*words, stderr=subprocess.PIPE)
     code, said = ENDINGS[number]
@@ -79,8 +77,6 @@ def test_a_signal_ends_it_in_a_sentence(
     *_, last = process.stderr.read().decode().strip().splitlines()
     assert last == f"Error: {said}. The same command goes on from here."
     assert (tmp_path / "run" / "checkpoint-0.pt").exists()
-    finish(*words)
-    assert Run.open(tmp_path / "run").digest == pair[0].digest
 
 
 def test_protect(pair: tuple[Run, Run], tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ from rich.console import Console
 
 from tests.conftest import RECIPE, STUDENT
 from tests.test_kill import ENDINGS, ENVIRONMENT, kill_when, start
-from undistill.auditor import audit
+from undistill.auditor import audit, plan
+from undistill.cells import Job
 from undistill.engine import EXACT, Engine
 from undistill.errors import LaunchError, ModelError, SpecError
 from undistill.launch import Launcher, Pool, Ray
 from undistill.progress import PROGRESS_FILE, Board, Progress, Reporter
 from undistill.store import Run
+from undistill.subject import Subject
 
 MINE = '''
 import os
@@ -105,19 +107,21 @@ def test_a_fault_in_native_code_is_named_and_the_exact_engine_tried(
     victim: Run, tmp_path: Path, mine, caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe = RECIPE.model_copy(update={"engine": Engine(precision="bf16")})
-    attacks, pool = [mine("crash in bf16")], Pool(workers=1)
-    report = audit(
-        victim, tmp_path / "a", students=[STUDENT], seeds=1, attacks=attacks, recipe=recipe, device="cpu", launcher=pool
-    )
-    engines = {cell.engine for cell in report.cells if cell.attack.startswith(str(tmp_path))}
-    assert engines == {str(EXACT)}
-    sheets = {path.stem for path in (tmp_path / "a" / "cells").glob("*.png")}
-    assert len(sheets) == 2
-    assert sheets <= {path.stem for path in (tmp_path / "a" / "cells").glob("*.json")}, "found by the cell's name"
-    assert not list((tmp_path / "a" / "cells").glob("*/")), "finished cells leave no folder behind"
+
+    def jobs(deed: str) -> list[Job]:
+        subject = Subject.of(victim, None, [0], None)
+        planned = plan([subject], "quick", [mine(deed)], [STUDENT], recipe)
+        return [job for job in planned if type(job.attack).__name__ == "Marked" and job.side == "victim"]
+
+    place = tmp_path / "a" / "cells"
+    (cell,) = Pool(workers=1).run(jobs("crash in bf16"), place, Progress.silent())
+    assert cell.engine == str(EXACT)
     assert "ended with SIGSEGV, a fault in native code; its cell is done again in the exact engine" in caplog.text
+    (sheet,) = place.glob("*.png")
+    assert [path.stem for path in place.glob("*.json")] == [sheet.stem], "found by the cell's name"
+    assert not list(place.glob("*/")), "finished cells leave no folder behind"
     with pytest.raises(LaunchError, match=r"SIGABRT, a fault in native code, in the exact engine as well.*another one"):
-        cells(victim, tmp_path / "b", pool, [mine("crash")])
+        Pool(workers=1).run(jobs("crash"), tmp_path / "b" / "cells", Progress.silent())
 
 
 def test_an_error_in_a_cell_is_the_same_error(victim: Run, tmp_path: Path, mine) -> None:
