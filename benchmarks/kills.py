@@ -72,7 +72,7 @@ def make_world(folder: Path) -> None:
 
 
 def outcome(folder: Path) -> object:
-    """What must be the same bits: the hash of the weights, or all cells without their times."""
+    """The hash of the weights, or all cells without their times: what a repeated command must reproduce bit for bit."""
     report = folder / "out" / "report.json"
     if not report.exists():
         return json.loads((folder / "out" / "run.json").read_text())["weights_sha256"]
