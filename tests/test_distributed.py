@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from typer.testing import CliRunner
 
 from tests.conftest import FAST, NASTY, TEACHER, toy_arrays
+from undistill.cli import app
 from undistill.distributed import GlobalBatchNorm
 from undistill.store import Run
 
@@ -49,8 +51,10 @@ def pair(toy_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     protect = ["protect", "one", "--defence", NASTY, "--out"]
     for words in (train, protect):
         suffix = "" if words is train else "-nasty"
-        alone = run("-m", "undistill", *words, f"one{suffix}", cwd=folder)
-        assert alone.returncode == 0, alone.stderr
+        with pytest.MonkeyPatch.context() as patched:
+            patched.chdir(folder)
+            alone = CliRunner().invoke(app, [*map(str, words), f"one{suffix}"])
+        assert alone.exit_code == 0, alone.stderr
         together = torchrun(*words, f"two{suffix}", cwd=folder)
         assert together.returncode == 0, together.stderr
         assert together.stdout.count("validation accuracy") == 1, "one process speaks"

@@ -14,13 +14,14 @@ import pytest
 from rich.console import Console
 
 from tests.conftest import RECIPE, STUDENT
-from tests.test_kill import ENDINGS, ENVIRONMENT, kill_when, start
+from tests.test_kill import ENDINGS, ENVIRONMENT, finish, kill_when, start
 from undistill.auditor import audit, plan
 from undistill.cells import Job
 from undistill.engine import EXACT, Engine
 from undistill.errors import LaunchError, ModelError, SpecError
-from undistill.launch import Launcher, Pool, Ray
+from undistill.launch import Launcher, Pool, Ray, Serial
 from undistill.progress import PROGRESS_FILE, Board, Progress, Reporter
+from undistill.recipe import Recipe
 from undistill.store import Run
 from undistill.subject import Subject
 
@@ -78,28 +79,32 @@ def mine(tmp_path: Path) -> Callable[[str], str]:
     return text
 
 
-def cells(victim: Run, out: Path, launcher: str | Launcher, attacks: list[str]) -> list[dict[str, object]]:
-    report = audit(
-        victim, out, students=[STUDENT], seeds=1, attacks=attacks, device="cpu", launcher=launcher, progress=None
-    )
-    return [cell.model_dump(exclude={"seconds"}) for cell in report.cells]
+def jobs(victim: Run, attack: str, recipe: Recipe = RECIPE) -> list[Job]:
+    """Two cells of one of our attacks, then two of `attack`."""
+    planned = plan([Subject.of(victim, None, [0], None)], "quick", [attack], [STUDENT], recipe)
+    return [job for job in planned if type(job.attack).__name__ in ("HardLabels", "Marked")]
+
+
+def cells(victim: Run, out: Path, launcher: Launcher, attack: str) -> list[dict[str, object]]:
+    done = launcher.run(jobs(victim, attack), out / "cells", Progress.silent())
+    return [cell.model_dump(exclude={"seconds"}) for cell in done]
 
 
 def test_a_pool_gives_the_same_cells_with_the_users_code(victim: Run, tmp_path: Path, mine) -> None:
-    serial = cells(victim, tmp_path / "serial", "Serial", [mine("none")])
-    assert cells(victim, tmp_path / "pool", Pool(workers=2), [mine("none")]) == serial
+    serial = cells(victim, tmp_path / "serial", Serial(), mine("none"))
+    assert cells(victim, tmp_path / "pool", Pool(workers=2), mine("none")) == serial
     assert not list((tmp_path / "pool" / "cells").glob("*/")), "finished cells leave no folder behind"
 
 
 def test_the_cells_of_a_lost_worker_are_done_again(victim: Run, tmp_path: Path, mine) -> None:
-    done = cells(victim, tmp_path / "pool", Pool(workers=2), [mine("die once")])
+    done = cells(victim, tmp_path / "pool", Pool(workers=2), mine("die once"))
     assert (tmp_path / "marker").exists(), "a worker died"
-    assert done == cells(victim, tmp_path / "serial", "Serial", [mine("die once")])
+    assert done == cells(victim, tmp_path / "serial", Serial(), mine("die once"))
 
 
 def test_workers_that_always_die_end_it(victim: Run, tmp_path: Path, mine) -> None:
     with pytest.raises(LaunchError, match=r"SIGKILL, .* lack of memory, 3 times in a row.*workers=1.*cells are kept"):
-        cells(victim, tmp_path / "a", Pool(workers=2, threads=1), [mine("die")])
+        cells(victim, tmp_path / "a", Pool(workers=2, threads=1), mine("die"))
     assert list((tmp_path / "a" / "cells").glob("*.json"))
 
 
@@ -108,25 +113,23 @@ def test_a_fault_in_native_code_is_named_and_the_exact_engine_tried(
 ) -> None:
     recipe = RECIPE.model_copy(update={"engine": Engine(precision="bf16")})
 
-    def jobs(deed: str) -> list[Job]:
-        subject = Subject.of(victim, None, [0], None)
-        planned = plan([subject], "quick", [mine(deed)], [STUDENT], recipe)
-        return [job for job in planned if type(job.attack).__name__ == "Marked" and job.side == "victim"]
+    def job(deed: str) -> list[Job]:
+        return [one for one in jobs(victim, mine(deed), recipe) if "Marked" in one.name and one.side == "victim"]
 
     place = tmp_path / "a" / "cells"
-    (cell,) = Pool(workers=1).run(jobs("crash in bf16"), place, Progress.silent())
+    (cell,) = Pool(workers=1).run(job("crash in bf16"), place, Progress.silent())
     assert cell.engine == str(EXACT)
     assert "ended with SIGSEGV, a fault in native code; its cell is done again in the exact engine" in caplog.text
     (sheet,) = place.glob("*.png")
     assert [path.stem for path in place.glob("*.json")] == [sheet.stem], "found by the cell's name"
     assert not list(place.glob("*/")), "finished cells leave no folder behind"
     with pytest.raises(LaunchError, match=r"SIGABRT, a fault in native code, in the exact engine as well.*another one"):
-        Pool(workers=1).run(jobs("crash"), tmp_path / "b" / "cells", Progress.silent())
+        Pool(workers=1).run(job("crash"), tmp_path / "b" / "cells", Progress.silent())
 
 
 def test_an_error_in_a_cell_is_the_same_error(victim: Run, tmp_path: Path, mine) -> None:
     with pytest.raises(ModelError, match=r"^this attack refuses$"):
-        cells(victim, tmp_path / "a", Pool(workers=1), [mine("refuse")])
+        cells(victim, tmp_path / "a", Pool(workers=1), mine("refuse"))
     assert list((tmp_path / "a" / "cells").glob("*.json"))
 
 
@@ -137,7 +140,7 @@ def slow_pair(toy_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     from undistill.workflow import Settings, TrainSettings, protect, train
 
     out = tmp_path_factory.mktemp("slow")
-    recipe = RECIPE.model_copy(update={"epochs": 60, "batch_size": 8})
+    recipe = RECIPE.model_copy(update={"epochs": 20, "batch_size": 8})
     honest = train(str(toy_file), TEACHER, out / "honest", settings=TrainSettings(recipe=recipe), device="cpu")
     return protect(honest, NASTY, out / "victim", settings=Settings(recipe=recipe), device="cpu")
 
@@ -176,8 +179,8 @@ def test_a_killed_pool_leaves_no_workers_and_is_resumed(slow_pair: Run, tmp_path
     while any(map(alive, workers)):
         assert time.monotonic() < deadline, "workers outlived their parent"
         time.sleep(0.05)
-    assert start(*words(slow_pair, tmp_path / "killed", *pool)).wait() == 0
-    assert start(*words(slow_pair, tmp_path / "serial")).wait() == 0
+    finish(*words(slow_pair, tmp_path / "killed", *pool))
+    finish(*words(slow_pair, tmp_path / "serial"))
     assert report_of(tmp_path / "killed") == report_of(tmp_path / "serial")
 
 
@@ -263,30 +266,30 @@ def test_what_strangers_planted_as_reports_is_shown_as_text(tmp_path: Path, caps
 
 def test_a_cell_that_calls_exit_is_named(victim: Run, tmp_path: Path, mine) -> None:
     with pytest.raises(LaunchError, match=r"may not call sys\.exit"):
-        cells(victim, tmp_path / "a", Pool(workers=1), [mine("exit")])
+        cells(victim, tmp_path / "a", Pool(workers=1), mine("exit"))
 
 
 def test_bad_launchers_are_explained(victim: Run, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="did you mean 'Pool'"):
-        cells(victim, tmp_path / "a", "Pol", [])
+        audit(victim, tmp_path / "a", launcher="Pol")
     with pytest.raises(SpecError, match="workers = 0 is refused"):
-        cells(victim, tmp_path / "a", "Pool(workers=0)", [])
+        audit(victim, tmp_path / "a", launcher="Pool(workers=0)")
     assert not (tmp_path / "a").exists()
 
 
-def test_ray_that_is_not_installed_is_named(victim: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_that_is_not_installed_is_named(victim: Run, tmp_path: Path, mine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(LaunchError, match=r"pip install 'undistill\[ray\]'"):
-        cells(victim, tmp_path / "a", Ray(), [])
+        cells(victim, tmp_path / "a", Ray(), mine("none"))
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "auto"])
-def test_a_cluster_that_does_not_answer_is_named(address: str, victim: Run, tmp_path: Path) -> None:
+def test_a_cluster_that_does_not_answer_is_named(address: str, victim: Run, tmp_path: Path, mine) -> None:
     """Tested before there is a cluster here, which `auto` would find."""
     pytest.importorskip("ray")
     with pytest.raises(LaunchError, match=r"No Ray cluster answers at.*Nothing was lost"):
-        cells(victim, tmp_path / "a", Ray(address=address), [])
+        cells(victim, tmp_path / "a", Ray(address=address), mine("none"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -323,7 +326,7 @@ def test_ray_runs_the_users_code_and_its_errors(victim: Run, cluster, tmp_path: 
     cluster.add_node(num_cpus=1)
     where = Ray(address=cluster.address)
     with pytest.raises(ModelError, match=r"^this attack refuses$"):
-        cells(victim, tmp_path / "a", where, [mine("refuse")])
-    done = cells(victim, tmp_path / "a", where, [mine("die once")])
+        cells(victim, tmp_path / "a", where, mine("refuse"))
+    done = cells(victim, tmp_path / "a", where, mine("die once"))
     assert (tmp_path / "marker").exists(), "a worker died"
-    assert done == cells(victim, tmp_path / "serial", "Serial", [mine("die once")])
+    assert done == cells(victim, tmp_path / "serial", Serial(), mine("die once"))

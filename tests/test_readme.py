@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from tests.test_data import save_folder
 from undistill import Run
 from undistill.attacks import Attack
 from undistill.cli import app
+from undistill.recipe import Recipe
+from undistill.reproduce import scales
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 NET = """
@@ -35,7 +38,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Attack, "registry", dict(Attack.registry))
     monkeypatch.setattr("webbrowser.open", lambda address: address)
-    save_folder(tmp_path / "photos", toy_arrays())
+    save_folder(tmp_path / "photos", toy_arrays(per_class=20))
     (tmp_path / "net.py").write_text(NET)
     network = nn.Sequential(nn.Flatten(), nn.Linear(144, 24), nn.ReLU(), nn.Linear(24, 3))
     save_file(network.state_dict(), tmp_path / "net.safetensors")
@@ -44,7 +47,15 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_console_blocks_run(world: Path) -> None:
+def hurried(setting: scales.Setting) -> scales.Setting:
+    """The same with one epoch for every training."""
+    short = Recipe(epochs=1)
+    students = {name: replace(student, recipe=short) for name, student in setting.students.items()}
+    return replace(setting, recipe=short, students=students)
+
+
+def test_console_blocks_run(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scales, "_SMOKE", hurried(scales._SMOKE))
     commands = [line for block in blocks("console") for line in block.splitlines()]
     assert len(commands) >= 5
     for command in commands:

@@ -321,15 +321,13 @@ def test_edited_measuring_costs_every_figure(tmp_path: Path, monkeypatch: pytest
 
 
 def test_thieves_without_data_are_measured_on_digits(tmp_path: Path) -> None:
-    rows = reproduce("data-free", "smoke", [0], "*", Workshop(tmp_path, Serial()))
+    rows = reproduce("data-free", "smoke", [0], "digits: normal*", Workshop(tmp_path, Serial()))
     measured = {row.case.name: row.measured[0] for row in rows}
     attacks = " -> DAFL", " -> Fast", " -> DeepInversion"
-    names = {f"digits: {side}{attack}" for side in ("normal", "nasty") for attack in ("", *attacks)}
-    assert set(measured) == names
+    assert set(measured) == {f"digits: normal{attack}" for attack in ("", *attacks)}
     assert measured["digits: normal"].accuracy > 80
     for name, one in measured.items():
         assert bool(one.sheet) == ("->" in name)
-        if "normal -> " in name:
+        if "->" in name:
             assert one.accuracy > 15, "above chance, of 10 classes"
-        if one.sheet:
             assert (tmp_path / one.sheet).stat().st_size > 0, "a sheet of images for each student"
