@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.conftest import RECIPE, STUDENT
+from tests.conftest import NASTY, RECIPE, STUDENT, TEACHER
 from tests.test_kill import ENDINGS, ENVIRONMENT, finish, kill_when, start
 from undistill.auditor import audit, plan
 from undistill.cells import Job
@@ -24,6 +24,7 @@ from undistill.progress import PROGRESS_FILE, Board, Progress, Reporter
 from undistill.recipe import Recipe
 from undistill.store import Run
 from undistill.subject import Subject
+from undistill.workflow import Settings, TrainSettings, protect, train
 
 MINE = '''
 import os
@@ -133,16 +134,17 @@ def test_an_error_in_a_cell_is_the_same_error(victim: Run, tmp_path: Path, mine)
     assert list((tmp_path / "a" / "cells").glob("*.json"))
 
 
-@pytest.fixture(scope="module")
-def slow_pair(toy_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A victim whose students take long enough to be killed."""
-    from tests.conftest import NASTY, RECIPE, TEACHER
-    from undistill.workflow import Settings, TrainSettings, protect, train
-
-    out = tmp_path_factory.mktemp("slow")
-    recipe = RECIPE.model_copy(update={"epochs": 20, "batch_size": 8})
+def made_in(out: Path, toy_file: Path, epochs: int) -> Run:
+    """A victim whose students take some time."""
+    recipe = RECIPE.model_copy(update={"epochs": epochs, "batch_size": 8})
     honest = train(str(toy_file), TEACHER, out / "honest", settings=TrainSettings(recipe=recipe), device="cpu")
     return protect(honest, NASTY, out / "victim", settings=Settings(recipe=recipe), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def slow_pair(toy_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Students take long enough to be killed."""
+    return made_in(tmp_path_factory.mktemp("slow"), toy_file, 20)
 
 
 def words(victim: Run, out: Path, *launcher: object) -> list[object]:
@@ -306,10 +308,11 @@ def cluster() -> Iterator[object]:
 
 
 @pytest.mark.ray
-def test_ray_gives_the_same_report_though_a_worker_is_lost(slow_pair: Run, cluster, tmp_path: Path) -> None:
+def test_ray_gives_the_same_report_though_a_worker_is_lost(toy_file: Path, cluster, tmp_path: Path) -> None:
+    victim = made_in(tmp_path, toy_file, 100)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     cluster.wait_for_nodes()
-    process = start(*words(slow_pair, tmp_path / "ray", "--launcher", "ray", "--address", cluster.address))
+    process = start(*words(victim, tmp_path / "ray", "--launcher", "ray", "--address", cluster.address))
     wait_for(tmp_path / "ray", "cells/*.json")
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "ray" / "cells").glob("*/checkpoint-0.pt"))) < 2:
@@ -317,7 +320,7 @@ def test_ray_gives_the_same_report_though_a_worker_is_lost(slow_pair: Run, clust
         time.sleep(0.01)
     cluster.remove_node(nodes[0], allow_graceful=False)
     assert process.wait(300) == 0
-    assert start(*words(slow_pair, tmp_path / "serial")).wait() == 0
+    assert start(*words(victim, tmp_path / "serial")).wait() == 0
     assert report_of(tmp_path / "ray") == report_of(tmp_path / "serial")
 
 
