@@ -94,7 +94,7 @@ def left(session: int) -> list[int]:
 
 
 def trial(name: str, number: signal.Signals, after: float, world: Path, folder: Path) -> str:
-    """One end and one repetition: '' where all is well, 'late' where the command had ended before."""
+    """One end and one repetition: '' where all is well, 'late' where the command had done all before."""
     shutil.copytree(world, folder)
     for answers in folder.glob("*/answers"):
         shutil.rmtree(answers)
@@ -112,6 +112,8 @@ def trial(name: str, number: signal.Signals, after: float, world: Path, folder: 
     time.sleep(1 if number == signal.SIGKILL else 0)
     if remaining := left(process.pid):
         return f"left {len(remaining)} processes"
+    if process.returncode == 0 and any((folder / "out" / last).exists() for last in ("run.json", "report.html")):
+        return "late"  # all was done, and the process on its way out
     errors = [line for line in said.splitlines() if line.startswith("Error:")]
     early = process.returncode == -number  # before Python could listen
     if process.returncode != ENDINGS[number] and not early:

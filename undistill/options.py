@@ -100,6 +100,8 @@ def _ending_on_signals() -> Iterator[None]:
             raise Terminated from error
         raise
     finally:
+        if waiting:  # the command has ended by itself; its alarm must not find the handler gone
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 
