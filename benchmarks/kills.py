@@ -26,6 +26,7 @@ TEACHER, STUDENT = "ConvNet(width=4)", "ConvNet(width=2)"
 SET = ["--set=recipe.epochs=30", "--set=recipe.batch_size=8"]
 # A checkpoint after every epoch, so that there is always something to go on from.
 PROGRAM = "from undistill import fit; fit.CHECKPOINT_SECONDS = 0.0; from undistill.cli import app; app()"
+GRACE = 5.0  # seconds in which workers, and Python's own resource tracker, notice that their parent is gone
 ENDINGS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
 COMMANDS = {
     "train": ["train", "--data", "toy.npz", "--model", TEACHER, "--out", "out", *SET],
@@ -109,9 +110,11 @@ def trial(name: str, number: signal.Signals, after: float, world: Path, folder: 
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         return "never ended"
-    time.sleep(1 if number == signal.SIGKILL else 0)
-    if remaining := left(process.pid):
-        return f"left {len(remaining)} processes"
+    deadline = time.monotonic() + GRACE
+    while remaining := left(process.pid):
+        if time.monotonic() > deadline:
+            return f"left {len(remaining)} processes"
+        time.sleep(0.05)
     if process.returncode == 0 and any((folder / "out" / last).exists() for last in ("run.json", "report.html")):
         return "late"  # all was done, and the process on its way out
     errors = [line for line in said.splitlines() if line.startswith("Error:")]
