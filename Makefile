@@ -39,4 +39,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 schema: $(READY)
-	$(BIN)/python -c "import json; from undistill.report.schema import Report; print(json.dumps(Report.model_json_schema(), indent=2))" > docs/report.schema.json
+	$(BIN)/python -c "import json; from undistill.auditing.schema import Report; print(json.dumps(Report.model_json_schema(), indent=2))" > docs/report.schema.json

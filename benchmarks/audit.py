@@ -16,15 +16,16 @@ import torch
 from benchmarks import plain
 from benchmarks.step import BATCH, CLASSES, SHAPE, VIEWS, samples
 from undistill.attacks import Attack
-from undistill.cells import Job
-from undistill.engine import EXACT, FAST, keep_freed_memory
-from undistill.launch import Launcher
+from undistill.auditing.cell import Job
+from undistill.auditing.launchers import Launcher
+from undistill.auditing.pair import QueryOptions, VictimPair
+from undistill.core.progress import Progress
 from undistill.models import Model, frozen
-from undistill.progress import Progress
-from undistill.recipe import Recipe
-from undistill.store import Run
-from undistill.subject import Asking, Subject
-from undistill.workflow import TrainSettings, train
+from undistill.runs.make import train
+from undistill.runs.run import Run
+from undistill.runs.settings import TrainSettings
+from undistill.training.compute import EXACT, FAST, keep_freed_memory
+from undistill.training.recipe import Recipe
 
 ATTACKS = ["SoftLabels(T=1)", "SoftLabels(T=4)", "SoftLabels(T=16)", "HardLabels()"]
 STUDENTS = ["PlainCNN(width=32)", "PlainCNN(width=24)"]
@@ -40,9 +41,9 @@ def victim(folder: Path, model: str, count: int) -> Run:
     return train(f"{path}", model, folder / "victim", settings=TrainSettings(recipe=Recipe(epochs=0)))
 
 
-def jobs(subject: Subject, recipe: Recipe, cells: int) -> list[Job]:
+def jobs(pair: VictimPair, recipe: Recipe, cells: int) -> list[Job]:
     pairs = [(attack, student) for student in STUDENTS for attack in ATTACKS][:cells]
-    return [Job(subject, "victim", Attack.parse(a), Model.parse(s), 0, recipe) for a, s in pairs]
+    return [Job(pair, "victim", Attack.parse(a), Model.parse(s), 0, recipe) for a, s in pairs]
 
 
 def measure_plain(model: str, count: int, epochs: int, cells: int) -> dict[str, float]:
@@ -60,17 +61,17 @@ def measure_ours(
     folder: Path, way: str, model: str, count: int, epochs: int, cells: int, launcher: Launcher
 ) -> dict[str, float]:
     run = victim(folder, model, count)
-    recipe = Recipe(epochs=epochs, batch_size=BATCH, engine=EXACT if way == "exact" else FAST, views=VIEWS)
-    subject = Subject(run, run, (0,), asking=Asking(engine=recipe.engine))
+    recipe = Recipe(epochs=epochs, batch_size=BATCH, compute=EXACT if way == "exact" else FAST, views=VIEWS)
+    pair = VictimPair(run, run, (0,), options=QueryOptions(compute=recipe.compute))
     began = time.perf_counter()
-    done = launcher.run(jobs(subject, recipe, cells), folder / "cells", Progress.silent())
+    done = launcher.run(jobs(pair, recipe, cells), folder / "cells", Progress.silent())
     seconds = time.perf_counter() - began
     stored = sum(path.stat().st_size for path in (run.folder / "answers").glob("*/*.safetensors"))
     return {
         "seconds": seconds,
         "queries": sum(cell.queries for cell in done),
-        "computed": subject.answers["victim"].computed,
-        "attackers_images": len(subject.attackers.train),
+        "computed": pair.answers["victim"].computed,
+        "attackers_images": len(pair.attackers.train),
         "stored": stored,
     }
 

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.audit import victim
 from benchmarks.page import Figures, write_page
-from undistill.store import environment
+from undistill.runs.environment import environment
 
 STEPS = {"PlainCNN": 12, "ResNetC(depth=20)": 8, "ResNet(depth=18)": 4}
 CASES = [
@@ -60,11 +60,11 @@ def child(module: str, *arguments: str) -> Figures:
 
 
 def steps(log: Log, number: int) -> None:
-    """An engine that the first round settled is kept in the others."""
+    """An compute that the first round settled is kept in the others."""
     for training, model, teacher in CASES:
         for way in WAYS:
             key = f"step {training} {model} {teacher} {way}"
-            settled = [str(row["engine"]) for row in log.rows if row["key"] == key and "engine" in row]
+            settled = [str(row["compute"]) for row in log.rows if row["key"] == key and "compute" in row]
             count = STEPS[teacher if way == "plain" else model]
             how = (settled or [way])[0]
             arguments = (how, training, model, "--teacher", teacher, "--steps", str(count))

@@ -47,7 +47,7 @@ for each of {files} files.
 
 ## Cost against size
 
-Exact engine, ResNetC-20 victim, plain CNN students, two epochs; the pool's workers and torchrun's processes have one
+Exact compute, ResNetC-20 victim, plain CNN students, two epochs; the pool's workers and torchrun's processes have one
 thread each. Seconds, and the ratio to size 1.
 
 {scaling}
@@ -106,9 +106,9 @@ def _shares(measured: dict[str, Figures]) -> Iterator[list[str]]:
             row = measured[f"{key} {way}"]
             ms, rate = float(row["ms"]), float(row["flops"]) / float(row["ms"]) * 1000
             share = f"{float(row['data_ms']) / ms:.1%}"
-            engine = str(row["engine"]).removeprefix("Engine")
+            compute = str(row["compute"]).removeprefix("Compute")
             of_matrix = f"{rate / float(row['matrix_rate']):.0%}"
-            yield [key.split(" ")[2], engine, f"{ms:.0f} ms", share, f"{rate / 1e9:.0f}", of_matrix]
+            yield [key.split(" ")[2], compute, f"{ms:.0f} ms", share, f"{rate / 1e9:.0f}", of_matrix]
 
 
 def _audits(measured: dict[str, Figures]) -> Iterator[list[str]]:

@@ -13,13 +13,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from undistill.attacks import Attack
-from undistill.attacks.dafl import DAFL
-from undistill.attacks.fast import Fast
+from undistill.attacks.data_free.dafl import DAFL
+from undistill.attacks.data_free.fast import Fast
+from undistill.attacks.data_free.synthesis import Generator
 from undistill.models import Model
-from undistill.reproduce.case import Case
-from undistill.reproduce.run import EXPERIMENTS
-from undistill.synthesis import Generator
+from undistill.papers.case import Case
+from undistill.papers.reproduce import EXPERIMENTS
 
 DATA = {
     "CIFAR10": ((3, 32, 32), 10, 50_000),
@@ -30,10 +29,10 @@ KEPT = 0.9  # of the images, for training; students leave out as much again
 
 
 @cache
-def forward(model: str, data: str) -> float:
+def forward(model: Model, data: str) -> float:
     """Floating point operations for one image."""
     shape, num_classes, _ = DATA[data]
-    return _count(Model.parse(model).build(shape, num_classes, 0), torch.zeros(1, *shape))
+    return _count(model.build(shape, num_classes, 0), torch.zeros(1, *shape))
 
 
 @cache
@@ -49,7 +48,7 @@ def _count(network: nn.Module, example: torch.Tensor) -> float:
 
 def parts(case: Case) -> Iterator[tuple[Any, float]]:
     """What a case is made of, by what names it, and the operations of each."""
-    data = case.teacher.data.split("(")[0]
+    data = type(case.teacher.data).__name__
     images, teacher = KEPT * DATA[data][2], forward(case.teacher.model, data)
     for honest in filter(None, (case.teacher, case.adversary)):
         yield honest, 3 * forward(honest.model, data) * images * honest.recipe.epochs
@@ -57,9 +56,9 @@ def parts(case: Case) -> Iterator[tuple[Any, float]]:
         other = forward((case.adversary or case.teacher).model, data)
         named = (case.teacher, case.defence, case.adversary)
         yield named, (3 * teacher + other) * images * case.teacher.recipe.epochs
-    if case.attack:
+    if case.attack and case.student:
         shown = KEPT * images * case.share * case.recipe.epochs
-        attack, student = Attack.parse(case.attack), forward(case.student, data)
+        attack, student = case.attack, forward(case.student, data)
         if isinstance(attack, DAFL | Fast):
             yield case.name, shown * _data_free(attack, teacher, student, generator(data, attack.latent, attack.width))
         else:

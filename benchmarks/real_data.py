@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from undistill import Run, Settings, Source, TrainSettings, protect, train
-from undistill.auditor import perform, plan
-from undistill.cli import show
-from undistill.launch import Serial
-from undistill.progress import Progress
-from undistill.settings import read_settings
-from undistill.store import claim
-from undistill.subject import Asking, Subject
+from undistill.api import perform
+from undistill.auditing.launchers import Serial
+from undistill.auditing.pair import QueryOptions, VictimPair
+from undistill.auditing.plan import plan
+from undistill.cli.commands import show
+from undistill.core.progress import Progress
+from undistill.core.settings import read_settings
+from undistill.runs.folder import claim
 
 
 def main() -> None:
@@ -45,11 +46,11 @@ def main() -> None:
         pairs = [pair(seed, chosen, settings, progress) for seed in chosen.seeds]
         if chosen.teachers_only:
             return
-        subjects = [
-            Subject(victim, honest, (seed,), asking=Asking(engine=recipe.engine))
+        pairs = [
+            VictimPair(victim, honest, (seed,), options=QueryOptions(compute=recipe.compute))
             for (honest, victim), seed in zip(pairs, chosen.seeds, strict=True)
         ]
-        jobs = list(plan(subjects, "quick", (), [chosen.student], recipe))
+        jobs = list(plan(pairs, "quick", (), [chosen.student], recipe))
         report = perform(jobs, chosen.out, "quick", Serial(), progress)
     show(report, chosen.out)
 

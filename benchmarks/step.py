@@ -1,7 +1,7 @@
 """One training step, measured in a process of its own: `python -m benchmarks.step fast nasty "ResNet(depth=18)"`.
 
 The way is `plain` (see plain.py), `exact` (our loop, fp32 and default layout), `fp32` (the best layout by
-trial), `fast` (precision too), or an engine such as `Engine(precision='bf16')`. Prints JSON.
+trial), `fast` (precision too), or an compute such as `Compute(precision='bf16')`. Prints JSON.
 """
 
 import argparse
@@ -17,17 +17,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import plain
 from undistill.data import Samples, Split
-from undistill.engine import EXACT, FAST, Engine, keep_freed_memory
-from undistill.fit import Fit
-from undistill.losses import cross_entropy, distillation, undermining
+from undistill.data.batches import Batch, ViewDataset
+from undistill.data.views import Views, to_float
 from undistill.models import Model, frozen
-from undistill.recipe import Recipe
-from undistill.stream import Batch, Stream
-from undistill.views import Views, to_float
+from undistill.training.compute import EXACT, FAST, Compute, keep_freed_memory
+from undistill.training.fit import Fit
+from undistill.training.losses import cross_entropy, distillation, undermining
+from undistill.training.recipe import Recipe
 
 SHAPE, CLASSES, BATCH = (3, 32, 32), 10, 128
 VIEWS = Views(flip=True)
-ENGINES = {"exact": EXACT, "fp32": Engine(layout="auto", compile="auto"), "fast": FAST}
+ENGINES = {"exact": EXACT, "fp32": Compute(layout="auto", compile="auto"), "fast": FAST}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -58,14 +58,14 @@ def measure_plain(training: str, network: nn.Module, teacher: nn.Module | None, 
 
 
 def measure_ours(
-    engine: Engine, training: str, network: nn.Module, teacher: nn.Module | None, steps: int
+    compute: Compute, training: str, network: nn.Module, teacher: nn.Module | None, steps: int
 ) -> dict[str, object]:
     """`ms` of a step whose answers are remembered, `answer_ms` to answer one batch for the first time."""
     keep_freed_memory()
     train = samples(BATCH * (steps + 2))
-    fit = Fit(Recipe(epochs=1, batch_size=BATCH, engine=engine, views=VIEWS), 0, DEVICE)
+    fit = Fit(Recipe(epochs=1, batch_size=BATCH, compute=compute, views=VIEWS), 0, DEVICE)
     answers = fit.answers(teacher) if teacher else None
-    stream = Stream(train.to(DEVICE), VIEWS, 0, CLASSES)
+    stream = ViewDataset(train.to(DEVICE), VIEWS, 0, CLASSES)
     starts, answering = [], [0.0]
 
     def objective(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -79,7 +79,7 @@ def measure_ours(
         return terms
 
     if answers:
-        answers(batch_of(stream))  # settles the engine
+        answers(batch_of(stream))  # settles the compute
         answers._held.clear()
         began = synchronised()
         answers.epoch(stream, 0)
@@ -90,22 +90,22 @@ def measure_ours(
     return {
         "ms": steps_ms,
         "answer_ms": median_ms(answering),
-        "data_ms": data_ms(stream, Engine.parse(fit.engines[0])),
-        "engine": fit.engines[0],
+        "data_ms": data_ms(stream, Compute.parse(fit.computed[0])),
+        "compute": fit.computed[0],
     }
 
 
-def batch_of(stream: Stream) -> Batch:
+def batch_of(stream: ViewDataset) -> Batch:
     index = torch.arange(BATCH, device=DEVICE)
     views, labels = stream.show(0, index)
     return Batch.of(stream, 0, index, to_float(views), labels)
 
 
-def data_ms(stream: Stream, engine: Engine) -> float:
+def data_ms(stream: ViewDataset, compute: Compute) -> float:
     times = []
     for _ in range(9):
         began = synchronised()
-        engine.laid_out(batch_of(stream).images)
+        compute.laid_out(batch_of(stream).images)
         times.append(synchronised() - began)
     return median_ms(times)
 
@@ -131,7 +131,7 @@ def matrix_rate(precision: str, size: int = 4096) -> float:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("way", help="plain, exact, fp32, fast, or an engine")
+    options.add_argument("way", help="plain, exact, fp32, fast, or an compute")
     options.add_argument("training", choices=["normal", "nasty", "kd"])
     options.add_argument("model")
     options.add_argument("--teacher", help="the model itself by default")
@@ -146,9 +146,9 @@ def main() -> None:
         return
     count = flops(network, torch.rand(BATCH, *SHAPE, device=DEVICE))
     network.zero_grad()
-    engine = ENGINES.get(chosen.way) or Engine.parse(chosen.way)
-    measured = measure_ours(engine, chosen.training, network, teacher, chosen.steps)
-    rate = matrix_rate(Engine.parse(str(measured["engine"])).precision)
+    compute = ENGINES.get(chosen.way) or Compute.parse(chosen.way)
+    measured = measure_ours(compute, chosen.training, network, teacher, chosen.steps)
+    rate = matrix_rate(Compute.parse(str(measured["compute"])).precision)
     print(json.dumps(measured | {"flops": count, "matrix_rate": rate}))
 
 

@@ -16,13 +16,13 @@ from tempfile import mkdtemp
 import torch
 
 from undistill import Model, Recipe, Run, Settings, TrainSettings, protect, train
-from undistill.attacks.scratch import Scratch
-from undistill.attacks.soft_labels import SoftLabels
+from undistill.attacks.distillation.soft_labels import SoftLabels
+from undistill.attacks.labels.scratch import Scratch
+from undistill.core.seeds import derive
 from undistill.data import Digits
-from undistill.fit import Fit
-from undistill.measure import accuracy, evaluate
-from undistill.oracle import Oracle
-from undistill.seeds import derive
+from undistill.training.fit import Fit
+from undistill.training.metrics import accuracy, evaluate
+from undistill.victims.oracle import Oracle
 
 
 def main() -> None:

@@ -8,10 +8,11 @@ import torch
 
 from undistill.data import Data, Npz
 from undistill.data.official import VARIABLE
-from undistill.fit import Fit
-from undistill.recipe import Recipe
-from undistill.store import Run
-from undistill.workflow import Settings, TrainSettings, protect, train
+from undistill.runs.make import protect, train
+from undistill.runs.run import Run
+from undistill.runs.settings import Settings, TrainSettings
+from undistill.training.fit import Fit
+from undistill.training.recipe import Recipe
 
 torch.set_num_threads(1)
 

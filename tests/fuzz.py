@@ -29,12 +29,13 @@ from typer.testing import CliRunner
 
 from tests.conftest import NASTY, STUDENT, TEACHER, toy_arrays
 from tests.test_official import write_cifar10, write_idx, write_svhn, write_tiny
-from undistill import auditor, states
+from undistill.auditing import summary
 from undistill.cli import app
+from undistill.core import tensors
+from undistill.core.files import seal
+from undistill.core.tensors import write_tensors
 from undistill.data import CIFAR10, MNIST, SVHN, TinyImageNet
-from undistill.files import seal
-from undistill.states import write_tensors
-from undistill.store import Claim
+from undistill.runs.folder import Claim
 
 SECONDS = 60
 FAST = [f"--set=recipe.{pair}" for pair in ("epochs=2", "batch_size=16", "lr=0.1")]
@@ -573,17 +574,17 @@ def quick() -> Iterator[None]:
     """Inside, public data sets are as small as the world's, and audits end before their pictures."""
     counts = {CIFAR10: (100, 20), MNIST: (40, 20), SVHN: (40, 20), TinyImageNet: (18, 6)}
     kept = {source: source.counts for source in counts}
-    pictures = auditor.write_evidence, auditor.write_report
+    pictures = summary.write_evidence, summary.write_report
     for source, numbers in counts.items():
         classes = 3 if source is TinyImageNet else 10
         source.counts = tuple((n // classes,) * classes for n in numbers)
-    auditor.write_evidence = auditor.write_report = lambda *_: None
-    seconds, states.SECONDS = states.SECONDS, 2.0
+    summary.write_evidence = summary.write_report = lambda *_: None
+    seconds, tensors.SECONDS = tensors.SECONDS, 2.0
     try:
         yield
     finally:
-        auditor.write_evidence, auditor.write_report = pictures
-        states.SECONDS = seconds
+        summary.write_evidence, summary.write_report = pictures
+        tensors.SECONDS = seconds
         for source, numbers in kept.items():
             source.counts = numbers
 

@@ -12,16 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import undistill
-from undistill import files
-from undistill.answers import Answers, AnswerStore, _digest
+from undistill.core import files
 from undistill.data import Data
-from undistill.engine import FAST, Engine
-from undistill.measure import evaluate
+from undistill.data.batches import Batch, ViewDataset
+from undistill.data.views import Views, to_float
 from undistill.models import Model
-from undistill.stream import Batch, Stream
-from undistill.views import Views, to_float
+from undistill.training.answers import AnswerStore, RememberedAnswers, _digest
+from undistill.training.compute import FAST, Compute
+from undistill.training.metrics import evaluate
 
-BF16 = Engine(precision="bf16")
+BF16 = Compute(precision="bf16")
 
 
 @pytest.fixture
@@ -30,41 +30,41 @@ def victim() -> nn.Module:
 
 
 @pytest.fixture
-def stream(toy: Data) -> Stream:
-    return Stream(toy.train, Views(), 7, toy.num_classes)
+def stream(toy: Data) -> ViewDataset:
+    return ViewDataset(toy.train, Views(), 7, toy.num_classes)
 
 
-def batch_of(stream: Stream, epoch: int, index: Tensor) -> Batch:
+def batch_of(stream: ViewDataset, epoch: int, index: Tensor) -> Batch:
     images, labels = stream.show(epoch, index)
     return Batch.of(stream, epoch, index, to_float(images), labels)
 
 
-def everything(stream: Stream) -> Tensor:
+def everything(stream: ViewDataset) -> Tensor:
     return torch.arange(len(stream.samples))
 
 
-@pytest.mark.parametrize("engine", [Engine(), BF16], ids=str)
-def test_an_answer_is_the_network_s_own(victim: nn.Module, stream: Stream, engine: Engine) -> None:
+@pytest.mark.parametrize("compute", [Compute(), BF16], ids=str)
+def test_an_answer_is_the_network_s_own(victim: nn.Module, stream: ViewDataset, compute: Compute) -> None:
     batch = batch_of(stream, 0, everything(stream))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=engine == BF16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=compute == BF16):
         own = victim(batch.images)
-    assert torch.allclose(Answers(victim, engine)(batch).float(), own.float(), atol=1e-6)
+    assert torch.allclose(RememberedAnswers(victim, compute)(batch).float(), own.float(), atol=1e-6)
 
 
-@pytest.mark.parametrize("engine", [Engine(), BF16], ids=str)
+@pytest.mark.parametrize("compute", [Compute(), BF16], ids=str)
 def test_answers_are_the_same_bits_in_every_batch_and_order(
-    victim: nn.Module, stream: Stream, engine: Engine, tmp_path: Path
+    victim: nn.Module, stream: ViewDataset, compute: Compute, tmp_path: Path
 ) -> None:
-    whole = Answers(victim, engine)(batch_of(stream, 3, everything(stream)))
+    whole = RememberedAnswers(victim, compute)(batch_of(stream, 3, everything(stream)))
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
     for store in (AnswerStore(), AnswerStore(tmp_path)):
-        asked = Answers(deepcopy(victim), engine, store)
+        asked = RememberedAnswers(deepcopy(victim), compute, store)
         for index in order.split(17):
             assert torch.equal(asked(batch_of(stream, 3, index)), whole[index])
 
 
-def test_each_view_is_answered_once(victim: nn.Module, stream: Stream) -> None:
-    answers = Answers(victim)
+def test_each_view_is_answered_once(victim: nn.Module, stream: ViewDataset) -> None:
+    answers = RememberedAnswers(victim)
     for _ in range(3):
         for epoch in range(2):
             for index in everything(stream).split(10):
@@ -73,8 +73,8 @@ def test_each_view_is_answered_once(victim: nn.Module, stream: Stream) -> None:
 
 
 def test_n_views_bounds_what_is_answered(victim: nn.Module, toy: Data) -> None:
-    answers = Answers(victim)
-    stream = Stream(toy.train, Views(n_views=3), 7, toy.num_classes)
+    answers = RememberedAnswers(victim)
+    stream = ViewDataset(toy.train, Views(n_views=3), 7, toy.num_classes)
     for epoch in range(10):
         answers(batch_of(stream, epoch, everything(stream)))
     assert answers.computed == 3 * len(stream.samples)
@@ -89,67 +89,67 @@ def test_n_views_bounds_what_is_answered(victim: nn.Module, toy: Data) -> None:
     ids=["replaced", "changed"],
 )
 def test_images_that_are_no_longer_the_view_are_computed(
-    victim: nn.Module, stream: Stream, change: Callable[[Batch], Batch]
+    victim: nn.Module, stream: ViewDataset, change: Callable[[Batch], Batch]
 ) -> None:
     """An attack may perturb its images; it must not get the answer to those that it started from."""
-    answers = Answers(victim)
+    answers = RememberedAnswers(victim)
     batch = change(batch_of(stream, 0, torch.arange(8)))
     with torch.no_grad():
         assert torch.equal(answers(batch), victim(batch.images))
     assert answers.computed == 8
 
 
-def test_later_commands_find_them(victim: nn.Module, stream: Stream, tmp_path: Path) -> None:
-    first = Answers(victim, store=AnswerStore(tmp_path)).epoch(stream, 0)
-    later = Answers(deepcopy(victim), store=AnswerStore(tmp_path))
+def test_later_commands_find_them(victim: nn.Module, stream: ViewDataset, tmp_path: Path) -> None:
+    first = RememberedAnswers(victim, store=AnswerStore(tmp_path)).epoch(stream, 0)
+    later = RememberedAnswers(deepcopy(victim), store=AnswerStore(tmp_path))
     assert torch.equal(later.epoch(stream, 0), first)
     assert later.computed == 0
 
 
-def test_answers_held_in_memory_are_bounded(victim: nn.Module, stream: Stream, monkeypatch) -> None:
-    answers = Answers(victim)
+def test_answers_held_in_memory_are_bounded(victim: nn.Module, stream: ViewDataset, monkeypatch) -> None:
+    answers = RememberedAnswers(victim)
     size = answers.epoch(stream, 0).nbytes
-    monkeypatch.setattr("undistill.answers.HELD", 2 * size)
+    monkeypatch.setattr("undistill.training.answers.HELD", 2 * size)
     for epoch in range(1, 9):
         answers.epoch(stream, epoch)
     assert len(answers._held) == 2
 
 
-def other_weights(victim: nn.Module, stream: Stream) -> tuple[nn.Module, Stream, Engine]:
+def other_weights(victim: nn.Module, stream: ViewDataset) -> tuple[nn.Module, ViewDataset, Compute]:
     changed = deepcopy(victim)
     next(changed.parameters()).data.flatten()[0] += 1e-6
-    return changed, stream, Engine()
+    return changed, stream, Compute()
 
 
-def other_buffers(victim: nn.Module, stream: Stream) -> tuple[nn.Module, Stream, Engine]:
+def other_buffers(victim: nn.Module, stream: ViewDataset) -> tuple[nn.Module, ViewDataset, Compute]:
     changed = deepcopy(victim)
     next(iter(changed.buffers())).flatten()[0] += 1e-6
-    return changed, stream, Engine()
+    return changed, stream, Compute()
 
 
-def other_code(victim: nn.Module, stream: Stream) -> tuple[nn.Module, Stream, Engine]:
-    return nn.Sequential(victim), stream, Engine()
+def other_code(victim: nn.Module, stream: ViewDataset) -> tuple[nn.Module, ViewDataset, Compute]:
+    return nn.Sequential(victim), stream, Compute()
 
 
-def other_data(victim: nn.Module, stream: Stream) -> tuple[nn.Module, Stream, Engine]:
-    return victim, Stream(stream.samples[torch.arange(50)], stream.views, stream.seed, 3), Engine()
+def other_data(victim: nn.Module, stream: ViewDataset) -> tuple[nn.Module, ViewDataset, Compute]:
+    return victim, ViewDataset(stream.samples[torch.arange(50)], stream.views, stream.seed, 3), Compute()
 
 
-def other_views(victim: nn.Module, stream: Stream) -> tuple[nn.Module, Stream, Engine]:
-    return victim, Stream(stream.samples, Views(flip=True), stream.seed, 3), Engine()
+def other_views(victim: nn.Module, stream: ViewDataset) -> tuple[nn.Module, ViewDataset, Compute]:
+    return victim, ViewDataset(stream.samples, Views(flip=True), stream.seed, 3), Compute()
 
 
-def other_seed(victim: nn.Module, stream: Stream) -> tuple[nn.Module, Stream, Engine]:
-    return victim, Stream(stream.samples, stream.views, 8, 3), Engine()
+def other_seed(victim: nn.Module, stream: ViewDataset) -> tuple[nn.Module, ViewDataset, Compute]:
+    return victim, ViewDataset(stream.samples, stream.views, 8, 3), Compute()
 
 
-def other_engine(victim: nn.Module, stream: Stream) -> tuple[nn.Module, Stream, Engine]:
+def other_engine(victim: nn.Module, stream: ViewDataset) -> tuple[nn.Module, ViewDataset, Compute]:
     return victim, stream, BF16
 
 
-def other_version(victim: nn.Module, stream: Stream) -> tuple[nn.Module, Stream, Engine]:
+def other_version(victim: nn.Module, stream: ViewDataset) -> tuple[nn.Module, ViewDataset, Compute]:
     undistill.__version__ += "+changed"
-    return victim, stream, Engine()
+    return victim, stream, Compute()
 
 
 @pytest.mark.parametrize(
@@ -157,12 +157,12 @@ def other_version(victim: nn.Module, stream: Stream) -> tuple[nn.Module, Stream,
     [other_weights, other_buffers, other_code, other_data, other_views, other_seed, other_engine, other_version],
 )
 def test_nothing_is_mistaken_for_something_else(
-    other, victim: nn.Module, stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    other, victim: nn.Module, stream: ViewDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(undistill, "__version__", undistill.__version__)
-    Answers(victim, store=AnswerStore(tmp_path)).epoch(stream, 0)
-    network, stream, engine = other(victim, stream)
-    answers = Answers(network, engine, AnswerStore(tmp_path))
+    RememberedAnswers(victim, store=AnswerStore(tmp_path)).epoch(stream, 0)
+    network, stream, compute = other(victim, stream)
+    answers = RememberedAnswers(network, compute, AnswerStore(tmp_path))
     answers.epoch(stream, 0)
     assert answers.computed == len(stream.samples)
 
@@ -181,20 +181,20 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("other", [(2.0, 0.0), (1.0, 0.5)], ids=["attribute", "buffer that is not saved"])
 def test_what_no_state_dict_holds_is_noticed(
-    other: tuple[float, float], victim: nn.Module, stream: Stream, tmp_path: Path
+    other: tuple[float, float], victim: nn.Module, stream: ViewDataset, tmp_path: Path
 ) -> None:
-    Answers(Scaled(deepcopy(victim), 1, 0), store=AnswerStore(tmp_path)).epoch(stream, 0)
-    answers = Answers(Scaled(deepcopy(victim), *other), store=AnswerStore(tmp_path))
+    RememberedAnswers(Scaled(deepcopy(victim), 1, 0), store=AnswerStore(tmp_path)).epoch(stream, 0)
+    answers = RememberedAnswers(Scaled(deepcopy(victim), *other), store=AnswerStore(tmp_path))
     answers.epoch(stream, 0)
     assert answers.computed == len(stream.samples)
 
 
-def test_code_in_no_file_is_asked_again(stream: Stream, tmp_path: Path) -> None:
+def test_code_in_no_file_is_asked_again(stream: ViewDataset, tmp_path: Path) -> None:
     """Its behaviour cannot be named, so nothing could tell a later change."""
     scope: dict[str, type[nn.Module]] = {"Flatten": nn.Flatten}  # type: ignore[dict-item]
     exec("class Typed(Flatten):\n    pass", scope)
     network = nn.Sequential(scope["Typed"](), nn.Linear(144, 3))
-    Answers(network, store=AnswerStore(tmp_path)).epoch(stream, 0)
+    RememberedAnswers(network, store=AnswerStore(tmp_path)).epoch(stream, 0)
     assert not list(tmp_path.iterdir())
 
 
@@ -229,12 +229,12 @@ def of_another_epoch(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncated, emptied, one_bit_changed, foreign, of_other_weights, of_another_epoch])
 def test_damaged_and_foreign_files_are_rebuilt(
-    damage, victim: nn.Module, stream: Stream, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    damage, victim: nn.Module, stream: ViewDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = Answers(victim, store=AnswerStore(tmp_path)).epoch(stream, 0)
+    whole = RememberedAnswers(victim, store=AnswerStore(tmp_path)).epoch(stream, 0)
     file = next(tmp_path.glob("*/*.safetensors"))
     damage(file)
-    answers = Answers(victim, store=AnswerStore(tmp_path))
+    answers = RememberedAnswers(victim, store=AnswerStore(tmp_path))
     assert torch.equal(answers.epoch(stream, 0), whole)
     assert answers.computed == len(whole)
     assert str(file) in caplog.text
@@ -278,10 +278,10 @@ def small_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AnswerStore:
 
 @pytest.mark.parametrize("trouble", [full_disk, no_permission, unreadable, a_file_in_its_place, small_limit])
 def test_trouble_with_the_disk_costs_one_warning(
-    trouble, victim: nn.Module, stream: Stream, tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture
+    trouble, victim: nn.Module, stream: ViewDataset, tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected = Answers(victim)
-    answers = Answers(victim, store=trouble(tmp_path, monkeypatch))
+    expected = RememberedAnswers(victim)
+    answers = RememberedAnswers(victim, store=trouble(tmp_path, monkeypatch))
     for epoch in range(4):
         assert torch.equal(answers.epoch(stream, epoch), expected.epoch(stream, epoch))
     assert len(caplog.records) == 1
@@ -289,27 +289,27 @@ def test_trouble_with_the_disk_costs_one_warning(
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_the_limit_counts_what_was_there_before(victim: nn.Module, stream: Stream, tmp_path: Path) -> None:
-    Answers(victim, store=AnswerStore(tmp_path)).epoch(stream, 0)
+def test_the_limit_counts_what_was_there_before(victim: nn.Module, stream: ViewDataset, tmp_path: Path) -> None:
+    RememberedAnswers(victim, store=AnswerStore(tmp_path)).epoch(stream, 0)
     size = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
-    answers = Answers(victim, store=AnswerStore(tmp_path, limit=size + 10))
+    answers = RememberedAnswers(victim, store=AnswerStore(tmp_path, limit=size + 10))
     answers.epoch(stream, 1)
     assert answers.computed == len(stream.samples)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
 
 
-def test_past_the_limit_what_is_there_is_still_found(victim: nn.Module, stream: Stream, tmp_path: Path) -> None:
-    Answers(victim, store=AnswerStore(tmp_path)).epoch(stream, 0)
+def test_past_the_limit_what_is_there_is_still_found(victim: nn.Module, stream: ViewDataset, tmp_path: Path) -> None:
+    RememberedAnswers(victim, store=AnswerStore(tmp_path)).epoch(stream, 0)
     size = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
-    answers = Answers(victim, store=AnswerStore(tmp_path, limit=size + 10))
+    answers = RememberedAnswers(victim, store=AnswerStore(tmp_path, limit=size + 10))
     answers.epoch(stream, 1)
     answers._held.clear()
     answers.epoch(stream, 0)
     assert answers.computed == len(stream.samples)
 
 
-def test_zero_keeps_nothing(victim: nn.Module, stream: Stream, tmp_path: Path) -> None:
-    answers = Answers(victim, store=AnswerStore(tmp_path / "answers", limit=0))
+def test_zero_keeps_nothing(victim: nn.Module, stream: ViewDataset, tmp_path: Path) -> None:
+    answers = RememberedAnswers(victim, store=AnswerStore(tmp_path / "answers", limit=0))
     for _student in range(2):
         for epoch in range(3):
             answers.epoch(stream, epoch)
@@ -318,25 +318,25 @@ def test_zero_keeps_nothing(victim: nn.Module, stream: Stream, tmp_path: Path) -
 
 
 def test_a_file_in_the_place_of_the_store_does_not_stop_a_trial(
-    victim: nn.Module, stream: Stream, tmp_path: Path
+    victim: nn.Module, stream: ViewDataset, tmp_path: Path
 ) -> None:
     (tmp_path / "answers").touch()
-    answers = Answers(victim, FAST, AnswerStore(tmp_path / "answers"))
+    answers = RememberedAnswers(victim, FAST, AnswerStore(tmp_path / "answers"))
     assert len(answers.epoch(stream, 0)) == len(stream.samples)
 
 
 def test_what_is_measured_is_computed_in_fp32_whatever_the_engine(victim: nn.Module, toy: Data) -> None:
-    fast, exact = (Answers(victim, engine).plain(toy.test, toy.num_classes) for engine in (BF16, Engine()))
+    fast, exact = (RememberedAnswers(victim, compute).plain(toy.test, toy.num_classes) for compute in (BF16, Compute()))
     assert torch.equal(fast, exact)
     assert torch.equal(exact, evaluate(victim, toy.test))
 
 
-@pytest.mark.parametrize(("engine", "width"), [(Engine(), 4), (BF16, 2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("compute", "width"), [(Compute(), 4), (BF16, 2)], ids=["fp32", "bf16"])
 def test_the_size_of_the_store_is_its_formula(
-    engine: Engine, width: int, victim: nn.Module, stream: Stream, tmp_path: Path
+    compute: Compute, width: int, victim: nn.Module, stream: ViewDataset, tmp_path: Path
 ) -> None:
     """N K (4 or 2) bytes for each epoch, and a header below 400."""
-    answers = Answers(victim, engine, AnswerStore(tmp_path))
+    answers = RememberedAnswers(victim, compute, AnswerStore(tmp_path))
     for epoch in range(3):
         answers.epoch(stream, epoch)
     sizes = [file.stat().st_size for file in tmp_path.rglob("*.safetensors")]
@@ -345,8 +345,8 @@ def test_the_size_of_the_store_is_its_formula(
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="shows what is mapped")
-def test_kept_answers_are_mapped_not_read(victim: nn.Module, stream: Stream, tmp_path: Path) -> None:
-    Answers(victim, store=AnswerStore(tmp_path)).epoch(stream, 0)
-    later = Answers(victim, store=AnswerStore(tmp_path))
+def test_kept_answers_are_mapped_not_read(victim: nn.Module, stream: ViewDataset, tmp_path: Path) -> None:
+    RememberedAnswers(victim, store=AnswerStore(tmp_path)).epoch(stream, 0)
+    later = RememberedAnswers(victim, store=AnswerStore(tmp_path))
     assert len(later.epoch(stream, 0)) == len(stream.samples)
     assert str(next(tmp_path.glob("*/*.safetensors"))) in Path("/proc/self/maps").read_text()

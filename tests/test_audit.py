@@ -6,16 +6,18 @@ import jsonschema
 import pytest
 
 from tests.conftest import RECIPE, STUDENT, TEACHER
-from undistill.auditor import audit, plan
-from undistill.cells import Job, late_gain
-from undistill.errors import ModelError, SpecError, StoreError
-from undistill.files import seal
-from undistill.flags import CHECKS, raised
-from undistill.oracle import Oracle
-from undistill.report.schema import Report
-from undistill.store import Run
-from undistill.subject import Subject
-from undistill.workflow import TrainSettings, train
+from undistill.api import audit
+from undistill.auditing.cell import Job, late_gain
+from undistill.auditing.flags import CHECKS, raised
+from undistill.auditing.pair import VictimPair
+from undistill.auditing.plan import plan
+from undistill.auditing.schema import Report
+from undistill.core.errors import ModelError, SpecError, StoreError
+from undistill.core.files import seal
+from undistill.runs.make import train
+from undistill.runs.run import Run
+from undistill.runs.settings import TrainSettings
+from undistill.victims.oracle import Oracle
 
 ROOT = Path(__file__).parents[1]
 
@@ -113,7 +115,7 @@ def test_a_stopped_audit_ends_with_the_same_cells(victim: Run, report: Report, t
             raise KeyboardInterrupt
         return ask(oracle, batch)
 
-    monkeypatch.setattr("undistill.fit.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("undistill.training.fit.CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(Oracle, "__call__", stops)
     with pytest.raises(KeyboardInterrupt):
         run_audit(victim, tmp_path / "a")
@@ -148,7 +150,7 @@ def test_a_replaced_twin_is_noticed(victim: Run, tmp_path: Path, toy_file: Path)
 def test_an_attack_that_cannot_be_tried_is_named_before_anything_is_trained(
     victim: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("undistill.attacks.deep_inversion.batch_norms", lambda network: [])
+    monkeypatch.setattr("undistill.attacks.data_free.deep_inversion.batch_norms", lambda network: [])
     with pytest.raises(ModelError, match=r"the victim has none\. Leave this attack out"):
         run_audit(victim, tmp_path / "audit", attacks=["DeepInversion()"])
     assert not (tmp_path / "audit").exists()
@@ -198,16 +200,19 @@ def test_a_newcomers_attack_is_one_file(victim: Run, folder: Path, tmp_path: Pat
     assert {cell.side for cell in rows} == {"victim", "honest"}
     assert rows[0].queries > 0
     assert Attack.parse(text) == Attack.parse(str(Attack.parse(text)))
-    file.write_text(NEWCOMER + "# changed\n")
     done = set((folder / "cells").glob("*.json"))
+    file.write_text(NEWCOMER + "# a comment\n")
+    run_audit(victim, folder, seeds=1, attacks=[text])
+    assert set((folder / "cells").glob("*.json")) == done
+    file.write_text(NEWCOMER.replace("square()", "abs()"))
     run_audit(victim, folder, seeds=1, attacks=[text])
     assert len(set((folder / "cells").glob("*.json")) - done) == 2, "changed code is another attack"
 
 
 def test_an_edited_attack_of_this_package_is_another_attack(victim: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    (job, *_) = plan([Subject.of(victim, None, [0], None)], "quick", (), [STUDENT], RECIPE)
+    (job, *_) = plan([VictimPair.of(victim, None, [0], None)], "quick", (), [STUDENT], RECIPE)
     before = job.key
-    monkeypatch.setattr("undistill.cells.source_sha256", lambda kind: f"edited {kind.__name__}")
+    monkeypatch.setattr("undistill.auditing.cell.source_sha256", lambda kind: f"edited {kind.__name__}")
     assert job.key != before
 
 
@@ -257,7 +262,7 @@ def test_an_attack_of_the_users_does_not_replace_one_of_ours(tmp_path: Path) -> 
 
     ours = type(Attack.parse("SoftLabels"))
     (tmp_path / "mine.py").write_text(UNFINISHED)
-    assert type(Attack.named(f"{tmp_path / 'mine.py'}:SoftLabels")) is not ours
+    assert type(Attack.from_user(f"{tmp_path / 'mine.py'}:SoftLabels")) is not ours
     assert type(Attack.parse("SoftLabels")) is ours
 
 
@@ -276,7 +281,7 @@ class Nothing(Defence):
 
 def test_a_newcomers_defence_is_one_file(honest: Run, tmp_path: Path, monkeypatch) -> None:
     from undistill.defences import Defence
-    from undistill.workflow import protect
+    from undistill.runs.make import protect
 
     monkeypatch.setattr(Defence, "registry", dict(Defence.registry))
     (tmp_path / "nothing.py").write_text(NEW_DEFENCE)
@@ -293,8 +298,8 @@ def test_a_file_dropped_into_the_folder_is_found(tmp_path: Path, monkeypatch) ->
 
     from undistill import attacks
     from undistill.attacks import Attack
-    from undistill.catalogue import catalogue
-    from undistill.discover import import_all
+    from undistill.cli.catalogue import catalogue
+    from undistill.core.discover import import_all
 
     monkeypatch.setattr(Attack, "registry", dict(Attack.registry))
     monkeypatch.setattr(attacks, "__path__", [*attacks.__path__, str(tmp_path)])
@@ -311,7 +316,7 @@ LIES = {
     "selected_on_test": lambda r: r.model_copy(update={"data": f"Leaky(of={r.data!r})"}),
     "few_seeds": lambda r: r.model_copy(update={"verdict": verdict_with(r, damage=1)}),
     "one_teacher": lambda r: r.model_copy(update={"pairs": r.pairs[:1]}),
-    "control_failed": lambda r: r.model_copy(update={"verdict": verdict_with(r, control=-0.05)}),
+    "control_failed": lambda r: r.model_copy(update={"verdict": verdict_with(r, kd_gain_honest=-0.05)}),
     "costly": lambda r: r.model_copy(update={"verdict": verdict_with(r, cost=0.1)}),
     "barely_diverged": lambda r: r.model_copy(update={"divergence": 0.2}),
     "underfitted_teacher": lambda r: pairs_with(r, honest_train_accuracy=0.9),
@@ -345,7 +350,7 @@ def sound(report: Report) -> Report:
     good = pairs_with(cells_with(good, late_gain=0.0, accuracy=0.9), test_images=1000, honest_train_accuracy=1.0)
     verdict = verdict_with(good, damage=3)
     good = good.model_copy(update={"verdict": verdict})
-    good = good.model_copy(update={"verdict": verdict_with(good, control=0.01)})
+    good = good.model_copy(update={"verdict": verdict_with(good, kd_gain_honest=0.01)})
     good = good.model_copy(update={"verdict": verdict_with(good, cost=0.0)})
     assert not raised(good)
     return good

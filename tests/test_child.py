@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import STUDENT
-from undistill import engine as engines
-from undistill.child import death, in_child, is_native_fault
-from undistill.engine import EXACT, FAST, Engine, known_fault, settle
-from undistill.errors import ModelError
-from undistill.files import seal, write_json
+from undistill.core.child import death, in_child, is_native_fault
+from undistill.core.errors import ModelError
+from undistill.core.files import seal, write_json
 from undistill.models import Model
+from undistill.training import autotune as trials
+from undistill.training.autotune import autotune, known_fault
+from undistill.training.compute import EXACT, FAST, Compute
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="children are forked on Linux alone")
 IMAGES = torch.rand(16, 1, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -48,7 +49,7 @@ def test_a_child_answers_or_is_stopped() -> None:
 
 HOLDS = """
 import os, sys, time
-from undistill.child import in_child
+from undistill.core.child import in_child
 in_child(lambda: open(sys.argv[1], "w").write(str(os.getpid())) and "" or time.sleep(60) or "")
 """
 
@@ -109,40 +110,41 @@ class Shifty(nn.Module):
 )
 def test_an_engine_that_crashes_or_computes_something_else_is_refused(deed: str, why: str, tmp_path: Path) -> None:
     images = IMAGES.repeat(1, 3, 1, 1)
-    found = settle(FAST, Shifty(deed), lambda: images, steps=1, training=True, folder=tmp_path)
+    found = autotune(FAST, Shifty(deed), lambda: images, steps=1, training=True, folder=tmp_path)
     assert found.layout == "contiguous"
-    assert why in next(tmp_path.glob("engine-*.json")).read_text()
-    with pytest.raises(ModelError, match=r"cannot be computed with Engine.*Set recipe\.engine to another one"):
-        settle(Engine(layout="channels_last"), Shifty(deed), lambda: images, steps=1, training=True)
+    assert why in next(tmp_path.glob("autotune-*.json")).read_text()
+    with pytest.raises(ModelError, match=r"cannot be computed with Compute.*Set recipe\.compute to another one"):
+        autotune(Compute(layout="channels_last"), Shifty(deed), lambda: images, steps=1, training=True)
 
 
 @linux
 def test_answers_are_compared_where_nothing_is_trained(tmp_path: Path) -> None:
     images = IMAGES.repeat(1, 3, 1, 1)
-    found = settle(FAST, Shifty("other answers"), lambda: images, steps=1, training=False, folder=tmp_path)
+    found = autotune(FAST, Shifty("other answers"), lambda: images, steps=1, training=False, folder=tmp_path)
     assert found.layout == "contiguous"
-    assert "answers 5.0e-01 away" in next(tmp_path.glob("engine-*.json")).read_text()
+    assert "answers 5.0e-01 away" in next(tmp_path.glob("autotune-*.json")).read_text()
 
 
 def test_a_known_fault_is_told_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = Model.parse("ResNetC(depth=8, width=4)").build((1, 28, 28), 10, seed=0)
     wide = Model.parse("ResNetC(depth=8, width=8)").build((1, 28, 28), 10, seed=0)
-    last, contiguous = Engine(layout="channels_last"), EXACT
-    monkeypatch.setattr(engines, "cpu_capability", lambda: "AVX2")
+    last, contiguous = Compute(layout="channels_last"), EXACT
+    monkeypatch.setattr(trials, "cpu_capability", lambda: "AVX2")
     assert "torch corrupts memory in" in known_fault(narrow, last)
     assert not known_fault(wide, last)
     assert not known_fault(narrow, contiguous)
-    assert not known_fault(narrow, Engine(layout="channels_last", precision="bf16"))
-    monkeypatch.setattr(engines, "cpu_capability", lambda: "AVX512")
+    assert not known_fault(narrow, Compute(layout="channels_last", precision="bf16"))
+    monkeypatch.setattr(trials, "cpu_capability", lambda: "AVX512")
     assert not known_fault(narrow, last)
 
 
 TRIAL = """
 import torch
-from undistill.engine import FAST, settle
+from undistill.training.compute import FAST
+from undistill.training.autotune import autotune
 from undistill.models import Model
 network = Model.parse("ResNetC(depth=8, width=4)").build((1, 28, 28), 10, 0)
-print(settle(FAST, network, lambda: torch.rand(128, 1, 28, 28), steps=1, training=True))
+print(autotune(FAST, network, lambda: torch.rand(128, 1, 28, 28), steps=1, training=True))
 """
 
 
@@ -152,23 +154,23 @@ def test_a_trial_ends_on_a_processor_without_avx512() -> None:
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run([sys.executable, "-c", TRIAL], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith("Engine(")
+    assert ended.stdout.startswith("Compute(")
 
 
 def test_only_what_this_machine_measured_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stranger's run folder could else force the compilation of a large network."""
 
-    def chosen() -> Engine:
-        return settle(FAST, network(), lambda: IMAGES, steps=1, training=True, folder=tmp_path)
+    def chosen() -> Compute:
+        return autotune(FAST, network(), lambda: IMAGES, steps=1, training=True, folder=tmp_path)
 
     first = chosen()
-    file = next(tmp_path.glob("engine-*.json"))
+    file = next(tmp_path.glob("autotune-*.json"))
     compiled = first.model_copy(update={"compile": True})
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("it was compiled"))
-    for planted in ({"engine": str(compiled)}, seal({"engine": str(compiled)}), {"engine": "Motor()", "sha256": 1}):
+    for planted in ({"compute": str(compiled)}, seal({"compute": str(compiled)}), {"compute": "Motor()", "sha256": 1}):
         write_json(file, planted)
         assert not chosen().compile
-        monkeypatch.setattr(engines, "_timed", lambda _: pytest.fail("it was measured again"))
+        monkeypatch.setattr(trials, "_timed", lambda _: pytest.fail("it was measured again"))
         assert not chosen().compile, "what was measured anew is found again"
         monkeypatch.undo()
         monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("it was compiled"))

@@ -15,10 +15,10 @@ from typer.testing import CliRunner, Result
 
 from tests.conftest import FAST, NASTY, STUDENT, TEACHER, toy_arrays
 from tests.test_official import write_idx
+from undistill.auditing.schema import Report
 from undistill.cli import app
 from undistill.data import MNIST
-from undistill.report.schema import Report
-from undistill.store import Run
+from undistill.runs.run import Run
 
 SET = [part for pair in FAST for part in ("--set", pair)]
 
@@ -88,13 +88,17 @@ def test_protect_and_audit_start_from_the_recorded_recipe(honest: Run, tmp_path:
 def test_fast_is_recorded_and_one_part_can_be_set_by_hand(toy_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ["train", "--data", toy_file, "--model", TEACHER, "--out", out, *SET, "--fast"]
-    assert call(*words, "--set", "recipe.engine.layout=channels_last").exit_code == 0
+    assert call(*words, "--set", "recipe.compute.layout=channels_last").exit_code == 0
     record = Run.open(out).record
-    assert record["settings"]["recipe"]["engine"] == {"precision": "auto", "layout": "channels_last", "compile": "auto"}
-    (engine,) = record["engines"]
-    (trial,) = (json.loads(path.read_text()) for path in out.glob("engine-*.json"))
-    assert trial["engine"] == engine
-    assert trial["seconds"][engine] == min(trial["seconds"].values())
+    assert record["settings"]["recipe"]["compute"] == {
+        "precision": "auto",
+        "layout": "channels_last",
+        "compile": "auto",
+    }
+    (compute,) = record["compute"]
+    (trial,) = (json.loads(path.read_text()) for path in out.glob("autotune-*.json"))
+    assert trial["compute"] == compute
+    assert trial["seconds"][compute] == min(trial["seconds"].values())
 
 
 def test_remember_says_how_much_is_kept(honest: Run, tmp_path: Path) -> None:

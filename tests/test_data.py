@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from tests.conftest import toy_arrays
+from undistill.core.errors import DataError, SpecError
 from undistill.data import Data, Digits, Folder, Npz, Samples, Source
-from undistill.errors import DataError, SpecError
 
 SHARES = {"validation": 0.25, "test": 0.25, "count": 60, "seed": 5}
 

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from tests.conftest import FAST, NASTY, TEACHER, toy_arrays
 from undistill.cli import app
-from undistill.distributed import GlobalBatchNorm
-from undistill.store import Run
+from undistill.core.distributed import GlobalBatchNorm
+from undistill.runs.run import Run
 
 SET = [f"--set={setting}" for setting in FAST]
 CLOSE = (
@@ -99,7 +99,7 @@ def script(folder: Path, program: str, *words: object) -> subprocess.CompletedPr
 def test_a_full_disk_ends_the_remembering_of_all(pair: Path) -> None:
     """Only one process writes; the others must learn of it, or they wait for answers that nobody sends."""
     program = (
-        "from undistill import answers\n"
+        "from undistill.training import answers\n"
         "def refuse(path, write): raise OSError(28, 'No space left on device', str(path))\n"
         "answers.write_atomically = refuse"
     )

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.test_official import small, write_cifar10, write_idx, write_tiny
+from undistill.core.errors import DataError
 from undistill.data import CIFAR10, MNIST, SVHN, TinyImageNet
 from undistill.data.official import File, unpack
-from undistill.errors import DataError
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from undistill.data import Samples, Split
+from undistill.data.views import Views
 from undistill.defences.nasty import Nasty
-from undistill.fit import Fit
-from undistill.losses import cross_entropy, distillation, undermining
-from undistill.recipe import Recipe
-from undistill.views import Views
+from undistill.training.fit import Fit
+from undistill.training.losses import cross_entropy, distillation, undermining
+from undistill.training.recipe import Recipe
 
 FILE = Path(__file__).parents[1] / "examples" / "nasty_in_one_screen.py"
 

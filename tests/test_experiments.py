@@ -8,14 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from undistill.attacks import Attack
-from undistill.data import Source
-from undistill.defences import Defence
-from undistill.models import Model
-from undistill.reproduce.case import Case
-from undistill.reproduce.run import EXPERIMENTS, Row, about, find, recall, selected_on_test
-from undistill.reproduce.scales import SCALES, Scale, setting
-from undistill.views import Views
+from undistill.data import Digits, Leaky
+from undistill.data.views import Views
+from undistill.papers.case import Case
+from undistill.papers.reproduce import EXPERIMENTS, about, find, recall, row_of, selected_on_test
+from undistill.papers.scales import SCALES, Scale, setting
 
 EXISTING = [
     (name, scale)
@@ -30,14 +27,9 @@ def test_every_experiment_is_made_of_what_there_is(name: str, scale: Scale) -> N
     cases = find(name)(scale)
     names = [case.name for case in cases]
     assert all(sum(fnmatch(other, name) for other in names) == 1 for name in names), "a name selects its own row"
+    assert all(bool(case.attack) == bool(case.student) for case in cases)
     for case in cases:
-        assert Source.parse(case.teacher.data)
-        assert Model.parse(case.teacher.model)
-        assert not case.defence or Defence.parse(case.defence)
-        assert bool(case.attack) == bool(case.student)
-        if case.attack:
-            assert Attack.parse(case.attack)
-            assert Model.parse(case.student)
+        assert type(case.teacher.data).parse(str(case.teacher.data)) == case.teacher.data
 
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
@@ -47,19 +39,19 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 def test_published_results_are_of_experiments_as_they_are(table: Path) -> None:
     """A setting that is changed must be measured anew, or its old figures leave the documents."""
     name, scale = table.stem.rsplit("-", 1)
-    rows = [Row(case) for case in find(name)(scale)]
+    rows = [row_of(case) for case in find(name)(scale)]
     earlier = recall(table.with_suffix(""), rows)
     assert any(row.measured for row in rows)
     assert earlier == []
 
 
 ABLATED: dict[str, Callable[[Case], object]] = {
-    "omega": lambda case: f"omega={Defence.parse(case.defence).omega:g}",
-    "published-omegas": lambda case: f"omega={Defence.parse(case.defence).omega:g}",
-    "adversary-temperature": lambda case: f"T_A={Defence.parse(case.defence).T:g}",
+    "omega": lambda case: f"omega={case.defence.omega:g}",
+    "published-omegas": lambda case: f"omega={case.defence.omega:g}",
+    "adversary-temperature": lambda case: f"T_A={case.defence.T:g}",
     "adversary": lambda case: f"adversary={(case.adversary or case.teacher).model}",
-    "temperature": lambda case: f"T={Attack.parse(case.attack).T:g}",
-    "alpha": lambda case: f"alpha={Attack.parse(case.attack).alpha:g}",
+    "temperature": lambda case: f"T={case.attack.T:g}",
+    "alpha": lambda case: f"alpha={case.attack.alpha:g}",
     "samples": lambda case: f"{case.share:.0%}",
     "student-epochs": lambda case: f"epochs={case.recipe.epochs}",
 }
@@ -171,7 +163,7 @@ def test_weaker_and_stronger_are_named_rightly(scale: Scale) -> None:
     chosen = setting("CIFAR-10", scale)
     sizes = []
     for model in (chosen.weaker, chosen.teacher().model, chosen.stronger):
-        network = Model.parse(model).build((3, 32, 32), 10, 0)
+        network = model.build((3, 32, 32), 10, 0)
         sizes.append(sum(weights.numel() for weights in network.parameters()))
     assert sizes == sorted(set(sizes))
 
@@ -180,5 +172,5 @@ def test_the_authors_mistake_is_made_in_every_training() -> None:
     for case in map(selected_on_test, find("adversary")("smoke")):
         assert case.recipe.selection == "best"
         for teacher in filter(None, (case.teacher, case.adversary)):
-            assert teacher.data == "Leaky(of='Digits()')"
+            assert teacher.data == Leaky(of=str(Digits()))
             assert teacher.recipe.selection == "best"

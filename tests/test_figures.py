@@ -12,20 +12,21 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.conftest import RECIPE, STUDENT
-from undistill.auditor import audit
+from undistill.api import audit
 from undistill.cli import app
+from undistill.core.errors import DataError, FileError, StoreError
+from undistill.core.files import sha256
 from undistill.data import Source
-from undistill.errors import DataError, FileError, StoreError
-from undistill.files import sha256
+from undistill.data.sheet import write_sheet
 from undistill.report.curves import ablation, of_runs, training
 from undistill.report.drawing import draw_named
 from undistill.report.evidence import read_curve, read_evidence
 from undistill.report.figures import students
 from undistill.report.page import read_report
-from undistill.report.table import Line, Measured, Table, write_table
-from undistill.sheet import write_sheet
-from undistill.store import Run
-from undistill.workflow import TrainSettings, train
+from undistill.report.table import Measured, Row, Table, write_table
+from undistill.runs.make import train
+from undistill.runs.run import Run
+from undistill.runs.settings import TrainSettings
 
 
 def figure(*words: object) -> tuple[int, str]:
@@ -48,7 +49,7 @@ def written(path: Path, rows: dict[str, list[float]], divergence: dict[str, list
     lines = []
     for name, accuracies in rows.items():
         known = reached.get(name, [None] * len(accuracies))
-        lines.append(Line(name=name, measured=dict(enumerate(map(Measured, accuracies, known)))))
+        lines.append(Row(name=name, measured=dict(enumerate(map(Measured, accuracies, known)))))
     write_table(path, Table(rows=lines))
     return path
 
@@ -97,7 +98,7 @@ def test_training_shows_accuracy_and_the_divergence_of_what_undermines(honest: R
     assert len(above.lines[0].get_xdata()) == RECIPE.epochs
     (drawn,) = below.lines
     rows = [json.loads(line) for line in (victim.folder / "metrics.jsonl").read_text().splitlines()]
-    assert drawn.get_ydata()[-1] == pytest.approx(-rows[-1]["undermining"] / 0.05)
+    assert drawn.get_ydata()[-1] == pytest.approx(-rows[-1]["undermining"])
 
 
 def test_the_report_shows_how_both_were_trained(folder: Path) -> None:
@@ -214,7 +215,7 @@ def test_a_damaged_table_is_named(row: object, name: str, tmp_path: Path) -> Non
 
 def test_a_series_that_diverged_altogether_is_left_out(tmp_path: Path) -> None:
     lines = [
-        Line(name=f"omega={value}: {who}", measured={0: Measured(80.0 - value, diverged=diverged)})
+        Row(name=f"omega={value}: {who}", measured={0: Measured(80.0 - value, diverged=diverged)})
         for value in (1, 2)
         for who, diverged in (("teacher", "NaN"), ("student", ""))
     ]
@@ -275,8 +276,8 @@ def test_sheets_of_a_table_go_by_its_rows(tmp_path: Path) -> None:
     image = torch.full((1, 1, 4, 4), 200, dtype=torch.uint8)
     write_sheet(tmp_path / "x.png", image, columns=1)
     rows = [
-        Line(name="nasty -> DAFL", measured={0: Measured(50.0, sheet="x.png")}),
-        Line(name="nasty", measured={0: Measured(90.0)}),
+        Row(name="nasty -> DAFL", measured={0: Measured(50.0, sheet="x.png")}),
+        Row(name="nasty", measured={0: Measured(90.0)}),
     ]
     write_table(tmp_path / "table.json", Table(rows=rows))
     shown = [axes for axes in draw_named("synthesised", [tmp_path / "table.json"]).axes if axes.images]
@@ -286,7 +287,7 @@ def test_sheets_of_a_table_go_by_its_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x\.png cannot be read: No such file"):
         draw_named("synthesised", [tmp_path / "table.json"])
     for sheet in ("../x.png", "/etc/passwd", "a\\b", "x\0"):
-        write_table(tmp_path / "table.json", Table(rows=[Line(name="x", measured={0: Measured(50.0, sheet=sheet)})]))
+        write_table(tmp_path / "table.json", Table(rows=[Row(name="x", measured={0: Measured(50.0, sheet=sheet)})]))
         with pytest.raises(FileError, match="leads out of"):
             draw_named("synthesised", [tmp_path / "table.json"])
 

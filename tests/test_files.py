@@ -11,16 +11,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tests.conftest import RECIPE, STUDENT, toy_arrays
-from undistill.answers import Answers, AnswerStore
+from undistill.core.errors import DataError
 from undistill.data import Data, Source
+from undistill.data.batches import Batch, ViewDataset
 from undistill.data.files import ImageFiles
-from undistill.errors import DataError
-from undistill.fit import Fit
-from undistill.losses import cross_entropy
-from undistill.measure import evaluate
+from undistill.data.views import Views
 from undistill.models import Model
-from undistill.stream import Batch, Stream
-from undistill.views import Views
+from undistill.training.answers import AnswerStore, RememberedAnswers
+from undistill.training.fit import Fit
+from undistill.training.losses import cross_entropy
+from undistill.training.metrics import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +62,15 @@ def test_views_are_the_same_bits_with_every_number_of_workers(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(workers)))
     views = Views(flip=True, rotate=10, cutmix=1)
     order = torch.randperm(len(memory.train), generator=torch.Generator().manual_seed(1)).split(7)
-    read = list(Stream(files.train, views, 5, 3).shows(2, order))
+    read = list(ViewDataset(files.train, views, 5, 3).shows(2, order))
     for index, (images, labels) in zip(order, read, strict=True):
-        expected = Stream(memory.train, views, 5, 3).show(2, index)
+        expected = ViewDataset(memory.train, views, 5, 3).show(2, index)
         assert torch.equal(images, expected[0])
         assert torch.equal(labels, expected[1])
 
 
 def test_training_answers_and_evaluation_are_the_same_bits(memory: Data, files: Data) -> None:
-    victim = Answers(Model.parse(STUDENT).build(memory.shape, 3, 2))
+    victim = RememberedAnswers(Model.parse(STUDENT).build(memory.shape, 3, 2))
 
     def objective(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"ce": cross_entropy(network(batch.images), victim(batch).softmax(1))}
@@ -88,7 +88,7 @@ def test_streaming_and_remembering_leave_the_dropout_alone(memory: Data, files: 
     network = Model.parse(STUDENT).build(memory.shape, 3, 2)
 
     def student(data: Data, store: AnswerStore) -> Tensor:
-        victim = Answers(deepcopy(network), store=store)
+        victim = RememberedAnswers(deepcopy(network), store=store)
 
         def objective(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
             return {"ce": cross_entropy(network(batch.images), victim(batch).softmax(1))}

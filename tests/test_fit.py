@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import RECIPE, STUDENT, TEACHER
-from undistill import fit as fit_module
+from undistill.core.errors import FileError, NonFinite, SpecError
+from undistill.core.tensors import write_tensors
 from undistill.data import Data, Samples, Split
-from undistill.engine import Engine
-from undistill.errors import FileError, NonFinite, SpecError
-from undistill.fit import Fit
-from undistill.losses import cross_entropy
+from undistill.data.batches import Batch
+from undistill.data.views import Views
 from undistill.models import Model
-from undistill.optimisers import build_optimiser, build_schedule
-from undistill.recipe import Recipe
-from undistill.states import write_tensors
-from undistill.stream import Batch
-from undistill.views import Views
+from undistill.training import fit as fit_module
+from undistill.training.compute import Compute
+from undistill.training.fit import Fit
+from undistill.training.losses import cross_entropy
+from undistill.training.optimisers import build_optimiser, build_schedule
+from undistill.training.recipe import Recipe
 
 CPU = torch.device("cpu")
 
@@ -74,7 +74,7 @@ CHANGES: dict[str, Any] = {
     "warmup": 0.5,
     "clip": 0.1,
     "ema": 0.9,
-    "engine": Engine(precision="bf16"),
+    "compute": Compute(precision="bf16"),
     "views": Views(crop=0),
 }
 
@@ -264,8 +264,8 @@ def test_what_this_machine_cannot_read_is_not_thrown_away(
     """A child that is killed for lack of memory does not make a checkpoint damaged."""
     trained(toy, RECIPE, folder=tmp_path)
     before = (tmp_path / "checkpoint-0.pt").read_bytes()
-    monkeypatch.setattr("undistill.states.FORKS", True)
-    monkeypatch.setattr("undistill.states.in_child", lambda *_, **__: "SIGKILL, most likely for lack of memory")
+    monkeypatch.setattr("undistill.core.tensors.FORKS", True)
+    monkeypatch.setattr("undistill.core.tensors.in_child", lambda *_, **__: "SIGKILL, most likely for lack of memory")
     with pytest.raises(FileError, match=r"checkpoint-0\.pt cannot be read here \(SIGKILL.*Free memory"):
         trained(toy, RECIPE, folder=tmp_path)
     assert (tmp_path / "checkpoint-0.pt").read_bytes() == before
@@ -394,7 +394,7 @@ def test_best_selection_keeps_the_best_validation_epoch(toy: Data) -> None:
     network = Model.parse(TEACHER).build(toy.shape, 3, 0)
     fit = Fit(recipe, 0, CPU)
     fit(network, toy, plain)
-    from undistill.measure import accuracy, evaluate
+    from undistill.training.metrics import accuracy, evaluate
 
     kept = accuracy(evaluate(network, toy.validation), toy.validation.labels)
     assert kept == max(epoch["validation_accuracy"] for epoch in fit.history)
@@ -465,6 +465,6 @@ def test_bad_recipes_are_explained(fields: dict[str, Any], said: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_it_learns_on_a_gpu_in_bf16(toy: Data) -> None:
-    fit = Fit(RECIPE.model_copy(update={"engine": Engine(precision="bf16")}), 0, torch.device("cuda"))
+    fit = Fit(RECIPE.model_copy(update={"compute": Compute(precision="bf16")}), 0, torch.device("cuda"))
     fit(Model.parse(TEACHER).build(toy.shape, 3, 0), toy, plain)
     assert fit.history[-1]["validation_accuracy"] > 0.9

@@ -14,9 +14,9 @@ import pytest
 from scipy.io import savemat
 
 from tests.test_official import RANDOM, dump, small, write_cifar10, write_idx, write_svhn
+from undistill.core.errors import DataError
 from undistill.data import CIFAR10, CIFAR100, KMNIST, MNIST, SVHN, FashionMNIST, Official, TinyImageNet
 from undistill.data.official import VARIABLE, File
-from undistill.errors import DataError
 
 
 def test_partial_and_foreign_folders_are_named_and_not_used(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,17 +20,27 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import NASTY, STUDENT, TEACHER, toy_arrays
 from tests.test_cli import call, refused
 from tests.test_official import small, write_tiny
-from undistill import files
-from undistill.auditor import audit
+from undistill.api import audit
+from undistill.core import files
+from undistill.core.errors import DataError, FileError, ModelError, NonFinite, SpecError, legible
+from undistill.core.files import (
+    inside,
+    parse_json,
+    read_json,
+    seal,
+    sweep,
+    unseal,
+    write_atomically,
+    write_json,
+    write_text,
+)
+from undistill.core.settings import read_settings
+from undistill.core.tensors import load_state, read_arrays
 from undistill.data import Source, TinyImageNet
 from undistill.data.files import read_picture
-from undistill.errors import DataError, FileError, ModelError, NonFinite, SpecError, legible
-from undistill.files import inside, parse_json, read_json, seal, sweep, unseal, write_atomically, write_json, write_text
 from undistill.models import Model, load_weights
-from undistill.settings import read_settings
-from undistill.states import load_state, read_arrays
-from undistill.store import Run
-from undistill.workflow import recorded_settings
+from undistill.runs.run import Run
+from undistill.runs.settings import recorded_settings
 
 CPU = torch.device("cpu")
 
@@ -70,7 +80,7 @@ PLANTED = {
     "students": "folder",
     "answers": "folder",
     "cells": "folder",
-    "engines": "folder",
+    "autotune": "folder",
     "cells/x": "folder",
     "cells/x.json": "file",
     "answers/k/00000.safetensors.part": "file",
@@ -409,7 +419,7 @@ def test_hostile_torch_files_are_refused(what: str, tmp_path: Path, monkeypatch:
     pickled = next(name for name in members if name.endswith("data.pkl"))
     if what == "hash":
         members[pickled] = nested(60)
-        monkeypatch.setattr("undistill.states.SECONDS", 2.0)
+        monkeypatch.setattr("undistill.core.tensors.SECONDS", 2.0)
     if what == "executes":
         members[pickled] = pickle.dumps(os.system, protocol=2)[:-1] + b"(X\x04\x00\x00\x00exittR."
     if what == "bytes":
@@ -465,7 +475,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     ],
 )
 def test_settings_are_plain_yaml(text: str, said: str, tmp_path: Path) -> None:
-    from undistill.workflow import TrainSettings
+    from undistill.runs.settings import TrainSettings
 
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises((SpecError, FileError), match=said) as error:
@@ -553,9 +563,9 @@ def test_a_matplotlibrc_of_a_stranger_changes_no_figure(audited: Path, tmp_path:
 def test_a_record_cannot_force_compilation(honest: Run, tmp_path: Path) -> None:
     run = Path(shutil.copytree(honest.folder, tmp_path / "run"))
     record = json.loads((run / "run.json").read_text())
-    record["settings"]["recipe"]["engine"]["compile"] = True
+    record["settings"]["recipe"]["compute"]["compile"] = True
     (run / "run.json").write_text(json.dumps(record))
-    assert recorded_settings(Run.open(run)).recipe.engine.compile == "auto"
+    assert recorded_settings(Run.open(run)).recipe.compute.compile == "auto"
 
 
 @pytest.mark.parametrize(("field", "value"), [("classes", ["a", "b"]), ("shape", [3, 12, 12])])

@@ -13,14 +13,15 @@ from typer.testing import CliRunner
 
 from tests.conftest import STUDENT, TEACHER
 from undistill.cli import app
-from undistill.recipe import Recipe
-from undistill.store import Run
-from undistill.workflow import Settings, TrainSettings, protect, train
+from undistill.runs.make import protect, train
+from undistill.runs.run import Run
+from undistill.runs.settings import Settings, TrainSettings
+from undistill.training.recipe import Recipe
 
 RECIPE = Recipe(epochs=20, batch_size=8)
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 # A checkpoint after every epoch, so that a kill lands between two of them.
-PROGRAM = "from undistill import fit; fit.CHECKPOINT_SECONDS = 0.0; from undistill.cli import app; app()"
+PROGRAM = "from undistill.training import fit; fit.CHECKPOINT_SECONDS = 0.0; from undistill.cli import app; app()"
 
 
 def start(*words: object, stderr: int = subprocess.DEVNULL, session: bool = False) -> subprocess.Popen[bytes]:
@@ -30,17 +31,20 @@ def start(*words: object, stderr: int = subprocess.DEVNULL, session: bool = Fals
     )
 
 
+def wait_for(process: subprocess.Popen[bytes], folder: Path, pattern: str) -> None:
+    """Wait until a file is there, as long as the process works on it: a busy machine is slow."""
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None, "it ended too early"
+        time.sleep(0.01)
+
+
 def kill_when(
     process: subprocess.Popen[bytes], folder: Path, pattern: str, number: signal.Signals = signal.SIGKILL
 ) -> int:
-    """Send a signal as soon as a checkpoint is there; returns the exit code."""
-    deadline = time.monotonic() + 60
-    while not list(folder.glob(pattern)):
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    """Send a signal as soon as a file is there; returns the exit code."""
+    wait_for(process, folder, pattern)
     process.send_signal(number)
-    return process.wait(60)
+    return process.wait()
 
 
 def finish(*words: object) -> None:

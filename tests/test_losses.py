@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from undistill.losses import LOG_ZERO, cross_entropy, distillation, kl, undermining
+from undistill.training.losses import LOG_ZERO, cross_entropy, distillation, kl, undermining
 
 
 def softmax(z: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from undistill.data import Samples
-from undistill.measure import accuracy, ece, evaluate, fidelity, l1, nll
+from undistill.training.metrics import accuracy, ece, evaluate, fidelity, l1, nll
 
 
 def logits(*probabilities: list[float]) -> torch.Tensor:

@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from undistill.code import trust
-from undistill.errors import ModelError, SpecError
-from undistill.models import ConvNet, Model, PlainCNN, features, load_weights, seeded
+from undistill.core.code import trust
+from undistill.core.errors import ModelError, SpecError
+from undistill.core.seeds import seeded
+from undistill.models import ConvNet, Model, PlainCNN, features, load_weights
 
 BUILT_IN = [name for name in Model.registry if name not in ("Factory", "Timm")]
 

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
+from undistill.core.errors import DataError
 from undistill.data import CIFAR10, CIFAR100, KMNIST, MNIST, SVHN, FashionMNIST, Official, Source, TinyImageNet
 from undistill.data.check import check
 from undistill.data.official import VARIABLE, File
-from undistill.errors import DataError
 
 RANDOM = np.random.default_rng(0)
 

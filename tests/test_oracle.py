@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from undistill.errors import AccessDenied, BudgetExceeded
-from undistill.losses import LOG_ZERO
-from undistill.oracle import Access, Oracle
-from undistill.stream import Batch
+from undistill.core.errors import AccessDenied, BudgetExceeded
+from undistill.data.batches import Batch
+from undistill.training.losses import LOG_ZERO
+from undistill.victims.oracle import Access, Oracle
 
 
 def batch(size: int = 5) -> Batch:

@@ -16,8 +16,8 @@ from tests.test_data import save_folder
 from undistill import Run
 from undistill.attacks import Attack
 from undistill.cli import app
-from undistill.recipe import Recipe
-from undistill.reproduce import scales
+from undistill.papers import scales
+from undistill.training.recipe import Recipe
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 NET = """

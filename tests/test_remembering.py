@@ -7,16 +7,17 @@ import torch
 from torch import nn
 
 from tests.conftest import NASTY, RECIPE, STUDENT
-from undistill.answers import Answers, AnswerStore
+from undistill.api import audit
 from undistill.attacks import Attack
-from undistill.auditor import audit
 from undistill.data import Data
 from undistill.defences import Defence
-from undistill.fit import Fit
 from undistill.models import Model
-from undistill.oracle import Oracle
-from undistill.store import Run
-from undistill.workflow import Settings, protect
+from undistill.runs.make import protect
+from undistill.runs.run import Run
+from undistill.runs.settings import Settings
+from undistill.training.answers import AnswerStore, RememberedAnswers
+from undistill.training.fit import Fit
+from undistill.victims.oracle import Oracle
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_students_are_the_same_bits_with_and_without(attack: str, victim: nn.Mod
 
     def student(store: AnswerStore) -> tuple[nn.Module, int]:
         parsed = Attack.parse(attack)
-        oracle = Oracle(Answers(victim, store=store), parsed.needs)
+        oracle = Oracle(RememberedAnswers(victim, store=store), parsed.needs)
         network = Model.parse(STUDENT).build(toy.shape, toy.num_classes, 5)
         fit = Fit(RECIPE, 3, torch.device("cpu"))
         return parsed.run(oracle, network, toy.split, fit), oracle.queries
@@ -49,8 +50,8 @@ def test_students_are_the_same_bits_with_and_without(attack: str, victim: nn.Mod
 
 def test_a_second_defence_asks_the_adversary_nothing(honest: Run, toy: Data, tmp_path: Path, monkeypatch) -> None:
     asked = []
-    compute = Answers._compute
-    monkeypatch.setattr(Answers, "_compute", lambda *words: asked.append(words) or compute(*words))
+    compute = RememberedAnswers._run
+    monkeypatch.setattr(RememberedAnswers, "_run", lambda *words: asked.append(words) or compute(*words))
 
     def nasty(omega: float, store: AnswerStore) -> nn.Module:
         fit = Fit(RECIPE, 3, torch.device("cpu"), store=store)

@@ -8,12 +8,12 @@ import pytest
 from torch import nn
 
 from tests.conftest import STUDENT
-from undistill.auditor import audit
-from undistill.errors import StoreError
+from undistill.api import audit
+from undistill.auditing.schema import Interval
+from undistill.core.errors import StoreError
 from undistill.report.evidence import read_evidence, write_evidence
 from undistill.report.page import percent, points, read_report, render
-from undistill.report.schema import Interval
-from undistill.store import Run
+from undistill.runs.run import Run
 
 
 @pytest.fixture(scope="module")

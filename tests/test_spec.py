@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from undistill.attacks import Attack
+from undistill.core.errors import ModelError, SpecError
 from undistill.data import Source
+from undistill.data.views import Views
 from undistill.defences import Defence
 from undistill.defences.nasty import Nasty
-from undistill.errors import ModelError, SpecError
 from undistill.models import Model
-from undistill.recipe import Recipe
-from undistill.views import Views
+from undistill.training.recipe import Recipe
 
 
 @given(

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from tests.conftest import RECIPE, TEACHER, toy_arrays
-from undistill.errors import StoreError
+from undistill.core.errors import StoreError
 from undistill.models import Model
-from undistill.store import Run, claim
-from undistill.workflow import TrainSettings, train
+from undistill.runs.folder import claim
+from undistill.runs.make import train
+from undistill.runs.run import Run
+from undistill.runs.settings import TrainSettings
 
 SETTINGS = TrainSettings(recipe=RECIPE)
 

@@ -8,17 +8,10 @@ from torch import Tensor, nn
 
 from tests.conftest import STUDENT
 from undistill.attacks import Attack
-from undistill.attacks.dafl import DAFL
-from undistill.attacks.deep_inversion import DeepInversion
-from undistill.attacks.fast import Fast
-from undistill.attacks.zskt import ZSKT
-from undistill.data import Data
-from undistill.engine import Engine
-from undistill.fit import Fit
-from undistill.models import Model
-from undistill.oracle import Oracle
-from undistill.recipe import Recipe
-from undistill.synthesis import (
+from undistill.attacks.data_free.dafl import DAFL
+from undistill.attacks.data_free.deep_inversion import DeepInversion
+from undistill.attacks.data_free.fast import Fast
+from undistill.attacks.data_free.synthesis import (
     BatchNormStatistics,
     Generator,
     agreed_divergence,
@@ -27,6 +20,13 @@ from undistill.synthesis import (
     shifted,
     total_variation,
 )
+from undistill.attacks.data_free.zskt import ZSKT
+from undistill.data import Data
+from undistill.models import Model
+from undistill.training.compute import Compute
+from undistill.training.fit import Fit
+from undistill.training.recipe import Recipe
+from undistill.victims.oracle import Oracle
 
 
 def test_batch_norm_statistics_are_distances_of_means_and_of_variances() -> None:
@@ -67,7 +67,7 @@ def test_disagreement_has_a_gradient_however_sure_the_answers_are() -> None:
 
 
 def test_dafl_wants_sure_varied_answers_and_active_features() -> None:
-    """Answers (1, 0) and (0, 1): one-hot 0, entropy log 2; features 1 and 3: mean 2."""
+    """RememberedAnswers (1, 0) and (0, 1): one-hot 0, entropy log 2; features 1 and 3: mean 2."""
     answers, features = torch.tensor([[400.0, 0.0], [0.0, 400.0]]), torch.tensor([[1.0], [-3.0]])
     attack = DAFL(one_hot=1, entropy=5, activation=0.1)
     assert attack._loss(answers, [features]) == pytest.approx(-5 * math.log(2) - 0.2, abs=1e-5)
@@ -248,7 +248,7 @@ def test_the_victim_is_laid_out_as_the_student_is(name: str, toy: Data) -> None:
         seen.append(layer.weight.is_contiguous(memory_format=torch.channels_last))
 
     [layer for layer in victim.modules() if isinstance(layer, nn.Conv2d)][-1].register_forward_pre_hook(look)
-    recipe = Recipe(epochs=2, engine=Engine(layout="channels_last"))
+    recipe = Recipe(epochs=2, compute=Compute(layout="channels_last"))
     student = Model.parse("ConvNet(width=2)").build(toy.shape, toy.num_classes, 0)
     attack = Attack.parse(name)
     attack.run(Oracle(victim, attack.needs), student, toy.attackers(0.1, 0), Fit(recipe, 0, torch.device("cpu")))

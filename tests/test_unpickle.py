@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.test_official import RANDOM, dump
+from undistill.core.errors import DataError
 from undistill.data.unpickle import read_batch
-from undistill.errors import DataError
 
 
 class Evil:

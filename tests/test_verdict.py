@@ -1,8 +1,8 @@
 import pytest
 
-from undistill.errors import SpecError
-from undistill.report.schema import Cell, Interval
-from undistill.verdict import interval, judge, minus
+from undistill.auditing.schema import Cell, Interval
+from undistill.auditing.verdict import interval, judge, minus
+from undistill.core.errors import SpecError
 
 FLOORS = {"Scratch()": 0.80, "LabelSmoothing(smoothing=0.1)": 0.82, "HardLabels()": 0.85}
 COST = Interval(mean=0.01, low=0.0, high=0.02, n=3)
@@ -20,7 +20,7 @@ def cell(attack: str, side: str, accuracy: float, seed: int = 0, student: str = 
         seconds=1.0,
         floor=attack in FLOORS,
         late_gain=0.0,
-        engine="",
+        compute="",
     )
 
 
@@ -56,8 +56,8 @@ def test_verdict_by_hand() -> None:
     verdict = judge(cells(), COST, "toys")
     assert verdict.leak_hard.mean == pytest.approx(0.70 - 0.85)
     assert verdict.leak_label_smoothing.mean == pytest.approx(0.70 - 0.82)
-    assert verdict.poison.mean == pytest.approx(0.70 - 0.80)
-    assert verdict.control.mean == pytest.approx(0.84 - 0.80)
+    assert verdict.kd_gain.mean == pytest.approx(0.70 - 0.80)
+    assert verdict.kd_gain_honest.mean == pytest.approx(0.84 - 0.80)
     assert verdict.damage.mean == pytest.approx(0.84 - 0.70)
     assert verdict.leak_hard.high == pytest.approx(verdict.leak_hard.low)  # the shift of a seed cancels
     assert "14.0 points worse" in verdict.sentence
@@ -69,7 +69,7 @@ def test_worst_attack_decides() -> None:
     verdict = judge(cells(Clever=0.88), COST, "toys")
     assert verdict.worst_attack == "Clever()"
     assert verdict.leak_hard.mean == pytest.approx(0.03)
-    assert verdict.poison.mean == pytest.approx(-0.10)  # the paper's figure is about plain KD alone
+    assert verdict.kd_gain.mean == pytest.approx(-0.10)  # the paper's figure is about plain KD alone
     assert "gains 3.0 points over" in verdict.sentence
 
 

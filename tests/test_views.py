@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta
 
+from undistill.core.errors import SpecError
 from undistill.data import Samples
-from undistill.errors import SpecError
-from undistill.views import Views, draw, philox
+from undistill.data.views import Views, draw, philox
 
 EVERY = [
     Views(crop=0.25, flip=True),

@@ -5,10 +5,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import NASTY, RECIPE, TEACHER
-from undistill.errors import ModelError, NonFinite, StoreError
-from undistill.recipe import Recipe
-from undistill.store import Run
-from undistill.workflow import Settings, TrainSettings, protect, recorded_settings, train
+from undistill.core.errors import ModelError, NonFinite, StoreError
+from undistill.runs.make import protect, train
+from undistill.runs.run import Run
+from undistill.runs.settings import Settings, TrainSettings, recorded_settings
+from undistill.training.recipe import Recipe
 
 SETTINGS = TrainSettings(recipe=RECIPE)
 
@@ -96,7 +97,7 @@ def make(num_classes, in_channels, image_size):
 def test_stored_runs_do_not_execute_code_unless_it_is_named_again(
     toy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from undistill import code
+    from undistill.core import code
 
     (tmp_path / "net.py").write_text(NET)
     mine = f"{tmp_path / 'net.py'}:make"

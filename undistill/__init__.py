@@ -6,30 +6,31 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from undistill.attacks import Attack
-    from undistill.auditor import audit
-    from undistill.data import Data, Samples, Source, Split
-    from undistill.defences import Defence
-    from undistill.fit import Fit
-    from undistill.models import Model
-    from undistill.oracle import Access, Oracle
-    from undistill.recipe import Recipe
-    from undistill.store import Run
-    from undistill.stream import Batch
-    from undistill.workflow import Settings, TrainSettings, protect, train
+    from undistill.api import audit, protect, train
+    from undistill.attacks.attack import Attack
+    from undistill.data.batches import Batch
+    from undistill.data.source import Source
+    from undistill.data.split import Data, Samples, Split
+    from undistill.defences.defence import Defence
+    from undistill.models.model import Model
+    from undistill.runs.run import Run
+    from undistill.runs.settings import Settings, TrainSettings
+    from undistill.training.fit import Fit
+    from undistill.training.recipe import Recipe
+    from undistill.victims.oracle import Access, Oracle
 
 _HOMES = {
+    "api": ["audit", "protect", "train"],
     "attacks": ["Attack"],
-    "auditor": ["audit"],
     "data": ["Data", "Samples", "Source", "Split"],
+    "data.batches": ["Batch"],
     "defences": ["Defence"],
-    "fit": ["Fit"],
     "models": ["Model"],
-    "oracle": ["Access", "Oracle"],
-    "recipe": ["Recipe"],
-    "store": ["Run"],
-    "stream": ["Batch"],
-    "workflow": ["Settings", "TrainSettings", "protect", "train"],
+    "runs.run": ["Run"],
+    "runs.settings": ["Settings", "TrainSettings"],
+    "training.fit": ["Fit"],
+    "training.recipe": ["Recipe"],
+    "victims.oracle": ["Access", "Oracle"],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -16,7 +16,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
     from undistill.cli import app
-    from undistill.options import LAUNCHED
+    from undistill.cli.options import LAUNCHED
 
     try:
         app(prog_name="undistill")

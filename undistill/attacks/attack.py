@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from torch import nn
 
-from undistill.data import Split
-from undistill.fit import Fit
-from undistill.oracle import Access, Oracle
-from undistill.spec import Spec
+from undistill.core.spec import Spec
+from undistill.data.split import Split
+from undistill.training.fit import Fit
+from undistill.victims.oracle import Access, Oracle
 
 
 class Attack(Spec):

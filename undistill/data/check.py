@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from undistill.data.official import File, Official
+from undistill.data.sheet import COLUMNS
 from undistill.data.source import Source
 from undistill.data.split import Data
-from undistill.sheet import COLUMNS
 
 SHOWN = 128  # pixels of the longer side
 OTHER = "other bytes than published, but complete and well-formed"

@@ -17,8 +17,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from undistill.errors import DataError, FileError, UndistillError, refused
-from undistill.files import GIB, inside, open_regular, sha256
+from undistill.core.errors import DataError, FileError, UndistillError, refused
+from undistill.core.files import GIB, inside, open_regular, sha256
 
 T = TypeVar("T")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
+from undistill.core.errors import DataError
 from undistill.data.files import GREY, ImageFiles, entries, files_below, read_header, read_picture
 from undistill.data.source import ResolvedPath, Source
 from undistill.data.split import Samples
-from undistill.errors import DataError
 
 LARGE = 2 * 2**30  # bytes of pixels that are still held in memory
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from undistill.core.errors import DataError
+from undistill.core.files import open_regular
 from undistill.data.official import AGAIN, File, Official, reading
 from undistill.data.split import Samples
-from undistill.errors import DataError
-from undistill.files import open_regular
 
 LARGEST = 16 + 60_000 * 28 * 28  # bytes; a small archive may hold far more than fits into memory
 

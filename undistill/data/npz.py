@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from undistill.core.errors import DataError
+from undistill.core.tensors import LARGEST, read_arrays
 from undistill.data.source import ResolvedPath, Source
 from undistill.data.split import Samples
-from undistill.errors import DataError
-from undistill.states import LARGEST, read_arrays
 
 
 class Npz(Source):

@@ -16,10 +16,10 @@ from typing import ClassVar
 
 from filelock import FileLock
 
+from undistill.core.errors import DataError, FileError, refused
+from undistill.core.files import GIB, fresh_name, inside, open_regular, sweep
 from undistill.data.source import Source
 from undistill.data.split import Samples
-from undistill.errors import DataError, FileError, refused
-from undistill.files import GIB, fresh_name, inside, open_regular, sweep
 
 log = logging.getLogger(__name__)
 

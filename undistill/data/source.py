@@ -7,9 +7,9 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field
 
+from undistill.core.errors import DataError
+from undistill.core.spec import Spec
 from undistill.data.split import Data, Samples, divide
-from undistill.errors import DataError
-from undistill.spec import Spec
 
 ResolvedPath = Annotated[str, AfterValidator(lambda text: os.path.realpath(os.path.expanduser(text)))]
 """A path that means the same from every working directory."""

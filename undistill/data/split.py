@@ -10,8 +10,8 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from undistill.core.errors import DataError, legible
 from undistill.data.files import ImageFiles
-from undistill.errors import DataError, legible
 
 LONGEST = 200  # characters of a class name
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
+from undistill.core.errors import DataError
+from undistill.core.files import inside, read_text
 from undistill.data.files import files_below, read_header, read_picture
 from undistill.data.official import File, Official
 from undistill.data.split import Samples
-from undistill.errors import DataError
-from undistill.files import inside, read_text
 
 SIDE = 64
 

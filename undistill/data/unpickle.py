@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from undistill.errors import DataError, FileError
-from undistill.files import MIB, open_regular
+from undistill.core.errors import DataError, FileError
+from undistill.core.files import MIB, open_regular
 
 LARGEST = 512 * MIB
 

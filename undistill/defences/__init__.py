@@ -1,7 +1,7 @@
 """Defences, one file each; every file in this folder is found on its own."""
 
+from undistill.core.discover import import_all
 from undistill.defences.defence import Defence
-from undistill.discover import import_all
 
 import_all(__path__, __name__)
 

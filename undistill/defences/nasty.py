@@ -1,52 +1,48 @@
 """The nasty teacher: self-undermining knowledge distillation (Ma et al., ICLR 2021)."""
 
 import math
-from collections.abc import Mapping
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from undistill.data import Split
+from undistill.core.spec import Temperature, Weight
+from undistill.data.batches import Batch
+from undistill.data.split import Split
 from undistill.defences.defence import Defence
-from undistill.fit import Fit
-from undistill.losses import cross_entropy, undermining
-from undistill.spec import Temperature, Weight
-from undistill.store import Run
-from undistill.stream import Batch
+from undistill.training.fit import Fit, Terms, Weighted
+from undistill.training.losses import cross_entropy, undermining
 
 
 class Nasty(Defence):
-    """`CE(nasty, y) - omega T^2 KL(nasty/T || adversary/T)`, the adversary a frozen normal network."""
+    """`CE(nasty, y) - omega T^2 KL(nasty/T || adversary/T)`, the adversary a frozen normal network (eq. 2).
+
+    The paper calls the frozen network an adversary. It attacks nothing: it is what the nasty teacher learns to differ
+    from, by default the honest teacher.
+    """
 
     omega: Weight = 0.04
     T: Temperature = 4.0
     warm_start: float | None = Field(None, gt=0, le=1)
-    """None trains from scratch, as published; a share starts from the honest weights and takes
-    that share of the recipe's epochs."""
+    """None trains from scratch, as published. A share starts from the unprotected weights and takes that share of the
+    recipe's epochs."""
     adversary: str | None = None
-    """A run folder to differ from, instead of the honest teacher itself."""
+    """A run folder whose network to differ from, instead of the honest teacher."""
 
-    def refers(self) -> dict[str, str]:
-        return super().refers() | ({self.adversary: Run.open(self.adversary).digest} if self.adversary else {})
+    @property
+    def reference(self) -> str | None:
+        return self.adversary
 
-    def protect(self, teacher: nn.Module, fresh: nn.Module, data: Split, fit: Fit) -> nn.Module:
-        adversary = fit.answers(self._adversary(data) if self.adversary else teacher)
+    def protect(self, teacher: nn.Module, honest: nn.Module, fresh: nn.Module, data: Split, fit: Fit) -> nn.Module:
+        reference = fit.answers(honest)
         epochs = fit.recipe.epochs
         if self.warm_start:
             fresh.load_state_dict(teacher.state_dict())
             epochs = math.ceil(self.warm_start * epochs)
 
-        def objective(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        def objective(network: nn.Module, batch: Batch) -> Terms:
             logits = network(batch.images)
-            return {
-                "ce": cross_entropy(logits, batch.labels),
-                "undermining": self.omega * undermining(logits, adversary(batch), self.T),
-            }
+            divergence = undermining(logits, reference(batch), self.T)
+            return {"ce": cross_entropy(logits, batch.labels), "undermining": Weighted(divergence, self.omega)}
 
-        rounding = 1e-6 * self.omega * self.T**2  # of a KL in fp32, in nats
+        rounding = 1e-6 * self.T**2  # of a KL in fp32, in nats
         return fit(fresh, data, objective, epochs=epochs, bounds={"undermining": rounding})
-
-    def _adversary(self, data: Split) -> nn.Module:
-        run = Run.open(str(self.adversary))
-        run.require(data.shape, data.classes)
-        return run.network()

@@ -1,5 +1,6 @@
 """Networks. A classifier is an `nn.Module`: (B, C, H, W) in [0, 1] -> logits (B, K)."""
 
+from undistill.core.seeds import seeded
 from undistill.models.convnet import ConvNet
 from undistill.models.factory import Factory
 from undistill.models.mobilenetv2 import MobileNetV2
@@ -12,7 +13,6 @@ from undistill.models.model import (
     last_features,
     load_weights,
     returned,
-    seeded,
 )
 from undistill.models.plaincnn import PlainCNN
 from undistill.models.resnet import ResNet

@@ -5,10 +5,10 @@ from copy import deepcopy
 
 from torch import nn
 
-from undistill.code import load_code
-from undistill.errors import ModelError
+from undistill.core.code import load_code
+from undistill.core.errors import ModelError
+from undistill.core.spec import split_call
 from undistill.models.model import Model, Shape
-from undistill.spec import split_call
 
 
 class Factory(Model):

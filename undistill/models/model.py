@@ -12,11 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from undistill.code import is_code
-from undistill.errors import ModelError
-from undistill.files import MIB, open_regular, read_bytes
-from undistill.spec import Spec
-from undistill.states import LARGEST, load_state
+from undistill.core.code import is_code
+from undistill.core.errors import ModelError
+from undistill.core.files import MIB, open_regular, read_bytes
+from undistill.core.seeds import seeded
+from undistill.core.spec import Spec
+from undistill.core.tensors import LARGEST, load_state
 
 Shape = tuple[int, int, int]  # channels, height, width
 
@@ -44,15 +45,6 @@ class Model(Spec):
                 raise ModelError(f"{self} cannot be built: {str(error).splitlines()[0]}") from None
             check(network, shape, num_classes, str(self))
         return network
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """torch's global generators start at `seed` inside, and go on outside as if nothing had been."""
-    devices = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
 
 
 def check(network: nn.Module, shape: Shape, num_classes: int, name: str, *, finite: bool = True) -> None:

@@ -3,7 +3,7 @@
 from pydantic import Field
 from torch import nn
 
-from undistill.errors import ModelError
+from undistill.core.errors import ModelError
 from undistill.models.model import Model, Shape
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from undistill.errors import ModelError
+from undistill.core.errors import ModelError
 from undistill.models.model import Model, Shape
 
 

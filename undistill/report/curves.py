@@ -11,12 +11,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from undistill.errors import StoreError, legible
+from undistill.auditing.verdict import interval
+from undistill.core.errors import StoreError, legible
 from undistill.report.evidence import MOST, Array, read_curve
 from undistill.report.figures import STYLE
 from undistill.report.table import read_table
-from undistill.store import Run
-from undistill.verdict import interval
+from undistill.runs.run import Run
 
 LINES = ("-", "--", ":", "-.")
 MARKS = "osD^v<>P"

@@ -5,17 +5,17 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from undistill.auditing.pair import VictimPair
+from undistill.core.errors import SpecError, StoreError, unknown
+from undistill.core.files import inside
 from undistill.data.files import read_sheet
-from undistill.errors import SpecError, StoreError, unknown
-from undistill.files import inside
-from undistill.models import Model
+from undistill.models.model import Model
 from undistill.report import figures
 from undistill.report.curves import ablation, of_runs, training
 from undistill.report.evidence import Array, Evidence, evidence_of, read_evidence
 from undistill.report.page import read_report
 from undistill.report.table import read_table
-from undistill.store import Run
-from undistill.subject import Subject, parent
+from undistill.runs.run import Run, parent
 
 MOST_SHEETS = 50
 
@@ -29,7 +29,7 @@ def draw_named(name: str, sources: Sequence[Path], model: str | None = None) -> 
         raise SpecError(unknown("figure", name, FIGURES))
     if not sources:
         raise SpecError(f"A figure is drawn from something: undistill figure {name} {FIGURES[name][0]}")
-    return FIGURES[name][1](sources, None if model is None else Model.named(model))
+    return FIGURES[name][1](sources, None if model is None else Model.from_user(model))
 
 
 def _one(sources: Sequence[Path]) -> Path:
@@ -46,7 +46,7 @@ def _evidence(sources: Sequence[Path], model: Model | None) -> Evidence:
     if len(runs) > 2:
         raise SpecError(f"This figure compares two runs; {len(runs)} were named.")
     honest = runs[0] if len(runs) == 2 else Run.open(parent(runs[0]))
-    Subject(runs[-1], honest, ())  # which refuses runs on different data
+    VictimPair(runs[-1], honest, ())  # which refuses runs on different data
     return evidence_of(honest, runs[-1], model)
 
 

@@ -14,19 +14,16 @@ from numpy.typing import NDArray
 from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
-from undistill.code import is_code
-from undistill.data import Data, Samples
+from undistill.core.errors import StoreError, UndistillError, legible
+from undistill.core.files import LARGEST_TEXT, parse_json, read_text, require_plain, sha256, write_atomically
+from undistill.core.tensors import LARGEST, read_arrays
 from undistill.data.files import read_sheet
-from undistill.data.split import LONGEST
-from undistill.defences import Defence
-from undistill.errors import StoreError, UndistillError, legible
-from undistill.files import LARGEST_TEXT, parse_json, read_text, require_plain, sha256, write_atomically
-from undistill.measure import DIVERGENCE_T as T
-from undistill.measure import evaluate
-from undistill.models import Model, device_of, features
-from undistill.states import LARGEST, read_arrays
-from undistill.store import Run
-from undistill.views import to_float
+from undistill.data.split import LONGEST, Data, Samples
+from undistill.data.views import to_float
+from undistill.models.model import Model, device_of, features
+from undistill.runs.run import Run
+from undistill.training.metrics import DIVERGENCE_T as T
+from undistill.training.metrics import evaluate
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +61,8 @@ def read_curve(run: Run) -> Array | None:
     try:
         if run.record.get("metrics_sha256") not in (None, sha256(file, LARGEST_TEXT)):
             raise ValueError
-        omega = _omega(run)
-        curve = np.array([_point(parse_json(line), omega) for line in read_text(file).splitlines()], float)
+        undermines = "compute" in run.record  # earlier versions recorded that term with its weight
+        curve = np.array([_point(parse_json(line), undermines) for line in read_text(file).splitlines()], float)
         if curve.ndim != 2 or not (np.abs(curve) < MOST).all():
             raise ValueError
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, UndistillError):
@@ -74,15 +71,9 @@ def read_curve(run: Run) -> Array | None:
     return curve
 
 
-def _omega(run: Run) -> float:
-    """The weight of its undermining term; 0 where there is none, or the user's own code would have to say."""
-    defence = str(run.record.get("defence", ""))
-    return getattr(Defence.parse(defence), "omega", 0.0) if defence and not is_code(defence) else 0.0
-
-
-def _point(row: Mapping[str, float], omega: float) -> list[float]:
+def _point(row: Mapping[str, float], undermines: bool) -> list[float]:
     accuracy = 100 * row["validation_accuracy"]
-    return [accuracy, -row["undermining"] / omega] if omega and "undermining" in row else [accuracy]
+    return [accuracy, -row["undermining"]] if undermines and "undermining" in row else [accuracy]
 
 
 def write_evidence(
@@ -93,7 +84,7 @@ def write_evidence(
     sheets: Mapping[str, Path] | None = None,
     curves: Mapping[str, Array | None] | None = None,
 ) -> None:
-    """Answers and maps of both networks, pictures of made images, and curves of training."""
+    """RememberedAnswers and maps of both networks, pictures of made images, and curves of training."""
     arrays = _answered(data, honest, victim)
     for name, file in (sheets or {}).items():
         arrays[f"sheet {name}"] = read_sheet(file)
@@ -104,7 +95,7 @@ def write_evidence(
 
 
 def evidence_of(honest: Run, victim: Run, model: Model | None = None) -> Evidence:
-    """Answers and maps of two runs. `model` names their network again where it is the user's own code."""
+    """RememberedAnswers and maps of two runs. `model` names their network again where it is the user's own code."""
     return _evidence(_answered(victim.data(), honest.network(model), victim.network(model)))
 
 

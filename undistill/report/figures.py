@@ -16,12 +16,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from undistill.errors import legible
-from undistill.files import write_atomically, write_text
-from undistill.measure import DIVERGENCE_T as T
+from undistill.auditing.schema import Report
+from undistill.auditing.verdict import Column, columns, interval
+from undistill.core.errors import legible
+from undistill.core.files import write_atomically, write_text
 from undistill.report.evidence import Array, Evidence
-from undistill.report.schema import Report
-from undistill.verdict import Column, columns, interval
+from undistill.training.metrics import DIVERGENCE_T as T
 
 HONEST, VICTIM, FLOOR = "#4477aa", "#cc3311", "#555555"
 OTHERS = ("backend", "interactive", "toolbar", "timezone", "webagg", "tk.", "docstring", "date.epoch")

@@ -9,13 +9,13 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from pydantic import ValidationError
 
-from undistill.errors import StoreError, legible
-from undistill.files import parse_json, read_text, require_plain, write_json, write_text
+from undistill.auditing.schema import Interval, Report, plus_minus
+from undistill.auditing.verdict import columns, interval
+from undistill.core.errors import StoreError, legible
+from undistill.core.files import parse_json, read_text, require_plain, write_json, write_text
 from undistill.report import figures
 from undistill.report.curves import training
 from undistill.report.evidence import read_evidence
-from undistill.report.schema import Interval, Report
-from undistill.verdict import columns, interval
 
 _HTML = Environment(
     loader=PackageLoader("undistill.report"),
@@ -100,15 +100,9 @@ def table(report: Report) -> list[dict[str, str]]:
 
 def percent(value: Interval | float) -> str:
     """0.9123 -> '91.2 %', with half the width of the interval where there is one."""
-    if isinstance(value, float):
-        return f"{100 * value:.1f} %"
-    return f"{100 * value.mean:.1f}{_half(value)} %"
+    return f"{100 * value:.1f} %" if isinstance(value, float) else f"{plus_minus(value, 100)} %"
 
 
 def points(value: Interval) -> str:
-    """A difference in points, signed: '+2.3 ± 0.4'."""
-    return f"{100 * value.mean:+.1f}{_half(value)}"
-
-
-def _half(value: Interval) -> str:
-    return "" if value.high is None else f" ± {100 * (value.high - value.mean):.1f}"
+    """A difference of shares in points, signed: '+2.3 ± 0.4'."""
+    return plus_minus(value, 100, "+")

@@ -5,18 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
-from undistill.errors import StoreError, legible
-from undistill.files import parse_json, read_text, write_json
-from undistill.report.schema import Number, Part, Text
+from undistill.auditing.schema import Number, Part, Text, plus_minus
+from undistill.auditing.verdict import interval
+from undistill.core.errors import StoreError, legible
+from undistill.core.files import parse_json, read_text, write_json
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One figure for one seed. Accuracies are in percent."""
+    """One value for one seed. Accuracies are in percent."""
 
     accuracy: Percent
     divergence: Number | None = None
@@ -35,17 +36,29 @@ class Measured:
     """Where the images lie that an attack without data made, seen from the folder of the table."""
 
 
-class Line(Part):
-    """One figure, by seed. What earlier versions wrote beside it is left out."""
+class Row(Part):
+    """One value of a table, measured with several seeds. What earlier versions wrote beside it is left out."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     name: Annotated[str, Field(max_length=300)]
     published: Number | None = None
+    """Percent, as the paper reports it."""
     teacher: Text = ""
     student: Text = ""
     measured: Annotated[dict[int, Measured], Field(max_length=1000)]
+    """By seed."""
     case: str = ""
-    """All on which the figure depends."""
+    """Everything on which the value depends, but for the seed."""
+
+    @field_validator("case")
+    @classmethod
+    def _earlier_names(cls, case: str) -> str:
+        """`compute` was called `engine` in tables of earlier versions."""
+        return case.replace("engine=Engine(", "compute=Compute(")
+
+    def holds(self, seed: int, code: str) -> bool:
+        """Whether the value for that seed is known, and was measured by that code."""
+        return seed in self.measured and self.measured[seed].code == code
 
     @property
     def accuracies(self) -> list[float]:
@@ -58,11 +71,27 @@ class Line(Part):
         known = [one.divergence for one in self.measured.values() if one.divergence is not None]
         return statistics.fmean(known) if known else None
 
+    @property
+    def environments(self) -> str:
+        """Where it was measured; a table may be filled on several machines."""
+        return "; ".join(sorted({one.environment for one in self.measured.values()}))
+
+    def cells(self) -> list[str]:
+        """Name, published value, measured value with its 95 % interval, n, divergence."""
+        divergence = "" if self.divergence is None else f"{self.divergence:.1f}"
+        published = "-" if self.published is None else f"{self.published:.2f}"
+        return [self.name, published, self._accuracy(), str(len(self.measured)), divergence]
+
+    def _accuracy(self) -> str:
+        lost = len(self.measured) - len(self.accuracies)
+        said = [plus_minus(interval(self.accuracies))] if self.accuracies else []
+        return ", ".join([*said, f"{lost} diverged"] if lost else said)
+
 
 class Table(Part):
-    rows: Annotated[list[Line], Field(max_length=2000)]
-    earlier: list[Line] = Field(default_factory=list)
-    """Figures of cases that are no longer asked for, because a setting was changed."""
+    rows: Annotated[list[Row], Field(max_length=2000)]
+    earlier: list[Row] = Field(default_factory=list)
+    """Values of cases that are no longer asked for, because a setting was changed."""
 
 
 def read_table(file: Path) -> Table:

@@ -1,0 +1,1 @@
+"""Attacks without data, by whoever has the weights."""

@@ -1,0 +1,1 @@
+"""Attacks that imitate the victim's answers to the attacker's images."""

@@ -1,0 +1,1 @@
+"""Attacks that use labels alone: the floors of every comparison."""

@@ -1,0 +1,25 @@
+"""The stronger floor of an attacker with labels."""
+
+from pydantic import Field
+from torch import nn
+
+from undistill.attacks.attack import Attack
+from undistill.data.batches import Batch
+from undistill.data.split import Split
+from undistill.training.fit import Fit, Terms
+from undistill.training.losses import cross_entropy
+from undistill.victims.oracle import Access, Oracle
+
+
+class LabelSmoothing(Attack):
+    """Cross-entropy on the attacker's own labels, `smoothing` of it spread over all classes (Szegedy 2016)."""
+
+    needs = Access.NONE
+    floor = True
+    smoothing: float = Field(0.1, gt=0, lt=1)
+
+    def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
+        def objective(network: nn.Module, batch: Batch) -> Terms:
+            return {"ce": cross_entropy(network(batch.images), batch.labels, self.smoothing)}
+
+        return fit(student, data, objective)

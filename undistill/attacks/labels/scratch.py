@@ -1,0 +1,23 @@
+"""The floor of an attacker with labels: no victim at all."""
+
+from torch import nn
+
+from undistill.attacks.attack import Attack
+from undistill.data.batches import Batch
+from undistill.data.split import Split
+from undistill.training.fit import Fit, Terms
+from undistill.training.losses import cross_entropy
+from undistill.victims.oracle import Access, Oracle
+
+
+class Scratch(Attack):
+    """Cross-entropy on the attacker's own labels."""
+
+    needs = Access.NONE
+    floor = True
+
+    def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
+        def objective(network: nn.Module, batch: Batch) -> Terms:
+            return {"ce": cross_entropy(network(batch.images), batch.labels)}
+
+        return fit(student, data, objective)

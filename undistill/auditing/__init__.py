@@ -1,0 +1,1 @@
+"""Attacks on a victim and its honest twin, measured and judged."""

@@ -1,0 +1,149 @@
+"""Every way in which an audit's figures can mislead, each with a name; a reader sees those that apply."""
+
+from collections.abc import Callable, Iterator
+from statistics import fmean
+
+from undistill.auditing.schema import Flag, Report
+
+Check = Callable[[Report], str | None]
+CHECKS: dict[str, Check] = {}
+
+
+def check(function: Check) -> Check:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def raised(report: Report) -> list[Flag]:
+    """The flags that apply to `report`."""
+    return list(_raised(report))
+
+
+def _raised(report: Report) -> Iterator[Flag]:
+    for name, function in CHECKS.items():
+        if message := function(report):
+            yield Flag(name=name, message=message)
+
+
+@check
+def selected_on_test(report: Report) -> str | None:
+    if not report.data.startswith("Leaky("):
+        return None
+    return "Epochs were chosen by the test images: every accuracy here is too high. Use the data without Leaky."
+
+
+@check
+def few_seeds(report: Report) -> str | None:
+    n = report.verdict.damage.n
+    return (
+        f"Only {n} seed{'s' * (n > 1)}: the spread between runs is not known well. Use at least 3." if n < 3 else None
+    )
+
+
+@check
+def one_teacher(report: Report) -> str | None:
+    if len(report.pairs) > 1:
+        return None
+    return (
+        "One trained victim: the intervals show the spread over students, not over protected models, "
+        "which is often larger."
+    )
+
+
+@check
+def control_failed(report: Report) -> str | None:
+    gain = report.verdict.kd_gain_honest.mean
+    if gain >= -0.01:
+        return None
+    return (
+        f"Distilling from the unprotected twin is {-gain:.1%} worse than learning without any teacher, "
+        "so weak students of the victim prove little. Tune the attack (T, alpha, epochs) first."
+    )
+
+
+@check
+def costly(report: Report) -> str | None:
+    cost = report.verdict.cost.mean
+    return f"The protection costs {cost * 100:.1f} points of accuracy; its users will notice." if cost > 0.02 else None
+
+
+@check
+def barely_diverged(report: Report) -> str | None:
+    if report.divergence >= 1:
+        return None
+    return f"The victim answers almost as its twin does (T^2 KL {report.divergence:.2f} nats); a larger omega does."
+
+
+@check
+def underfitted_teacher(report: Report) -> str | None:
+    fitted = fmean(pair.honest_train_accuracy for pair in report.pairs)
+    if fitted >= 0.99:
+        return None
+    return (
+        f"The honest teacher fits only {fitted:.1%} of its training images; undermining is nearly free "
+        "only for one that fits them all."
+    )
+
+
+@check
+def students_still_learning(report: Report) -> str | None:
+    late = max(
+        fmean(c.late_gain for c in report.cells if c.attack == name) for name in {c.attack for c in report.cells}
+    )
+    return (
+        f"Some students still gained {late:.1%} in the last fifth of their training; train them for longer."
+        if late > 0.02
+        else None
+    )
+
+
+@check
+def student_at_chance(report: Report) -> str | None:
+    guess, n = 1 / report.classes, min(pair.test_images for pair in report.pairs)
+    bar = guess + 3 * (guess * (1 - guess) / n) ** 0.5
+    chance = sorted({c.attack for c in report.cells if c.accuracy < bar})
+    if not chance:
+        return None
+    return (
+        f"Students of {', '.join(chance)} answer hardly better than chance: tune that attack; "
+        "its training was too short, or diverged."
+    )
+
+
+@check
+def diverged(report: Report) -> str | None:
+    lost = [cell for cell in report.cells if cell.diverged]
+    if not lost:
+        return None
+    return (
+        f"{len(lost)} student{'s' * (len(lost) > 1)} left the finite numbers ({lost[0].attack}) and count as useless; "
+        "a careful thief lowers the learning rate or clips the gradient (recipe.lr, recipe.clip)."
+    )
+
+
+@check
+def adopted_weights(report: Report) -> str | None:
+    if not any(pair.adopted_weights for pair in report.pairs):
+        return None
+    return (
+        "The unprotected model started from weights made elsewhere. If those were trained on the images tested here, "
+        "every accuracy is too high; give test images of their own (FOLDER/train and FOLDER/test, or x_test)."
+    )
+
+
+@check
+def another_twin(report: Report) -> str | None:
+    if all(pair.same_origin for pair in report.pairs):
+        return None
+    return (
+        "The victim was not protected from the unprotected model named here, so differences between the two "
+        "may come from how they were trained rather than from the protection."
+    )
+
+
+@check
+def small_test_set(report: Report) -> str | None:
+    n = min(pair.test_images for pair in report.pairs)
+    if n >= 500:
+        return None
+    return f"With {n} test images an accuracy may be off by {0.5 / n**0.5:.1%}; differences below that say little."

@@ -1,0 +1,331 @@
+"""`Launcher`: where the cells of an audit are done. Every launcher gives the same cells."""
+
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import socket
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pydantic import Field
+
+from undistill.auditing.cell import Job
+from undistill.auditing.schema import Cell
+from undistill.auditing.worker import serve
+from undistill.core import code
+from undistill.core.child import death, is_native_fault
+from undistill.core.errors import LaunchError
+from undistill.core.progress import Board, Progress, Reporter
+from undistill.core.spec import Spec
+from undistill.data.official import VARIABLE, data_dir
+from undistill.training.compute import keep_freed_memory
+
+log = logging.getLogger(__name__)
+
+POLL = 0.5  # seconds between two looks at the workers
+STOP = 5.0  # seconds that a worker has to end
+PATIENCE = 3  # how many workers may be lost in a row without a cell in between
+
+
+class Launcher(Spec):
+    """Lost workers' cells are done again; a cell that fails ends the audit, and finished cells are kept."""
+
+    @abstractmethod
+    def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Cell]:
+        """The cell of every job, in the jobs' order; `cells` is a folder that all processes share."""
+
+
+class Serial(Launcher):
+    """In this process, one after the other."""
+
+    def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Cell]:
+        done = []
+        with progress.task("audit", len(jobs)) as task:
+            for job in jobs:
+                done.append(job.run(cells, progress))
+                task.advance()
+        return done
+
+
+class Pool(Launcher):
+    """In `workers` processes on this machine, which share its cores; on GPUs, one for each in turn."""
+
+    workers: int = Field(2, ge=1, le=512)
+    threads: int = Field(0, ge=0, le=1024)
+    """Of each worker; 0 divides the cores."""
+
+    def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Cell]:
+        orders = {job.key: Order.of(job, cells, self._threads()) for job in jobs}
+        todo = deque(orders)
+        done: dict[str, Cell] = {}
+        lost = 0  # deaths without a cell in between
+        with (
+            progress.task("audit", len(orders)) as task,
+            Board(progress, cells) as board,
+            Crew(min(self.workers, len(orders))) as crew,
+        ):
+            while len(done) < len(orders):
+                crew.assign(todo, orders)
+                for key, result in crew.finished(POLL):
+                    if isinstance(result, Death):
+                        lost += 1
+                        orders[key] = self._again(orders[key], result, lost)
+                        todo.appendleft(key)
+                        continue
+                    if isinstance(result, Exception):
+                        raise result
+                    done[key], lost = result, 0
+                    task.advance()
+                board.look()
+        return [done[job.key] for job in jobs]
+
+    def _again(self, order: "Order", death: "Death", lost: int) -> "Order":
+        """The order to try after a worker's death; `LaunchError` where nothing is left to try."""
+        fault = is_native_fault(death.exitcode)
+        if (fault and order.exact) or lost == PATIENCE:
+            raise LaunchError(f"{self._why(death, fault, lost)} Finished cells are kept.")
+        log.warning("A worker ended with %s; its cell is done again%s.", death, " with exact compute settings" * fault)
+        return replace(order, exact=order.exact or fault)
+
+    def _why(self, death: "Death", fault: bool, lost: int) -> str:
+        if fault:
+            return (
+                f"A worker ended with {death}, with exact compute settings as well. Try others with --set, such as "
+                "recipe.compute.layout=channels_last, or update torch."
+            )
+        if death.exitcode and death.exitcode > 0:
+            return (
+                f"Workers ended with {death} {lost} times in a row. A script of your own must call audit() below "
+                "if __name__ == '__main__':, or its workers run it again."
+            )
+        fewer = f"Pool(workers={max(self.workers - 1, 1)})"
+        return f"Workers ended with {death}, {lost} times in a row; use fewer: {fewer}."
+
+    def _threads(self) -> int:
+        return self.threads or max(torch.get_num_threads() // self.workers, 1)
+
+
+@dataclass(frozen=True)
+class Death:
+    """A worker that ended in the middle of a cell."""
+
+    exitcode: int | None
+
+    def __str__(self) -> str:
+        return death(self.exitcode)
+
+
+class Crew:
+    """Worker processes, each told what to do through a pipe of its own, so that it is known what a dead one was doing.
+
+    None of them outlives the block, however it is left.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._size, self._workers = size, list[Worker]()
+
+    def _start(self, number: int) -> "Worker":
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=serve, args=(theirs, number))
+        with _interrupts_blocked():
+            process.start()
+        theirs.close()
+        return Worker(process, ours)
+
+    def __enter__(self) -> Self:
+        try:
+            for number in range(self._size):
+                self._workers.append(self._start(number))
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for worker in self._workers:
+            worker.pipe.close()  # at which an idle one ends
+            if kind is not None:
+                worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join(STOP)
+            worker.process.kill()
+            worker.process.join()
+
+    def assign(self, todo: deque[str], orders: Mapping[str, "Order"]) -> None:
+        """Give every idle worker the next order; dead ones are replaced."""
+        for number, worker in enumerate(self._workers):
+            if not todo:
+                return
+            if worker.key:
+                continue
+            if not worker.process.is_alive():
+                worker.pipe.close()
+                worker = self._workers[number] = self._start(number)
+            worker.key = todo.popleft()
+            with suppress(OSError):  # one that died meanwhile is noticed by `finished`
+                worker.pipe.send(orders[worker.key])
+
+    def finished(self, seconds: float) -> Iterator[tuple[str, Cell | Exception | Death]]:
+        """What the workers answer within `seconds`, by key."""
+        busy: dict[Any, Worker] = {worker.pipe: worker for worker in self._workers if worker.key}
+        for pipe in multiprocessing.connection.wait(list(busy), seconds):
+            worker = busy[pipe]
+            try:
+                result = worker.pipe.recv()
+            except (EOFError, OSError):  # its end of the pipe is closed: it died
+                worker.process.join(STOP)
+                result = Death(worker.process.exitcode)
+            key, worker.key = worker.key, ""
+            yield key, result
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """A process that is started inside never sees Ctrl-C, not even while it imports."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # which would unblock it at the first start
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@dataclass
+class Worker:
+    """A process, our end of the pipe to it, and the key of the cell that it does now, if any."""
+
+    process: Any
+    pipe: Connection
+    key: str = ""
+
+
+class Ray(Launcher):
+    """On a Ray cluster whose machines share the folders of this one; needs `pip install undistill[ray]`."""
+
+    address: str = "auto"
+    """`auto` finds the cluster of this machine; `local` starts one; else `HOST:PORT` or `ray://HOST:PORT`."""
+    cpus: float = Field(1.0, gt=0)
+    """Of each cell, which computes with as many threads."""
+    gpus: float = Field(0.0, ge=0)
+
+    def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Cell]:
+        if any(job.pair.options.device.type == "cuda" for job in jobs) and not self.gpus:
+            raise LaunchError(
+                "The cells compute on a GPU, and Ray gives them none: --launcher 'Ray(gpus=1)', or a share of one; "
+                "or --device cpu."
+            )
+        ray = self._connect()
+        remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=PATIENCE)(perform)
+        orders = {job.key: Order.of(job, cells, max(int(self.cpus), 1)) for job in jobs}
+        done: dict[str, Cell] = {}
+        try:
+            with progress.task("audit", len(orders)) as task, Board(progress, cells) as board:
+                todo = {remote.remote(order): key for key, order in orders.items()}
+                while todo:
+                    finished, _ = ray.wait(list(todo), timeout=POLL)
+                    for future in finished:
+                        key = todo.pop(future)
+                        try:
+                            done[key] = self._result(ray, future)
+                        except ray.exceptions.WorkerCrashedError as error:
+                            orders[key] = self._again(orders[key], error)
+                            todo[remote.remote(orders[key])] = key
+                        else:
+                            task.advance()
+                    board.look()
+        finally:
+            ray.shutdown()
+        return [done[job.key] for job in jobs]
+
+    def _connect(self) -> Any:
+        try:
+            import ray
+        except ImportError:
+            raise LaunchError("The launcher Ray needs ray: pip install 'undistill[ray]'.") from None
+        try:
+            _require_listening(self.address)
+            address = None if self.address == "local" else self.address
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # ray raises many kinds for an address where no cluster answers
+            raise LaunchError(
+                f"No Ray cluster answers at '{self.address}' ({_short(error)}). Start one with "
+                "'ray start --head', name its address with --address, or use --launcher pool. Nothing was lost."
+            ) from None
+        return ray
+
+    def _result(self, ray: Any, future: Any) -> Cell:
+        try:
+            cell: Cell = ray.get(future)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.WorkerCrashedError:
+            raise
+        except ray.exceptions.RayError as error:
+            raise LaunchError(f"A cell was lost ({_short(error)}). Finished cells are kept.") from None
+        return cell
+
+    def _again(self, order: "Order", error: Exception) -> "Order":
+        """Ray does not say by which signal a worker died: exact compute settings are tried before giving up."""
+        why = f"A cell's worker died {PATIENCE + 1} times ({_short(error)})"
+        if order.exact:
+            raise LaunchError(f"{why}, with exact compute settings as well. Finished cells are kept.") from None
+        log.warning("%s; its cell is done again with exact compute settings.", why)
+        return replace(order, exact=True)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _require_listening(address: str) -> None:
+    """`OSError` where nothing listens at `HOST:PORT`, for which Ray itself would wait for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a worker is told: a job as bytes, to be read only after its code has been trusted."""
+
+    job: bytes
+    cells: Path
+    threads: int
+    cwd: Path
+    data: Path
+    trusted: tuple[str, ...]
+    exact: bool = False
+    """Use exact compute settings, whatever the job asks for."""
+
+    @classmethod
+    def of(cls, job: Job, cells: Path, threads: int) -> "Order":
+        return cls(pickle.dumps(job), cells.resolve(), threads, Path.cwd(), data_dir(), tuple(code.trusted()))
+
+
+def perform(order: Order, number: int | None = None) -> Cell:
+    """Do a cell in this worker; what it says of its progress lies beside it. `number` picks one of the GPUs."""
+    if number is not None and (count := torch.cuda.device_count()):
+        torch.cuda.set_device(number % count)
+    os.chdir(order.cwd)
+    os.environ[VARIABLE] = str(order.data)
+    torch.set_num_threads(order.threads)
+    keep_freed_memory()
+    for reference in order.trusted:
+        code.trust(reference)
+    job: Job = pickle.loads(order.job)
+    return job.run(order.cells, Reporter(order.cells / job.key), exact=order.exact)

@@ -1,0 +1,121 @@
+"""`VictimPair`: a victim beside its honest twin, as an audit asks them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from undistill.auditing.schema import Side
+from undistill.core.errors import NonFinite, StoreError
+from undistill.core.files import GIB
+from undistill.core.seeds import derive
+from undistill.data.split import Data, Split
+from undistill.models.model import Model
+from undistill.runs.run import Run, parent
+from undistill.training.answers import REMEMBER, AnswerStore, RememberedAnswers
+from undistill.training.compute import EXACT, Compute
+
+VALIDATION_SHARE = 0.1
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class QueryOptions:
+    """How networks are asked: on which device, with which compute settings, and how many answers are kept."""
+
+    device: torch.device = CPU
+    compute: Compute = EXACT
+    remember: float = REMEMBER
+    """GiB of disk for each of the two; 0 keeps nothing."""
+
+    def answers(self, run: Run, network: nn.Module) -> RememberedAnswers:
+        """The network, answering each view once; its answers are kept in its run folder."""
+        store = AnswerStore(run.folder / "answers", self.remember * GIB)
+        return RememberedAnswers(network.to(self.device), self.compute, store)
+
+
+@dataclass(frozen=True, eq=False)
+class VictimPair:
+    """The two runs, and the seeds with which students attack this pair."""
+
+    victim: Run
+    honest: Run
+    seeds: tuple[int, ...]
+    model: Model | None = None
+    options: QueryOptions = QueryOptions()
+    share: float = 1.0
+    """Of the training images, what attackers hold."""
+
+    def __post_init__(self) -> None:
+        if self.victim.record["data_sha256"] != self.honest.record["data_sha256"]:
+            raise StoreError(
+                f"{self.victim.folder} and {self.honest.folder} were made on different data; "
+                "only networks of the same data can be compared."
+            )
+
+    @classmethod
+    def of(
+        cls,
+        victim: str | Path | Run,
+        honest: str | Path | Run | None,
+        seeds: Sequence[int],
+        model: str | Model | None,
+    ) -> "VictimPair":
+        """`honest` defaults to the run from which the victim was protected."""
+        run = victim if isinstance(victim, Run) else Run.open(victim)
+        honest = honest or parent(run)
+        twin = honest if isinstance(honest, Run) else Run.open(honest)
+        return cls(run, twin, tuple(seeds), None if model is None else Model.from_user(model))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process gets the runs, not what was loaded from them, and loads each pair once."""
+        return _loaded, (self.victim, self.honest, self.seeds, self.model, self.options, self.share)
+
+    @cached_property
+    def data(self) -> Data:
+        return self.victim.data()
+
+    @cached_property
+    def answers(self) -> dict[Side, RememberedAnswers]:
+        """Both networks; where no one is asked, the victim stands for what students are compared with."""
+        victim = self.options.answers(self.victim, self.victim.network(self.model))
+        honest = self.options.answers(self.honest, self.honest.network(self.model))
+        return {"victim": victim, "honest": honest, "none": victim}
+
+    @cached_property
+    def attackers(self) -> Split:
+        """What every attacker has: the training images, divided anew; the same for all, so that answers are shared."""
+        validation = max(VALIDATION_SHARE, self.data.num_classes / (self.share * len(self.data.train)))
+        return self.data.attackers(validation, derive(0, "attackers"), self.share)
+
+    def network(self, side: Side) -> nn.Module:
+        return self.answers[side].network
+
+    def require_finite(self) -> None:
+        """Raise `NonFinite`, naming the run, if one of the two answers NaN or infinity to the test images."""
+        runs: dict[Side, Run] = {"victim": self.victim, "honest": self.honest}
+        for side, run in runs.items():
+            try:
+                self.test_logits(side)
+            except NonFinite as error:
+                raise NonFinite(f"{run.folder}: {error}") from None
+
+    def test_logits(self, side: Side) -> Tensor:
+        """What a side answers to the test images."""
+        return self.answers[side].plain(self.data.test, self.data.num_classes)
+
+
+_pairs: dict[tuple[object, ...], VictimPair] = {}
+
+
+def _loaded(
+    victim: Run, honest: Run, seeds: tuple[int, ...], model: Model | None, options: QueryOptions, share: float
+) -> VictimPair:
+    key = (victim.folder, victim.digest, honest.folder, honest.digest, seeds, model, options, share)
+    if key not in _pairs:
+        _pairs[key] = VictimPair(victim, honest, seeds, model, options, share)
+    return _pairs[key]

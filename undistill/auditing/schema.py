@@ -1,0 +1,165 @@
+"""`report.json`: the audit's product. Accuracies are shares from 0 to 1; docs/report.schema.json is made from here."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Side = Literal["victim", "honest", "none"]
+Share = Annotated[float, Field(ge=0, le=1)]
+Difference = Annotated[float, Field(ge=-1, le=1)]
+Number = Annotated[float, Field(ge=-1e18, le=1e18)]
+"""Nothing that is measured is beyond, and a hundred times as much can still be written."""
+NotNegative = Annotated[float, Field(ge=0, le=1e18)]
+Count = Annotated[int, Field(ge=0)]
+Text = Annotated[str, Field(max_length=10_000)]
+
+
+class Part(BaseModel):
+    """NaN and infinity are no numbers here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Interval(Part):
+    """A mean with its 95 % interval; the ends are null where a single measurement has no spread."""
+
+    mean: Number
+    low: Number | None
+    high: Number | None
+    n: Annotated[int, Field(ge=1)]
+
+
+def plus_minus(value: Interval, times: float = 1, sign: str = "") -> str:
+    """'91.2 ± 0.4', half a 95 % interval behind the mean, or '91.2' where a single measurement has no spread."""
+    half = "" if value.high is None else f" ± {times * (value.high - value.mean):.1f}"
+    return f"{times * value.mean:{sign}.1f}{half}"
+
+
+class Teacher(Part):
+    """One network on the test set; `nll` in nats. Means over pairs where there are several."""
+
+    spec: Text
+    accuracy: Share
+    nll: NotNegative
+    ece: Share
+
+
+class Pair(Part):
+    """One victim with its honest twin."""
+
+    victim: Teacher
+    honest: Teacher
+    divergence: Number
+    agreement: Share
+    """Share of test images to which both give the same top answer."""
+    honest_train_accuracy: Share
+    test_images: Annotated[int, Field(ge=1)]
+    adopted_weights: bool
+    """The honest teacher started from weights made elsewhere."""
+    same_origin: bool
+    """The victim was protected from this honest teacher."""
+
+
+class Cell(Part):
+    """One student. Side 'none' is an attack that asks nobody; its fidelity is to the victim."""
+
+    side: Side
+    attack: Text
+    student: Text
+    seed: int
+    accuracy: Share
+    fidelity: Share
+    queries: Count
+    seconds: NotNegative
+    floor: bool
+    late_gain: Difference
+    """Validation accuracy gained in the last fifth of the epochs: near 0 where training was long enough."""
+    compute: Text
+    """How the student was computed."""
+    diverged: Text = ""
+    """Why training ended without a student, which then counts as one that always gives the first class."""
+    environment: Text = ""
+    """By which code it was measured, and on what."""
+
+
+class Verdict(Part):
+    """Differences of test accuracy. Positive leaks are good for the thief."""
+
+    sentence: Text
+    leak_hard: Interval
+    """Worst attack minus the hard-label student: what the answers give away beyond the label."""
+    leak_label_smoothing: Interval
+    """Worst attack minus the better of the scratch and label-smoothed students."""
+    kd_gain: Interval
+    """Plain KD from the victim minus scratch: the paper's own figure."""
+    kd_gain_honest: Interval
+    """Plain KD from the honest twin minus scratch: the positive control."""
+    damage: Interval
+    """Plain KD from the honest twin minus plain KD from the victim."""
+    cost: Interval
+    """Honest accuracy minus victim accuracy."""
+    worst_attack: Text
+    worst_student: Text
+
+
+class Costs(Part):
+    """Victim minus honest twin on the test set, and what protecting took."""
+
+    accuracy_lost: Number
+    nll: Number
+    ece: Number
+    l1: Number
+    ms_per_query_victim: Number
+    ms_per_query_honest: Number
+    train_seconds: Number
+
+
+class Flag(Part):
+    """A way in which this result could mislead."""
+
+    name: Text
+    message: Text
+
+
+class Report(Part):
+    """The whole of report.json."""
+
+    format: Literal[2] = 2
+    title: Text
+    data: Text
+    classes: Annotated[int, Field(ge=2)]
+    suite: Text
+    recipe: Text
+    victim: Teacher
+    honest: Teacher
+    pairs: Annotated[list[Pair], Field(min_length=1)]
+    cells: Annotated[list[Cell], Field(min_length=1)]
+    divergence: Number
+    """T^2 KL(victim/T || honest/T) at T = 4 on the validation split, in nats; mean over pairs."""
+    costs: Costs
+    verdict: Verdict
+    flags: list[Flag]
+    environment: dict[Text, Text | int]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_format(cls, report: Any) -> Any:
+        """Format 1 had other names for some fields."""
+        if not isinstance(report, dict) or report.get("format") != 1:
+            return report
+        cells = [_renamed(cell, {"engine": "compute"}) for cell in report.get("cells") or []]
+        verdict = _renamed(report.get("verdict"), {"poison": "kd_gain", "control": "kd_gain_honest"})
+        return report | {"format": 2, "cells": cells, "verdict": verdict}
+
+    @field_validator("cells")
+    @classmethod
+    def _few_rows(cls, cells: list[Cell]) -> list[Cell]:
+        """A page with more rows, and a figure of more panels, would take hours to draw."""
+        rows = {(cell.side, cell.attack, cell.student) for cell in cells}
+        if len(rows) > 2000 or len({cell.student for cell in cells}) > 100:
+            raise ValueError("more than 2,000 attacks, or more than 100 students")
+        return cells
+
+
+def _renamed(record: Any, names: dict[str, str]) -> Any:
+    return {names.get(name, name): value for name, value in record.items()} if isinstance(record, dict) else record

@@ -1,0 +1,120 @@
+"""`audit`: attack x student x seed against the victim and, as positive control, its honest twin."""
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from undistill.auditing.flags import raised
+from undistill.auditing.pair import VictimPair
+from undistill.auditing.schema import Cell, Costs, Interval, Pair, Report, Side, Teacher
+from undistill.auditing.verdict import interval, judge
+from undistill.data.source import Source
+from undistill.data.split import Data, Samples
+from undistill.runs.environment import environment
+from undistill.runs.run import Run
+from undistill.training import metrics
+from undistill.training.metrics import evaluate
+from undistill.training.recipe import Recipe
+
+SIDES: tuple[Side, Side] = ("victim", "honest")
+
+
+def summarise(pairs: Sequence[VictimPair], cells: Sequence[Cell], suite: str, recipe: Recipe) -> Report:
+    """The report over finished cells, with the flags that apply to it."""
+    measured = [measure_pair(pair) for pair in pairs]
+    first = pairs[0].victim.record
+    report = Report(
+        title=f"Audit of {first.get('defence', 'an unprotected model')}",
+        data=first["data"],
+        classes=len(first["classes"]),
+        suite=suite,
+        recipe=str(recipe),
+        victim=average([pair.victim for pair in measured]),
+        honest=average([pair.honest for pair in measured]),
+        pairs=measured,
+        cells=list(cells),
+        divergence=statistics.fmean(pair.divergence for pair in measured),
+        costs=measure_costs(pairs, measured),
+        verdict=judge(cells, accuracy_cost(pairs, measured), Source.parse(first["data"]).title),
+        flags=[],
+        environment=environment(pairs[0].options.device),
+    )
+    return report.model_copy(update={"flags": raised(report)})
+
+
+def measure_pair(pair: VictimPair) -> Pair:
+    """A victim and its honest twin on the test, validation and training images."""
+    data, logits = pair.data, {side: pair.test_logits(side) for side in SIDES}
+    train = pair.answers["honest"].plain(data.train, data.num_classes)
+    victim, honest = (pair.answers[side].plain(data.validation, data.num_classes) for side in SIDES)
+    parent = pair.victim.record.get("parent")
+    made_from = parent["weights_sha256"] if parent else pair.honest.digest
+    return Pair(
+        victim=measure_teacher(pair.victim, logits["victim"], data),
+        honest=measure_teacher(pair.honest, logits["honest"], data),
+        agreement=metrics.fidelity(logits["victim"], logits["honest"]),
+        divergence=metrics.divergence(victim, honest),
+        honest_train_accuracy=metrics.accuracy(train, data.train.labels),
+        test_images=len(data.test),
+        adopted_weights=bool(pair.honest.record.get("start_sha256")),
+        same_origin=made_from == pair.honest.digest,
+    )
+
+
+def measure_teacher(run: Run, logits: Tensor, data: Data) -> Teacher:
+    """A network on the test images, from its `logits` (N, K)."""
+    labels = data.test.labels
+    return Teacher(
+        spec=f"{run.record['model']} {run.record.get('defence', '')}".strip(),
+        accuracy=metrics.accuracy(logits, labels),
+        nll=metrics.nll(logits, labels),
+        ece=metrics.ece(logits, labels),
+    )
+
+
+def average(teachers: Sequence[Teacher]) -> Teacher:
+    """Means over networks that were made in the same way with different seeds."""
+    names = ("accuracy", "nll", "ece")
+    means = {name: statistics.fmean(getattr(teacher, name) for teacher in teachers) for name in names}
+    return Teacher(spec=teachers[0].spec, **means)
+
+
+def accuracy_cost(pairs: Sequence[VictimPair], measured: Sequence[Pair]) -> Interval:
+    """Accuracy lost by protecting, with its spread over pairs, or for a single pair over the test images."""
+    if len(measured) > 1:
+        return interval([pair.honest.accuracy - pair.victim.accuracy for pair in measured])
+    labels = pairs[0].data.test.labels
+    right = {side: (pairs[0].test_logits(side).argmax(1) == labels).double() for side in SIDES}
+    return interval((right["honest"] - right["victim"]).tolist())
+
+
+def measure_costs(pairs: Sequence[VictimPair], measured: Sequence[Pair]) -> Costs:
+    """What protecting cost, as means over pairs."""
+
+    def mean(values: Iterator[float]) -> float:
+        return statistics.fmean(list(values))
+
+    return Costs(
+        accuracy_lost=mean(pair.honest.accuracy - pair.victim.accuracy for pair in measured),
+        nll=mean(pair.victim.nll - pair.honest.nll for pair in measured),
+        ece=mean(pair.victim.ece - pair.honest.ece for pair in measured),
+        l1=mean(metrics.l1(pair.test_logits("victim"), pair.test_logits("honest")) for pair in pairs),
+        ms_per_query_victim=mean(ms_per_query(pair.network("victim"), pair.data) for pair in pairs),
+        ms_per_query_honest=mean(ms_per_query(pair.network("honest"), pair.data) for pair in pairs),
+        train_seconds=mean(float(pair.victim.record["seconds"]) for pair in pairs),
+    )
+
+
+def ms_per_query(network: nn.Module, data: Data, repeats: int = 3) -> float:
+    """Median time to answer one test image in a batch of up to 512, in milliseconds."""
+    times = []
+    some = data.test[torch.arange(min(512, len(data.test)))]
+    images = Samples(some.pixels, some.labels)
+    for _ in range(repeats):
+        began = time.perf_counter()
+        evaluate(network, images)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) / len(images) * 1000

@@ -1,0 +1,116 @@
+"""From the cells to the verdict: worst case over attacks and students, with the spread over seeds."""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+
+from scipy.stats import t as student_t
+
+from undistill.auditing.schema import Cell, Interval, Verdict
+from undistill.core.errors import SpecError
+
+Column = tuple[str, str, str]  # side, attack, student
+Accuracies = dict[int, float]  # by seed
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and 95 % t interval."""
+    mean, n = statistics.fmean(values), len(values)
+    if n < 2:
+        return Interval(mean=mean, low=None, high=None, n=n)
+    half = float(student_t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    return Interval(mean=mean, low=mean - half, high=mean + half, n=n)
+
+
+def columns(cells: Iterable[Cell]) -> dict[Column, Accuracies]:
+    """Accuracies by seed for every (side, attack, student)."""
+    table: dict[Column, Accuracies] = defaultdict(dict)
+    for cell in cells:
+        table[cell.side, cell.attack, cell.student][cell.seed] = cell.accuracy
+    return dict(table)
+
+
+def judge(cells: Sequence[Cell], cost: Interval, data: str) -> Verdict:
+    """The verdict over all cells.
+
+    A difference is taken seed by seed, then averaged. The worst attack is the one whose *mean* is
+    highest, so that picking the luckiest student of each seed does not pass for a leak. Needs one
+    non-floor attack, plain KD among them, and every floor; `SpecError` names what is lacking.
+    """
+    table = columns(cells)
+    attacks = {(c.attack, c.student) for c in cells if not c.floor and c.side == "victim"}
+    if not attacks:
+        raise SpecError("The audit has no attack beside the floors; add one, such as SoftLabels(T=4, alpha=0.9).")
+
+    def student_of(name: str, side: str, student: str) -> Accuracies:
+        for (s, attack, who), accuracies in table.items():
+            if (s, who) == (side, student) and attack.startswith(name + "("):
+                return accuracies
+        raise SpecError(f"The audit has no {name} cell on side '{side}'; its figures cannot be read without it.")
+
+    def hard(student: str) -> Accuracies:
+        return student_of("HardLabels", "victim", student)
+
+    def labelled(student: str) -> Accuracies:
+        floors = (student_of("Scratch", "none", student), student_of("LabelSmoothing", "none", student))
+        return max(floors, key=lambda accuracies: statistics.fmean(accuracies.values()))
+
+    def worst(floor: Callable[[str], Accuracies]) -> tuple[Interval, str, str]:
+        leaks = [(minus(table["victim", attack, who], floor(who)), attack, who) for attack, who in sorted(attacks)]
+        return max(leaks, key=lambda leak: leak[0].mean)
+
+    students = sorted({who for _, who in attacks})
+    kd = {who: student_of("SoftLabels", "victim", who) for who in students}
+    twin = {who: student_of("SoftLabels", "honest", who) for who in students}
+    scratch = {who: student_of("Scratch", "none", who) for who in students}
+    kd_gain = max((minus(kd[who], scratch[who]) for who in students), key=lambda leak: leak.mean)
+    kd_gain_honest = min((minus(twin[who], scratch[who]) for who in students), key=lambda leak: leak.mean)
+    damage = min((minus(twin[who], kd[who]) for who in students), key=lambda gap: gap.mean)
+    leak_hard, worst_attack, worst_student = worst(hard)
+    verdict = Verdict(
+        sentence="",
+        leak_hard=leak_hard,
+        leak_label_smoothing=worst(labelled)[0],
+        kd_gain=kd_gain,
+        kd_gain_honest=kd_gain_honest,
+        damage=damage,
+        cost=cost,
+        worst_attack=worst_attack,
+        worst_student=worst_student,
+    )
+    thief = max(statistics.fmean(hard(who).values()) for who in students)
+    return verdict.model_copy(update={"sentence": sentence(verdict, data, thief)})
+
+
+def minus(a: Accuracies, b: Accuracies) -> Interval:
+    """a - b, paired by seed."""
+    return interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
+
+
+def sentence(verdict: Verdict, data: str, hard_label_accuracy: float) -> str:
+    """The verdict in words, for someone outside the field."""
+    damage, cost = verdict.damage, verdict.cost
+    spoils = damage.mean > 0 and (damage.low is None or damage.low > 0)
+    effect = (
+        f"makes a student that imitates its answers {points(damage.mean)} worse than one that imitates "
+        "the unprotected model"
+        if spoils
+        else "does not measurably spoil the students that imitate its answers"
+    )
+    price = f"costs {points(cost.mean)} of accuracy" if cost.mean > 0 else "costs no accuracy"
+    leak = verdict.leak_hard
+    best = (
+        "does not measurably gain over"
+        if leak.mean <= 0 or (leak.low is not None and leak.low <= 0)
+        else f"gains {points(leak.mean)} over"
+    )
+    return (
+        f"On {data}, the protection {price} and {effect}; the strongest attack tried here {best} copying "
+        f"only the top answers, a way that stays open and gives a student of {hard_label_accuracy:.1%}."
+    )
+
+
+def points(share: float) -> str:
+    """0.023 -> '2.3 points'."""
+    return f"{abs(share) * 100:.1f} points"

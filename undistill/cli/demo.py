@@ -1,0 +1,42 @@
+"""`undistill demo`: the whole story on handwritten digits, every part of it anew for every seed."""
+
+from pathlib import Path
+
+from undistill.api import perform
+from undistill.auditing.launchers import Serial
+from undistill.auditing.pair import QueryOptions, VictimPair
+from undistill.auditing.plan import plan
+from undistill.auditing.schema import Report
+from undistill.core import distributed
+from undistill.core.progress import Progress
+from undistill.data.digits import Digits
+from undistill.runs.folder import claim
+from undistill.runs.make import protect, train
+from undistill.runs.settings import Settings, TrainSettings
+from undistill.training.compute import pick_device
+from undistill.training.recipe import Recipe
+
+MODEL = "ConvNet(width=16)"
+STUDENT = "ConvNet(width=2)"
+DEFENCE = "Nasty(omega=0.03, T=4)"
+STUDENT_EPOCHS = 60
+
+
+def demo(out: Path, seeds: int, progress: Progress, device: str = "auto") -> Report:
+    """Train, protect and audit on `seeds` different splits of the digits; one report over all of them."""
+    request = {"command": "demo", "model": MODEL, "defence": DEFENCE, "recipe": Recipe().model_dump(mode="json")}
+    distributed.require_one("demo")
+    pick_device(device)
+    with claim(out, request):
+        pairs = [pair(out / f"seed-{seed}", seed, progress, device) for seed in range(seeds)]
+        jobs = list(plan(pairs, "quick", (), [STUDENT], Recipe(epochs=STUDENT_EPOCHS)))
+        return perform(jobs, out, "quick", Serial(), progress)
+
+
+def pair(folder: Path, seed: int, progress: Progress, device: str) -> VictimPair:
+    """One honest teacher and its nasty twin, attacked with one seed."""
+    honest_settings, settings = TrainSettings(seed=seed), Settings(seed=seed)
+    data = Digits(seed=seed)
+    honest = train(data, MODEL, folder / "honest", settings=honest_settings, device=device, progress=progress)
+    victim = protect(honest, DEFENCE, folder / "nasty", settings=settings, device=device, progress=progress)
+    return VictimPair(victim, honest, (seed,), options=QueryOptions(pick_device(device)))

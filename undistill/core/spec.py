@@ -1,0 +1,182 @@
+"""`Spec`: a frozen, validated record whose text is its CLI form, test id, report row and cache key.
+
+>>> Attack.parse("SoftLabels(T=4, alpha=0.9)")
+"""
+
+import ast
+import inspect
+import re
+import reprlib
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from undistill.core.code import code_sha256, is_code, load_code, trust
+from undistill.core.errors import SpecError, unknown
+
+_CALL = re.compile(r"\s*(?:(?P<origin>[^()]+):)?(?P<name>[\w-]+)\s*(?P<arguments>\(.*\))?\s*", re.S)
+
+
+def within(low: float, high: float, why: str) -> AfterValidator:
+    """A number from `low` to `high`; `why` tells the user what is wrong with others."""
+
+    def check(value: float) -> float:
+        if not low <= value <= high:
+            raise ValueError(f"it must lie between {low:g} and {high:g}: {why}")
+        return value
+
+    return AfterValidator(check)
+
+
+Temperature = Annotated[float, within(0.05, 1000, "below, only the top answer is left; beyond, T^2 KL is rounding")]
+"""T of a softened answer, softmax(z / T)."""
+Weight = Annotated[float, within(0, 1000, "a term of the loss beyond drowns all others")]
+"""Factor of a term in a loss."""
+LearningRate = Annotated[float, within(1e-9, 100, "weights beyond either stand still or leave the finite numbers")]
+
+
+class Spec(BaseModel):
+    """Extra fields are refused, ranges are checked, NaN and infinity are not numbers here.
+
+    A direct subclass is a family (`Attack`, `Defence`, ...); concrete subclasses of a family inside
+    this package register themselves under their class name (but for
+    those that are not `listed`); the user's go by `file.py:Name`.
+    `parse(str(x)) == x` holds for every spec.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    registry: ClassVar[dict[str, type[Any]]]
+    origin: ClassVar[str] = ""
+    listed: ClassVar[bool] = True
+    """A common base of specs says False in its own body."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        if Spec in cls.__bases__:
+            cls.registry = {}
+        listed = cls.__dict__.get("listed", True)
+        if listed and cls.__module__.startswith("undistill.") and not inspect.isabstract(cls):
+            cls.registry[cls.__name__] = cls
+
+    def __init__(self, /, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise SpecError(_explain(type(self), error)) from None
+
+    def __str__(self) -> str:
+        fields = ", ".join(f"{name}={_text(value)}" for name, value in self)
+        return f"{self.origin + ':' if self.origin else ''}{type(self).__name__}({fields})"
+
+    __repr__ = __str__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process reads the text, and so runs only code that it was told to trust."""
+        return _read, (self._family(), str(self))
+
+    def refers(self) -> dict[str, str]:
+        """SHA-256 of what the text only names and the result depends on, such as the user's code."""
+        text = str(self)
+        return {text.split("(")[0]: code_sha256(text)} if is_code(text) else {}
+
+    @classmethod
+    def _family(cls) -> type["Spec"]:
+        return next(base for base in cls.__mro__ if Spec in base.__bases__)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The spec that `text` describes: `Name`, `Name(field=value)` or `file.py:Name(...)`.
+
+        Raises `SpecError` for an unknown name or field (with the nearest valid one), for a value
+        out of range, and for code that the user did not name (see `undistill.code.trust`).
+        """
+        origin, name, arguments = split_call(text)
+        spec = cls._load(origin, name) if origin else cls._find(name)
+        return spec(**arguments)
+
+    @classmethod
+    def from_user(cls, spec: str | Self) -> Self:
+        """What the user typed, or made: its code may run."""
+        if isinstance(spec, cls):
+            return spec
+        trust(str(spec))
+        return cls.parse(str(spec))
+
+    @classmethod
+    def _find(cls, name: str) -> type[Self]:
+        for known, spec in cls.registry.items():
+            if known.casefold() == name.casefold():
+                return spec
+        raise SpecError(unknown(cls.__name__.lower(), name, cls.registry))
+
+    @classmethod
+    def _load(cls, origin: str, name: str) -> type[Self]:
+        spec = load_code(f"{origin}:{name}")
+        if not (inspect.isclass(spec) and issubclass(spec, cls)):
+            raise SpecError(f"{origin}:{name} is not a subclass of {cls.__name__}.")
+        if inspect.isabstract(spec):
+            raise SpecError(f"{origin}:{name} lacks {', '.join(sorted(spec.__abstractmethods__))}.")
+        if not spec.__module__.startswith("undistill."):
+            spec.origin = origin
+        return spec
+
+
+def _read(family: type[Spec], text: str) -> Spec:
+    return family.parse(text)
+
+
+def split_call(text: str) -> tuple[str, str, dict[str, Any]]:
+    """Origin, name and keyword arguments of `origin:Name(key=literal, ...)`."""
+    match = _CALL.fullmatch(text)
+    if match is None:
+        raise SpecError(f"Cannot read '{text}': write Name or Name(field=value, ...).")
+    try:
+        call = ast.parse("f" + (match["arguments"] or "()"), mode="eval").body
+        assert isinstance(call, ast.Call)
+        arguments = _keywords(call)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, AssertionError):
+        raise SpecError(
+            f"Cannot read '{text}': fields are written field=value, with numbers, True, False, "
+            "None or quoted text as values."
+        ) from None
+    return (match["origin"] or "").strip(), match["name"], arguments
+
+
+def _keywords(call: ast.Call) -> dict[str, Any]:
+    if not isinstance(call.func, ast.Name) or call.args or any(key.arg is None for key in call.keywords):
+        raise ValueError("fields have names")
+    names = [str(key.arg) for key in call.keywords]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise SpecError(f"The field '{min(twice)}' is given twice.")
+    return {name: _literal(key.value) for name, key in zip(names, call.keywords, strict=True)}
+
+
+def _literal(node: ast.expr) -> Any:
+    """A literal, or the fields of a nested spec, whose class its parent knows."""
+    return _keywords(node) if isinstance(node, ast.Call) else ast.literal_eval(node)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float) and value == int(value) and abs(value) < 1e15:
+        return str(int(value))
+    return str(value) if isinstance(value, Spec) else repr(value)
+
+
+def _explain(spec: type[Spec], error: ValidationError) -> str:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return unknown(f"field of {spec.__name__}", field, spec.model_fields)
+    if first["type"] == "missing":
+        return f"{spec.__name__} needs a value for '{field}'."
+    why = first["msg"].removeprefix("Value error, ")
+    return f"{spec.__name__}: {field} = {_shown(first['input'])} is refused: {why}."
+
+
+def _shown(value: Any) -> str:
+    """A refused value as text, cut where it is long; a crafted one may have no text at all."""
+    try:
+        return reprlib.repr(value)
+    except Exception:
+        return f"<{type(value).__name__}>"

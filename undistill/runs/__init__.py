@@ -1,0 +1,1 @@
+"""Run folders: networks on disk, with the record of how they were made."""

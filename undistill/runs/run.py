@@ -1,0 +1,171 @@
+"""Run folders: claimed with a request, finished with a record, read back without executing anything.
+
+request.json          what was asked for, written first; the same request resumes or is instant
+autotune-KEY.json     a measured trial of precision, layout and compilation, and what it chose
+answers/              what the network answered to views, for later commands; may be removed at any time
+checkpoint-N.pt       the N-th training of the run so far; gone once it is finished
+metrics.jsonl         every epoch
+weights.safetensors   the result
+run.json              specs, parents, seed, metrics, versions, the weights' hash; written last
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from undistill.core.code import is_code, is_current
+from undistill.core.errors import StoreError
+from undistill.core.files import require_plain, sha256
+from undistill.data.source import Source
+from undistill.data.split import Data
+from undistill.models.model import Model, largest_weights, load_weights
+from undistill.runs.folder import Record, read_record
+
+Finite = Annotated[float, Field(ge=-1e18, le=1e18, allow_inf_nan=False)]
+
+
+class Metrics(BaseModel):
+    """What is known of a finished network; more may be recorded."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Finite]
+
+    validation_accuracy: float = Field(ge=0, le=1)
+
+
+class Parent(BaseModel):
+    """The honest teacher from which a network was protected, as a path from the run's folder."""
+
+    folder: str
+    weights_sha256: str
+
+
+class Recorded(BaseModel):
+    """What every run.json must hold, whatever else it says."""
+
+    command: Literal["train", "protect"]
+    data: str
+    data_sha256: str
+    model: str
+    defence: str | None = None
+    parent: Parent | None = None
+    start_sha256: str | None = None
+    classes: list[str] = Field(min_length=2)
+    shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    refers: dict[str, str]
+    settings: dict[str, Any]
+    metrics: Metrics
+    seconds: Annotated[Finite, Field(ge=0)]
+    weights_sha256: str
+    metrics_sha256: str | None = None
+    environment: dict[str, str | int] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training: who it is, on what, and its weights."""
+
+    folder: Path
+    record: Record
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Run":
+        """Raises `StoreError` where there is no finished run."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise StoreError(f"There is no run folder {folder}.")
+        if not (folder / "run.json").exists():
+            raise StoreError(f"{folder} is {_unfinished(folder)}.")
+        require_plain(folder)
+        record = read_record(folder / "run.json")
+        try:
+            Recorded.model_validate(record)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise StoreError(
+                f"{folder / 'run.json'} is damaged: {field}: {first['msg']}; make the run again."
+            ) from None
+        return cls(folder, record)
+
+    def data(self) -> Data:
+        """The run's data, read again and checked to be the same."""
+        data = Source.parse(self.record["data"]).load()
+        if data.digest != self.record["data_sha256"]:
+            raise StoreError(
+                f"{self.record['data']} no longer holds the images on which {self.folder} was made; "
+                "restore them, or train again into a new folder."
+            )
+        self.require(data.shape, data.classes)
+        return data
+
+    def network(self, model: Model | None = None) -> nn.Module:
+        """The trained network, in eval mode. `model` overrides the recorded one (needed for the user's own code)."""
+        path, network = self.folder / "weights.safetensors", self.fresh(0, model)
+        if not path.exists() or sha256(path, largest_weights(network)) != self.record["weights_sha256"]:
+            raise StoreError(
+                f"{path} is missing or not the file that this run wrote; remove {self.folder} and make the run again."
+            )
+        load_weights(network, path)
+        return network
+
+    def fresh(self, seed: int, model: Model | None = None) -> nn.Module:
+        """The same architecture, newly initialised by `seed`."""
+        spec = self.model(model)
+        recorded = self.record["refers"].values()
+        for name, now in spec.refers().items():
+            if now not in recorded and not any(is_current(name, sha) for sha in recorded):
+                raise StoreError(
+                    f"The code of {spec}, or of a module that it imports, has changed since {self.folder} was made "
+                    f"(SHA-256 now {now[:12]}...); restore it, or make the run again with another --out."
+                )
+        return spec.build(self.shape, len(self.record["classes"]), seed).eval()
+
+    def model(self, override: Model | None = None) -> Model:
+        """The recorded network; `override` names it again where it is the user's own code."""
+        recorded = str(self.record["model"])
+        return override if override and is_code(recorded) else Model.parse(recorded)
+
+    def require(self, shape: tuple[int, ...], classes: Sequence[str]) -> None:
+        """Raise `StoreError` unless the run's network is one for these images and classes."""
+        own = (self.shape, tuple(self.record["classes"]))
+        if own != (tuple(shape), tuple(classes)):
+            raise StoreError(
+                f"{self.folder} is for images {own[0]} and {len(own[1])} classes; "
+                f"{tuple(shape)} and {len(classes)} are needed."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.record["shape"]
+        return channels, height, width
+
+    @property
+    def digest(self) -> str:
+        return str(self.record["weights_sha256"])
+
+
+def _unfinished(folder: Path) -> str:
+    """What a folder without run.json is."""
+    if not (folder / "request.json").exists():
+        return "no run of undistill"
+    command = read_record(folder / "request.json").get("command")
+    if command in ("train", "protect"):
+        return "unfinished: run the command that made it again"
+    return f"the folder of another command ({command}), not of a model"
+
+
+def parent(run: Run) -> Path:
+    """The folder of the honest teacher from which `run` was protected."""
+    if not run.record.get("parent"):
+        raise StoreError(
+            f"{run.folder} was not made by 'protect', so its honest twin is unknown: name it with --honest RUN."
+        )
+    folder = run.folder / str(run.record["parent"]["folder"])
+    if not folder.is_dir() or Run.open(folder).digest != run.record["parent"]["weights_sha256"]:
+        raise StoreError(f"The honest twin of {run.folder} is no longer at {folder}; name it with --honest RUN.")
+    return folder

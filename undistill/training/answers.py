@@ -1,0 +1,255 @@
+"""Remembered answers: a frozen network answers each view once, however many ask.
+
+A whole epoch of views is answered at once, in the order of the samples and in parts of fixed size. So
+an answer's bits depend neither on the order in which students ask nor on whether it was remembered.
+Where a folder is given, epochs are kept there as `KEY/EPOCH.safetensors` and found again by later
+commands; KEY names the weights, the code, the views and the compute settings.
+"""
+
+import contextlib
+import hashlib
+import inspect
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import undistill
+from undistill.core import distributed
+from undistill.core.files import GIB, locked, write_atomically
+from undistill.core.identity import fingerprint, program_sha256
+from undistill.data.batches import Batch, ViewDataset
+from undistill.data.split import Samples
+from undistill.data.views import Views, to_float
+from undistill.models.model import device_of, frozen
+from undistill.training.autotune import autotune
+from undistill.training.compute import EXACT, Compute, machine
+from undistill.training.losses import require_finite
+
+log = logging.getLogger(__name__)
+
+REMEMBER = 4.0  # GiB
+PART = 512  # images answered together
+TRIED = 64  # images of the trial that chooses the compute settings
+HELD = GIB // 4  # bytes of answers held in memory, beside those of the present epoch
+
+
+@dataclass
+class AnswerStore:
+    """Where answers are kept: files of one epoch each. After the first trouble nothing more is written."""
+
+    folder: Path | None = None
+    limit: float = REMEMBER * GIB
+    """Largest size of the folder in bytes; 0 keeps nothing, neither on disk nor in memory."""
+
+    def __post_init__(self) -> None:
+        self._trouble = ""
+
+    @property
+    def open(self) -> bool:
+        """Whether later commands may find here what is asked now."""
+        return self.folder is not None and self.limit > 0
+
+    def load(self, key: str, epoch: int, shape: tuple[int, int]) -> Tensor | None:
+        """The answers of one epoch, mapped into memory; None unless they are whole, finite, and those of `key`."""
+        path = self._path(key, epoch)
+        try:
+            with self.guard():
+                if not path.exists():
+                    return None
+                with safe_open(path, framework="pt") as file:
+                    about: dict[str, str] = file.metadata() or {}
+                    form = file.get_slice("answers")
+                    right = tuple(form.get_shape()) == shape and form.get_dtype() in ("F32", "BF16")
+                    answers: Tensor | None = file.get_tensor("answers") if right else None
+                if answers is not None and about == _about(key, epoch, answers) and answers.isfinite().all():
+                    return answers
+                log.warning("%s is damaged, or not of this network; those answers are asked again.", path)
+        except SafetensorError as error:
+            log.warning("%s cannot be read (%s); those answers are asked again.", path, error)
+        return None
+
+    def save(self, key: str, epoch: int, answers: Tensor) -> None:
+        """Keep the answers of one epoch, if there is room and the disk takes them."""
+        with self.guard():
+            if self._trouble or distributed.rank() > 0:
+                return
+            if self._size() + answers.nbytes > self.limit:
+                self._close(
+                    f"{self.folder} would pass the limit of {self.limit / GIB:g} GiB (--remember); "
+                    "recipe.views.n_views bounds it"
+                )
+                return
+            data = save({"answers": answers}, _about(key, epoch, answers))
+            write_atomically(self._path(key, epoch), lambda file: file.write(data))
+
+    @contextlib.contextmanager
+    def alone(self, key: str) -> Iterator[None]:
+        """Of several commands that lack an epoch of `key`, one makes it while the others wait."""
+        with contextlib.ExitStack() as stack:
+            if not self._trouble and distributed.rank() == 0:
+                with self.guard():
+                    stack.enter_context(locked(self._path(key, 0).with_name(".lock")))
+            yield
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """What the disk refuses inside ends the remembering, not the work."""
+        try:
+            yield
+        except OSError as error:
+            self._close(f"{error.filename or self.folder}: {error.strerror or error}")
+
+    def _close(self, why: str) -> None:
+        if not self._trouble:
+            log.warning("No more answers are remembered (%s). The work goes on and asks again.", why)
+        self._trouble = why
+
+    def _path(self, key: str, epoch: int) -> Path:
+        assert self.folder is not None
+        return self.folder / key[:20] / f"{epoch:05d}.safetensors"
+
+    def _size(self) -> int:
+        assert self.folder is not None
+        return sum(path.stat().st_size for path in self.folder.glob("*/*.safetensors"))
+
+
+def _about(key: str, epoch: int, answers: Tensor) -> dict[str, str]:
+    """What a file says of itself."""
+    return {"key": key, "epoch": str(epoch), "sha256": _digest(answers)}
+
+
+class RememberedAnswers:
+    """`answers(batch)`: the logits (B, K) of a frozen network, without gradient, each view computed once."""
+
+    def __init__(self, network: nn.Module, compute: Compute = EXACT, store: AnswerStore | None = None) -> None:
+        self.network = frozen(network)
+        self.store = store or AnswerStore()
+        self.computed = 0
+        """Images that the network was really run on."""
+        self._asked = compute
+        self._compute: Compute | None = None
+        self._ready = network
+        self._held: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.network)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Views as they were shown are looked up; other images are computed."""
+        shown = batch.shown
+        if shown is None:
+            return self._run(self._choose(lambda: batch.images), batch.images)
+        whole = self.epoch(shown.stream, shown.epoch)
+        return whole[shown.index.to(whole.device)].to(batch.images.device)
+
+    def epoch(self, stream: ViewDataset, epoch: int) -> Tensor:
+        """Logits (N, K) for all views of one epoch, in the order of the samples; `NonFinite` if one is not."""
+        name = (stream.digest, stream.views.shown(epoch))
+        if name not in self._held:
+            whole = self._found_or_made(stream, name[1])
+            self._held[name] = whole.to(self.device) if whole.nbytes <= HELD else whole
+            room = HELD if self.store.limit else 0
+            while len(self._held) > 1 and sum(part.nbytes for part in self._held.values()) > room:
+                self._held.popitem(last=False)
+        self._held.move_to_end(name)
+        return self._held[name]
+
+    def plain(self, samples: Samples, num_classes: int) -> Tensor:
+        """Logits (N, K) of the unaugmented images, in main memory, computed exactly whatever the settings."""
+        return self._exact.epoch(ViewDataset(samples, Views(crop=0), 0, num_classes), 0).cpu()
+
+    @cached_property
+    def _exact(self) -> "RememberedAnswers":
+        """The same network for measurements: bf16 rounds the two highest answers of a nasty one to equal numbers."""
+        return self if self._asked == EXACT else RememberedAnswers(self.network, EXACT, self.store)
+
+    def _found_or_made(self, stream: ViewDataset, epoch: int) -> Tensor:
+        parts = stream.samples.parts(PART)
+        compute = self._choose(lambda: to_float(stream.show(epoch, parts[0][:TRIED])[0].to(self.device)))
+        key = self._key(stream, compute) if self.store.open else None
+        if not distributed.all_true(key is not None) or key is None:
+            return self._make(stream, epoch, compute)
+        shape = (len(stream.samples), stream.num_classes)
+        if (found := self._find(key, epoch, shape)) is not None:
+            return found
+        with self.store.alone(key):
+            if (found := self._find(key, epoch, shape)) is not None:
+                return found
+            made = self._make(stream, epoch, compute)
+            self.store.save(key, epoch, made)
+        return made
+
+    def _find(self, key: str, epoch: int, shape: tuple[int, int]) -> Tensor | None:
+        found = self.store.load(key, epoch, shape)
+        return found if distributed.all_true(found is not None) else None
+
+    def _make(self, stream: ViewDataset, epoch: int, compute: Compute) -> Tensor:
+        def answers(parts: Sequence[Tensor]) -> Iterator[Tensor]:
+            for views, _ in stream.shows(epoch, parts):
+                yield self._run(compute, to_float(views.to(self.device)))
+
+        return require_finite(distributed.in_turns(stream.samples.parts(PART), answers), "views")
+
+    def _run(self, compute: Compute, images: Tensor) -> Tensor:
+        self.computed += len(images)
+        with torch.no_grad(), compute.active(images.device):
+            answers: Tensor = self._ready(compute.laid_out(images))
+        return answers
+
+    def _choose(self, sample: Callable[[], Tensor]) -> Compute:
+        """The compute, chosen on the first images."""
+        if self._compute is None:
+            folder = self.store.folder if self.store.open else None
+            self._compute = autotune(self._asked, self.network, sample, steps=1, training=False, folder=folder)
+            self._ready = self._compute.prepare(self.network, training=False)
+        return self._compute
+
+    def _key(self, stream: ViewDataset, compute: Compute) -> str | None:
+        """Names all on which an epoch's answers depend, but for the epoch; None for code that lies in no file."""
+        if self._identity is None:
+            return None
+        where = [*machine(self.device), torch.__version__, undistill.__version__]
+        parts = [*self._identity, self._probe(stream), stream.digest, str(compute), *where, PART]
+        return fingerprint(*parts)
+
+    @cached_property
+    def _identity(self) -> list[str] | None:
+        """Hashes of weights and code, and the architecture."""
+        weights = hashlib.sha256()
+        for name, value in self.network.state_dict().items():
+            weights.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            weights.update(_bytes(value))
+        kinds = {type(module) for module in self.network.modules()}
+        try:
+            files = {inspect.getfile(kind) for kind in kinds if not kind.__module__.startswith("torch.")}
+            code = sorted(program_sha256(Path(file)) for file in files)
+        except (TypeError, OSError):
+            return None
+        return [weights.hexdigest(), repr(self.network), *code]
+
+    def _probe(self, stream: ViewDataset) -> str:
+        """Hash of the logits of two random images: shows what is neither weight nor code, such as a plain attribute."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(2, *stream.samples.images.shape[1:], generator=generator)
+        with torch.no_grad(), EXACT.active(self.device):
+            return _digest(self.network(images.to(self.device)))
+
+
+def _bytes(values: Tensor) -> memoryview:
+    raw: NDArray[Any] = values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(raw.data)
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(_bytes(values)).hexdigest()

@@ -1,0 +1,51 @@
+"""Every loss of the project. One tempered KL; all of them in fp32, whatever the networks ran in."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from undistill.core.errors import NonFinite
+
+LARGEST = 1e15  # of an answer
+LOG_ZERO = -1e4  # stands for log 0 in an answer, so that KL stays finite
+
+
+def kl(p: Tensor, q: Tensor, T: float = 1.0) -> Tensor:
+    """KL( softmax(p/T) || softmax(q/T) ), mean over the batch.
+
+    p, q: (B, K) logits; log-probabilities are logits, too. Returns a scalar, in nats.
+    """
+    log_p = F.log_softmax(p.float() / T, dim=1)
+    log_q = F.log_softmax(q.float() / T, dim=1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of (B, K) logits with (B,) class indices or (B, K) shares, mean over the batch.
+
+    `smoothing` spreads that share of the target evenly over all K classes (Szegedy 2016).
+    """
+    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+
+
+def distillation(teacher: Tensor, student: Tensor, T: float) -> Tensor:
+    """T^2 KL(teacher/T || student/T): the soft term of Hinton, Vinyals and Dean (2015)."""
+    return T * T * kl(teacher, student, T)
+
+
+def undermining(nasty: Tensor, adversary: Tensor, T: float) -> Tensor:
+    """-T^2 KL(nasty/T || adversary/T): the self-undermining term (Ma et al., ICLR 2021, eq. 2).
+
+    The adversary is frozen; no gradient reaches it. For a fixed adversary q the divergence of one
+    sample is at most -T^2 log min_k q_k, since KL(p || q) <= max_k log(1/q_k).
+    """
+    return -T * T * kl(nasty, adversary.detach(), T)
+
+
+def require_finite(logits: Tensor, what: str) -> Tensor:
+    """`logits` (N, K); `NonFinite` if any is NaN, infinite, or so large that measurements of it would be."""
+    broken = int((~(logits.abs() <= LARGEST)).any(1).sum())
+    if broken:
+        raise NonFinite(
+            f"The network answers NaN or infinity to {broken} of {len(logits)} {what}; its weights are not usable."
+        )
+    return logits

@@ -1,0 +1,71 @@
+"""What is measured of logits or log-probabilities: accuracy, NLL, calibration, agreement, divergence."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from undistill.core import distributed
+from undistill.data.files import fetched
+from undistill.data.split import Samples
+from undistill.data.views import to_float
+from undistill.models.model import device_of
+from undistill.training.compute import EXACT, Compute
+from undistill.training.losses import cross_entropy, distillation, require_finite
+
+DIVERGENCE_T = 4.0
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, samples: Samples, compute: Compute = EXACT, batch_size: int = 512) -> Tensor:
+    """Logits (N, K) of the unaugmented images, in eval mode, fp32, on the network's device.
+
+    Raises `NonFinite` for a network that answers NaN or infinity: whatever is measured of it would be meaningless.
+    """
+    device = device_of(network)
+    training = network.training
+    network.eval()
+
+    def answers(parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        for images in fetched(samples.images, samples.images.__getitem__, parts):
+            yield network(compute.laid_out(to_float(images.to(device)))).float()
+
+    with compute.active(device):
+        logits = distributed.in_turns(samples.parts(batch_size), answers)
+    network.train(training)
+    return require_finite(logits, "images").to(device)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of samples whose highest answer is the label."""
+    return (logits.argmax(1) == labels).double().mean().item()
+
+
+def fidelity(student: Tensor, victim: Tensor) -> float:
+    """Top-1 agreement of two answers (N, K) to the same images."""
+    return accuracy(student, victim.argmax(1))
+
+
+def nll(logits: Tensor, labels: Tensor) -> float:
+    """Mean negative log-likelihood of the labels, in nats."""
+    return cross_entropy(logits, labels).item()
+
+
+def ece(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Expected calibration error over equal-width confidence bins (Guo et al., ICML 2017)."""
+    confidence, answer = F.softmax(logits.double(), dim=1).max(1)
+    gap = (answer == labels).double() - confidence
+    which = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    sums = torch.zeros(bins, dtype=torch.double).index_add_(0, which, gap)
+    return (sums.abs().sum() / len(labels)).item()
+
+
+def divergence(victim: Tensor, honest: Tensor, T: float = DIVERGENCE_T) -> float:
+    """T^2 KL(victim/T || honest/T) of two answers to the same images, in nats: how far a defence went."""
+    return distillation(victim, honest, T).item()
+
+
+def l1(a: Tensor, b: Tensor) -> float:
+    """Mean L1 distance of two answers' probabilities, 0 to 2."""
+    return (F.softmax(a.double(), 1) - F.softmax(b.double(), 1)).abs().sum(1).mean().item()
