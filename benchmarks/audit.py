@@ -70,7 +70,7 @@ def measure_ours(
     return {
         "seconds": seconds,
         "queries": sum(cell.queries for cell in done),
-        "computed": pair.answers["victim"].computed,
+        "computed": pair.victims["victim"].answers.computed,
         "attackers_images": len(pair.attackers.train),
         "stored": stored,
     }

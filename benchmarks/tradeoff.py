@@ -18,6 +18,7 @@ import torch
 from undistill import Model, Recipe, Run, Settings, TrainSettings, protect, train
 from undistill.attacks.distillation.soft_labels import SoftLabels
 from undistill.attacks.labels.scratch import Scratch
+from undistill.auditing.cell import Students
 from undistill.core.seeds import derive
 from undistill.data import Digits
 from undistill.training.fit import Fit
@@ -76,9 +77,9 @@ def one_seed(
 
 def student(run: Run, attack: Scratch | SoftLabels, seed: int, chosen: argparse.Namespace) -> float:
     data, seed = run.data(), derive(seed, "student")
-    network = Model.parse(chosen.student).build(data.shape, data.num_classes, seed)
     fit = Fit(Recipe(epochs=chosen.student_epochs), seed, torch.device("cpu"))
-    network = attack.run(Oracle(run.network(), attack.needs), network, data, fit)
+    students = Students(Model.parse(chosen.student), data.shape, data.num_classes, seed)
+    network = attack.run(Oracle(run.network(), attack.needs), students, data, fit)
     return 100 * accuracy(evaluate(network, data.validation), data.validation.labels)
 
 

@@ -1,13 +1,17 @@
 """A toy world: three classes of 12 x 12 images and networks that train in well under a second."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from undistill.auditing.cell import Students
 from undistill.data import Data, Npz
 from undistill.data.official import VARIABLE
+from undistill.models import Model
 from undistill.runs.make import protect, train
 from undistill.runs.run import Run
 from undistill.runs.settings import Settings, TrainSettings
@@ -32,6 +36,24 @@ def toy_arrays(per_class: int = 40, classes: int = 3, seed: int = 0) -> dict[str
     along = np.cos(angle)[:, None, None] * x + np.sin(angle)[:, None, None] * y
     images = 128 + 80 * np.sin(2 * along + phase[:, None, None]) + random.normal(0, 30, (len(labels), 12, 12))
     return {"images": images.clip(0, 255).astype(np.uint8), "labels": labels}
+
+
+def students(data: Data, model: str = STUDENT, seed: int = 0) -> Students:
+    """New students for images like those of `data`."""
+    return Students(Model.parse(model), data.shape, data.num_classes, seed)
+
+
+class These:
+    """Students that were made already, for an attack that takes no more of them."""
+
+    def __init__(self, *networks: nn.Module) -> None:
+        self.networks = networks
+
+    def __call__(self, number: int = 0) -> nn.Module:
+        return self.networks[number]
+
+    def stages(self, network: nn.Module) -> Sequence[nn.Module]:
+        return list(network.children())
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 
 from tests.conftest import NASTY, STUDENT, TEACHER, toy_arrays
 from tests.test_official import write_cifar10, write_idx, write_svhn, write_tiny
-from undistill.auditing import summary
+from undistill import api
 from undistill.cli import app
 from undistill.core import tensors
 from undistill.core.files import seal
@@ -574,16 +574,16 @@ def quick() -> Iterator[None]:
     """Inside, public data sets are as small as the world's, and audits end before their pictures."""
     counts = {CIFAR10: (100, 20), MNIST: (40, 20), SVHN: (40, 20), TinyImageNet: (18, 6)}
     kept = {source: source.counts for source in counts}
-    pictures = summary.write_evidence, summary.write_report
+    pictures = api.write_evidence, api.write_report
     for source, numbers in counts.items():
         classes = 3 if source is TinyImageNet else 10
         source.counts = tuple((n // classes,) * classes for n in numbers)
-    summary.write_evidence = summary.write_report = lambda *_: None
+    api.write_evidence = api.write_report = lambda *_: None
     seconds, tensors.SECONDS = tensors.SECONDS, 2.0
     try:
         yield
     finally:
-        summary.write_evidence, summary.write_report = pictures
+        api.write_evidence, api.write_report = pictures
         tensors.SECONDS = seconds
         for source, numbers in kept.items():
             source.counts = numbers

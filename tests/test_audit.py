@@ -168,7 +168,7 @@ NEWCOMER = '''
 from collections.abc import Mapping
 from pydantic import Field
 from torch import Tensor, nn
-from undistill import Access, Attack, Batch, Fit, Oracle, Split
+from undistill import Access, Attack, Batch, Fit, Fresh, Oracle, Split
 
 
 class LogitMatching(Attack):
@@ -177,14 +177,14 @@ class LogitMatching(Attack):
     needs = Access.QUERY
     scale: float = Field(0.1, gt=0)
 
-    def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
+    def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         assert not hasattr(data, "test")
 
         def objective(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-            error = network(batch.images).log_softmax(1) - oracle(batch)
+            error = network(batch.images).log_softmax(1) - oracle(batch).log_p
             return {"match": self.scale * error.square().mean()}
 
-        return fit(student, data, objective)
+        return fit(fresh(), data, objective)
 '''
 
 
@@ -239,13 +239,13 @@ class NoRun(Attack):
 
 
 class NoResult(Attack):
-    def run(self, oracle, student, data, fit):
+    def run(self, oracle, fresh, data, fit):
         return None
 
 
 class SoftLabels(Attack):
-    def run(self, oracle, student, data, fit):
-        return student
+    def run(self, oracle, fresh, data, fit):
+        return fresh()
 """
 
 
@@ -273,9 +273,9 @@ from undistill import Defence
 class Nothing(Defence):
     """Leave the teacher as it is."""
 
-    def protect(self, teacher, fresh, data, fit):
+    def protect(self, current, honest, fresh, data, fit):
         assert not hasattr(data, "test")
-        return teacher
+        return current
 '''
 
 

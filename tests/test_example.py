@@ -59,7 +59,7 @@ def test_nasty_training_is_the_packages_bit_for_bit(screen: ModuleType) -> None:
     )  # fmt: skip
     samples = Samples(images, labels)
     data = Split(("a", "b", "c"), samples, samples)
-    Nasty(omega=0.04, T=4).protect(normal, ours, data, Fit(recipe, 7, torch.device("cpu")))
+    Nasty(omega=0.04, T=4).protect(normal, normal, lambda: ours, data, Fit(recipe, 7, torch.device("cpu")))
     for name, value in theirs.state_dict().items():
         assert torch.equal(value, ours.state_dict()[name]), name
 

@@ -23,7 +23,7 @@ from undistill.training import fit as fit_module
 from undistill.training.compute import Compute
 from undistill.training.fit import Fit
 from undistill.training.losses import cross_entropy
-from undistill.training.optimisers import build_optimiser, build_schedule
+from undistill.training.optimisers import build_trained
 from undistill.training.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -204,8 +204,8 @@ def forge(path: Path, **changed: object) -> None:
 
 FORGED = {
     "network": {"0.0.weight": torch.zeros(2)},
-    "optimiser": {"state": {0: {"momentum_buffer": torch.zeros(7)}}, "param_groups": []},
-    "schedule": {"step": 5},
+    "extra": [{"scale": torch.zeros(2)}],
+    "trained": [{"optimiser": {"state": {}, "param_groups": []}, "schedule": {"step": 5}}],
     "best": {},
     "epoch": 99,
     "history": [{"epoch": "one"}],
@@ -288,10 +288,17 @@ def test_a_checkpoint_of_another_form_is_not_used(
     assert all(map(torch.equal, whole.values(), again.values())), "it began again"
 
 
-def test_momentum_of_another_shape_is_not_used(toy: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("part", ["momentum", "schedule"])
+def test_an_optimiser_of_another_form_is_not_used(
+    part: str, toy: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     trained(toy, RECIPE, folder=tmp_path)
     state = torch.load(tmp_path / "checkpoint-0.pt", weights_only=True)
-    state["optimiser"]["state"][0]["momentum_buffer"] = torch.zeros(7)
+    (held,) = state["trained"]
+    if part == "momentum":
+        held["optimiser"]["state"][0]["momentum_buffer"] = torch.zeros(7)
+    else:
+        held["schedule"]["last_epoch"] += 1
     forge(tmp_path / "checkpoint-0.pt", **state)
     trained(toy, RECIPE, folder=tmp_path)
     assert "its optimiser has another form" in caplog.text
@@ -402,13 +409,11 @@ def test_best_selection_keeps_the_best_validation_epoch(toy: Data) -> None:
 
 
 def rates(recipe: Recipe, steps: int) -> list[float]:
-    optimiser = build_optimiser(nn.Linear(1, 1), recipe)
-    schedule = build_schedule(optimiser, recipe, steps)
+    (trained,) = build_trained(nn.Linear(1, 1), (), recipe, steps)
     seen = []
     for _ in range(steps):
-        seen.append(optimiser.param_groups[0]["lr"])
-        optimiser.step()
-        schedule.step()
+        seen.append(trained.optimiser.param_groups[0]["lr"])
+        trained.step()
     return seen
 
 

@@ -393,7 +393,7 @@ def test_an_audit_of_a_network_that_answers_nan_ends_before_it_trains(honest: Ru
 def test_students_that_answer_nan_are_diverged(victim: Run, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import torch\nfrom undistill import Access, Attack\n\n\nclass Broken(Attack):\n    needs = Access.QUERY\n\n"
-        "    def run(self, oracle, student, data, fit):\n"
+        "    def run(self, oracle, fresh, data, fit):\n        student = fresh()\n"
         "        for value in student.buffers():\n            value.fill_(-1)\n        return student\n"
     )
     report = audit(

@@ -46,7 +46,7 @@ class Marked(Attack):
     marker: str = ""
     deed: str = "none"
 
-    def run(self, oracle, student, data, fit):
+    def run(self, oracle, fresh, data, fit):
         marker = Path(self.marker)
         if self.deed == "crash in bf16" and fit.recipe.compute.precision == "bf16":
             os.kill(os.getpid(), signal.SIGSEGV)
@@ -65,9 +65,9 @@ class Marked(Attack):
             fit.show(torch.zeros(1, 1, 4, 4, dtype=torch.uint8))
 
         def objective(network, batch):
-            return {"match": (network(batch.images) - oracle(batch)).abs().mean()}
+            return {"match": (network(batch.images) - oracle(batch).log_p).abs().mean()}
 
-        return fit(student, data, objective)
+        return fit(fresh(), data, objective)
 '''
 
 

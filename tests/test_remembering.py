@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import NASTY, RECIPE, STUDENT
+from tests.conftest import NASTY, RECIPE, STUDENT, students
 from undistill.api import audit
 from undistill.attacks import Attack
 from undistill.data import Data
@@ -18,6 +18,7 @@ from undistill.runs.settings import Settings
 from undistill.training.answers import AnswerStore, RememberedAnswers
 from undistill.training.fit import Fit
 from undistill.victims.oracle import Oracle
+from undistill.victims.victim import NetworkVictim
 
 
 @pytest.fixture
@@ -36,10 +37,9 @@ def test_students_are_the_same_bits_with_and_without(attack: str, victim: nn.Mod
 
     def student(store: AnswerStore) -> tuple[nn.Module, int]:
         parsed = Attack.parse(attack)
-        oracle = Oracle(RememberedAnswers(victim, store=store), parsed.needs)
-        network = Model.parse(STUDENT).build(toy.shape, toy.num_classes, 5)
+        oracle = Oracle(NetworkVictim(RememberedAnswers(victim, store=store)), parsed.needs)
         fit = Fit(RECIPE, 3, torch.device("cpu"))
-        return parsed.run(oracle, network, toy.split, fit), oracle.queries
+        return parsed.run(oracle, students(toy, seed=5), toy.split, fit), oracle.ledger.billed
 
     asked, charged = student(AnswerStore(limit=0))
     for _ in range(2):
@@ -55,8 +55,9 @@ def test_a_second_defence_asks_the_adversary_nothing(honest: Run, toy: Data, tmp
 
     def nasty(omega: float, store: AnswerStore) -> nn.Module:
         fit = Fit(RECIPE, 3, torch.device("cpu"), store=store)
-        fresh = honest.fresh(1)
-        return Defence.parse(f"Nasty(omega={omega})").protect(honest.network(), fresh, toy.split, fit)
+        teacher = honest.network()
+        defence = Defence.parse(f"Nasty(omega={omega})")
+        return defence.protect(teacher, teacher, lambda: honest.fresh(1), toy.split, fit)
 
     plain = nasty(0.1, AnswerStore(limit=0))
     nasty(0.05, AnswerStore(tmp_path))

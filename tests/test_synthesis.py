@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import STUDENT
+from tests.conftest import STUDENT, These
 from undistill.attacks import Attack
 from undistill.attacks.data_free.dafl import DAFL
 from undistill.attacks.data_free.deep_inversion import DeepInversion
@@ -208,7 +208,7 @@ def test_zskt_teaches_its_student_on_the_noise_of_the_generators_step(
     monkeypatch.setattr(Generator, "forward", lambda self, noise: seen.append(noise.clone()) or forward(self, noise))
     victim, student = (Model.parse(STUDENT).build(toy.shape, toy.num_classes, seed).eval() for seed in (0, 1))
     fit = Fit(Recipe(epochs=1, batch_size=16), 0, torch.device("cpu"))
-    ZSKT(student_steps=2, width=4).run(Oracle(victim, ZSKT.needs), student, toy.attackers(0.1, 0), fit)
+    ZSKT(student_steps=2, width=4).run(Oracle(victim, ZSKT.needs), These(student), toy.attackers(0.1, 0), fit)
     first, second = seen[:3], seen[3:6]
     for group in (first, second):
         assert all(torch.equal(noise, group[0]) for noise in group), "the generator's step, then two of the student"
@@ -219,7 +219,7 @@ def test_zskt_looks_for_what_the_student_believes_least(toy: Data) -> None:
     """A student that stands still: the generator alone moves, and KL(victim || student) grows."""
     victim, student = (Model.parse(STUDENT).build(toy.shape, toy.num_classes, seed).eval() for seed in (0, 1))
     fit = Fit(Recipe(epochs=8, batch_size=16, lr=1e-9), 0, torch.device("cpu"))
-    ZSKT(student_steps=1, lr=0.01, width=4).run(Oracle(victim, ZSKT.needs), student, toy.attackers(0.1, 0), fit)
+    ZSKT(student_steps=1, lr=0.01, width=4).run(Oracle(victim, ZSKT.needs), These(student), toy.attackers(0.1, 0), fit)
     assert fit.history[-1]["belief"] > 1.1 * fit.history[0]["belief"]
 
 
@@ -236,7 +236,7 @@ def test_zskt_is_the_victims_divergence_from_the_student(toy: Data) -> None:
 
     fit = Fit(Recipe(epochs=1, lr=1e-9), 0, torch.device("cpu"))
     victim, student = Alike(0.9, 0.05, 0.05), Alike(0.5, 0.25, 0.25)
-    ZSKT(width=4).run(Oracle(victim, ZSKT.needs), student, toy.attackers(0.1, 0), fit)
+    ZSKT(width=4).run(Oracle(victim, ZSKT.needs), These(student), toy.attackers(0.1, 0), fit)
     assert fit.history[0]["belief"] == pytest.approx(0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.05 / 0.25))
 
 
@@ -251,5 +251,5 @@ def test_the_victim_is_laid_out_as_the_student_is(name: str, toy: Data) -> None:
     recipe = Recipe(epochs=2, compute=Compute(layout="channels_last"))
     student = Model.parse("ConvNet(width=2)").build(toy.shape, toy.num_classes, 0)
     attack = Attack.parse(name)
-    attack.run(Oracle(victim, attack.needs), student, toy.attackers(0.1, 0), Fit(recipe, 0, torch.device("cpu")))
+    attack.run(Oracle(victim, attack.needs), These(student), toy.attackers(0.1, 0), Fit(recipe, 0, torch.device("cpu")))
     assert seen[-1]

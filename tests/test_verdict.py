@@ -1,10 +1,18 @@
 import pytest
 
+from undistill.attacks.attack import FLOORS as FLOOR_ROLES
+from undistill.attacks.attack import Role
 from undistill.auditing.schema import Cell, Interval
 from undistill.auditing.verdict import interval, judge, minus
 from undistill.core.errors import SpecError
 
 FLOORS = {"Scratch()": 0.80, "LabelSmoothing(smoothing=0.1)": 0.82, "HardLabels()": 0.85}
+ROLES = {
+    "Scratch": Role.NO_TEACHER,
+    "LabelSmoothing": Role.LABELS,
+    "HardLabels": Role.TOP_ANSWERS,
+    "SoftLabels": Role.PLAIN,
+}
 COST = Interval(mean=0.01, low=0.0, high=0.02, n=3)
 
 
@@ -16,9 +24,10 @@ def cell(attack: str, side: str, accuracy: float, seed: int = 0, student: str = 
         seed=seed,
         accuracy=accuracy,
         fidelity=accuracy,
+        role=ROLES.get(attack.partition("(")[0], Role.OTHER),
         queries=100,
+        distinct=100,
         seconds=1.0,
-        floor=attack in FLOORS,
         late_gain=0.0,
         compute="",
     )
@@ -83,10 +92,10 @@ def test_worst_student_decides() -> None:
 
 
 def test_missing_cells_are_named() -> None:
-    with pytest.raises(SpecError, match="no HardLabels cell on side 'victim'"):
+    with pytest.raises(SpecError, match="no attack of the role 'top answers' on side 'victim'"):
         judge([c for c in cells() if not c.attack.startswith("Hard")], COST, "toys")
     with pytest.raises(SpecError, match="no attack beside the floors"):
-        judge([c for c in cells() if c.floor], COST, "toys")
+        judge([c for c in cells() if c.role in FLOOR_ROLES], COST, "toys")
 
 
 def test_single_seed_has_no_interval() -> None:

@@ -7,36 +7,45 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from undistill.api import audit, protect, train
-    from undistill.attacks.attack import Attack
+    from undistill.attacks.attack import Attack, Buying, Distillation, Fresh, Role, ThiefData
     from undistill.data.batches import Batch
     from undistill.data.source import Source
     from undistill.data.split import Data, Samples, Split
-    from undistill.defences.defence import Defence
+    from undistill.defences.defence import Defence, ResponseDefence
     from undistill.models.model import Model
     from undistill.runs.run import Run
     from undistill.runs.settings import Settings, TrainSettings
-    from undistill.training.fit import Fit
+    from undistill.training.fit import Fit, Weighted
+    from undistill.training.optimisers import Extra
     from undistill.training.recipe import Recipe
-    from undistill.victims.oracle import Access, Oracle
+    from undistill.victims.answer import Answer, Form
+    from undistill.victims.oracle import Access, Ledger, Oracle
+    from undistill.victims.protected import Protected, Response
+    from undistill.victims.victim import Victim
 
 _HOMES = {
     "api": ["audit", "protect", "train"],
-    "attacks": ["Attack"],
+    "attacks.attack": ["Attack", "Buying", "Distillation", "Fresh", "Role", "ThiefData"],
     "data": ["Data", "Samples", "Source", "Split"],
     "data.batches": ["Batch"],
-    "defences": ["Defence"],
+    "defences.defence": ["Defence", "ResponseDefence"],
     "models": ["Model"],
     "runs.run": ["Run"],
     "runs.settings": ["Settings", "TrainSettings"],
-    "training.fit": ["Fit"],
+    "training.fit": ["Fit", "Weighted"],
+    "training.optimisers": ["Extra"],
     "training.recipe": ["Recipe"],
-    "victims.oracle": ["Access", "Oracle"],
+    "victims.answer": ["Answer", "Form"],
+    "victims.oracle": ["Access", "Ledger", "Oracle"],
+    "victims.protected": ["Protected", "Response"],
+    "victims.victim": ["Victim"],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Access", "Attack", "Batch", "Data", "Defence", "Fit", "Model", "Oracle", "Recipe", "Run", "Samples",
-    "Settings", "Source", "Split", "TrainSettings", "audit", "protect", "train",
+    "Access", "Answer", "Attack", "Batch", "Buying", "Data", "Defence", "Distillation", "Extra", "Fit", "Form", "Fresh",
+    "Ledger", "Model", "Oracle", "Protected", "Recipe", "Response", "ResponseDefence", "Role", "Run", "Samples",
+    "Settings", "Source", "Split", "ThiefData", "TrainSettings", "Victim", "Weighted", "audit", "protect", "train",
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from undistill.auditing.summary import summarise
 from undistill.core import distributed
 from undistill.core.errors import SpecError
 from undistill.core.progress import Progress
+from undistill.defences.defence import Defence
 from undistill.models.model import Model
 from undistill.report.evidence import read_curve, write_evidence
 from undistill.report.figures import label
@@ -42,6 +43,8 @@ def audit(
     seeds: int = 3,
     recipe: Recipe | None = None,
     model: str | Model | None = None,
+    defences: Sequence[str | Defence] = (),
+    budget: int | None = None,
     device: str = "auto",
     launcher: str | Launcher = "Serial",
     remember: float = REMEMBER,
@@ -49,21 +52,38 @@ def audit(
 ) -> Report:
     """Audit one victim; writes report.json, report.html and report.md into `out`.
 
-    `attacks` are added to the suite's; `students` replace its students. `recipe` is how students
-    are trained, by default as the honest teacher was. Cells that `out` already holds are not done again.
-    `launcher` says where cells are done: `Serial`, `Pool(workers=2)`, `Ray(address='auto')`. Each network
-    answers a view once; `remember` is the disk in GiB that its answers may fill, in its run folder.
+    Args:
+        victim: the run folder of the protected model.
+        out: where the result goes; cells that it already holds are not done again.
+        honest: the run folder of the unprotected twin, by default the run that the victim was protected from.
+        suite: a listed suite of attacks and students.
+        attacks: more attacks, beside the suite's.
+        students: networks of the thief, instead of the suite's.
+        seeds: students of each kind.
+        recipe: how students are trained, by default as the honest network was.
+        model: the user's own network, named again, since a stored run may not execute code by itself.
+        defences: responses of the user's own, named again for the same reason.
+        budget: the most queries that a thief may make. Who asks for every view gets fewer images for it than who buys
+            each answer once; None is unlimited.
+        device: auto, cpu, cuda or cuda:N.
+        launcher: where cells are done: `Serial`, `Pool(workers=2)`, `Ray(address='auto')`.
+        remember: GiB of disk that the answers of each network may fill, in its run folder.
+        progress: where progress is shown.
     """
     distributed.require_one("audit")
     if not 1 <= seeds <= MOST_SEEDS:
         raise SpecError(f"An audit takes 1 to {MOST_SEEDS} seeds; seeds = {seeds}.")
+    if budget is not None and budget < 1:
+        raise SpecError(f"A budget is at least one query; budget = {budget}. Leave it out for as many as are asked.")
     launcher = Launcher.from_user(launcher)
+    for defence in defences:
+        Defence.from_user(defence)
     pair = VictimPair.of(victim, honest, range(seeds), model)
     recipe = recipe or recorded_settings(pair.honest).recipe
     pair = replace(pair, options=QueryOptions(pick_device(device), recipe.compute, remember))
-    jobs = list(plan([pair], suite, attacks, students, recipe))
+    jobs = list(plan([pair], suite, attacks, students, recipe, budget))
     for job in jobs:  # what cannot be loaded, or attacked, is said before work is done
-        job.attack.check(job.pair.network(job.side))
+        job.check()
     pair.require_finite()
     with claim(Path(out), {"command": "audit", "victim": pair.victim.digest, "honest": pair.honest.digest}):
         return perform(jobs, Path(out), suite, launcher, progress or Progress.silent())

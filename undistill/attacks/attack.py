@@ -1,14 +1,70 @@
-"""`Attack`: how a student is taught from a victim's answers."""
+"""`Attack`: how a student is taught from a victim's answers, and what the thief needs for it."""
 
 from abc import abstractmethod
-from typing import ClassVar
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import ClassVar, Protocol
 
 from torch import nn
 
 from undistill.core.spec import Spec
+from undistill.data.batches import Batch
 from undistill.data.split import Split
-from undistill.training.fit import Fit
+from undistill.training.fit import Fit, Objective, Terms
+from undistill.victims.answer import Answer, Form
 from undistill.victims.oracle import Access, Oracle
+
+
+class ThiefData(StrEnum):
+    """What a thief has of his own."""
+
+    LABELLED = "labelled"
+    UNLABELLED = "unlabelled"
+    """Images without labels: there are none in his batches."""
+    SURROGATE = "surrogate"
+    """Other images than the owner's."""
+    NONE = "none"
+
+
+class Role(StrEnum):
+    """What a result is compared as. The first three are floors: no defence that keeps accuracy can stop them.
+
+    An audit finds its floors and its plain attack by these, whatever they are called.
+    """
+
+    NO_TEACHER = "no teacher"
+    LABELS = "labels"
+    """Labels of the thief's own, used better than plainly."""
+    TOP_ANSWERS = "top answers"
+    PLAIN = "plain"
+    """Plain distillation."""
+    ADAPTIVE = "adaptive"
+    DATA_FREE = "data-free"
+    OTHER = "other"
+
+
+FLOORS = (Role.NO_TEACHER, Role.LABELS, Role.TOP_ANSWERS)
+
+
+class Buying(StrEnum):
+    """How a thief spends a budget of queries."""
+
+    EACH_VIEW = "each view"
+    """He asks again for every augmented view: N x epochs queries."""
+    ONCE = "once"
+    """He buys the answer to each image once: N queries."""
+    CHOSEN = "chosen"
+    """He chooses what to ask, and minds `oracle.ledger.left`."""
+
+
+class Fresh(Protocol):
+    """New students of one architecture."""
+
+    def __call__(self, number: int = 0) -> nn.Module:
+        """The student of that number, the same for the same seed."""
+
+    def stages(self, network: nn.Module) -> Sequence[nn.Module]:
+        """The parts of a student after which its feature maps can be read, from the input to the output."""
 
 
 class Attack(Spec):
@@ -16,12 +72,40 @@ class Attack(Spec):
 
     needs: ClassVar[Access] = Access.NONE
     """The access that the oracle must grant."""
-    floor: ClassVar[bool] = False
-    """A yardstick that no accuracy-preserving defence can stop, rather than a way to break one."""
+    form: ClassVar[Form] = Form.LABEL
+    """The least that answers must show."""
+    data: ClassVar[ThiefData] = ThiefData.LABELLED
+    role: ClassVar[Role] = Role.OTHER
+    buying: ClassVar[Buying] = Buying.EACH_VIEW
 
     def check(self, victim: nn.Module) -> None:
-        """`ModelError` for a victim on which it cannot be tried; an audit asks before it trains anything."""
+        """`ModelError` for a victim, as this attack meets it, on which it cannot be tried.
+
+        An audit asks before it trains anything.
+        """
+
+    def queries_per_image(self, epochs: int) -> int:
+        """How often it asks for each training image in a training of so many epochs; it sizes what a budget buys."""
+        return 1 if self.buying == Buying.ONCE else epochs
 
     @abstractmethod
-    def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
-        """Train `student` against `oracle` on the attacker's own `data`; return it."""
+    def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
+        """Train a student, `fresh()`, against `oracle` on the attacker's own `data`; return it."""
+
+
+class Distillation(Attack):
+    """An attack that is one loss: a student imitates the answers to its batches."""
+
+    listed = False
+    needs = Access.QUERY
+
+    @abstractmethod
+    def objective(self, student: nn.Module, batch: Batch, answer: Answer) -> Terms:
+        """The terms of the loss of `student` on a batch to which the victim gave `answer`."""
+
+    def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
+        return fit(fresh(), data, self.against(oracle))
+
+    def against(self, oracle: Oracle) -> Objective:
+        """The objective of a student that asks `oracle` for each batch."""
+        return lambda student, batch: self.objective(student, batch, oracle(batch))

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
+from torch import nn
 
-from undistill.attacks.attack import Attack
+from undistill.attacks.attack import Attack, Buying, ThiefData
 from undistill.auditing.pair import VictimPair
 from undistill.auditing.schema import Cell, Side
-from undistill.core.errors import NonFinite
+from undistill.core.errors import BudgetExceeded, ModelError, NonFinite, SpecError
 from undistill.core.files import read_json, seal, unseal, write_json
 from undistill.core.identity import fingerprint, program_sha256, source_sha256
 from undistill.core.progress import Progress
 from undistill.core.seeds import derive, seeded
+from undistill.data.split import Split
 from undistill.models.model import Model, returned
 from undistill.runs.environment import described, environment
 from undistill.training import metrics
@@ -25,7 +27,7 @@ from undistill.training.compute import EXACT
 from undistill.training.fit import Fit
 from undistill.training.metrics import evaluate
 from undistill.training.recipe import Recipe
-from undistill.victims.oracle import Oracle
+from undistill.victims.oracle import Access, Oracle
 
 log = logging.getLogger(__name__)
 
@@ -40,25 +42,54 @@ class Job:
     student: Model
     seed: int
     recipe: Recipe
+    budget: int | None = None
+    """The most queries that the thief may make; None is unlimited."""
 
     @property
     def key(self) -> str:
-        """Names what the cell's result depends on: weights, data, specs, seed, code."""
-        asked = {
-            "victim": self.pair.victim.digest,
-            "honest": self.pair.honest.digest,
-            "none": self.pair.victim.digest,
-        }
-        parts = [asked[self.side], self.pair.victim.record["data_sha256"], self.side, str(self.attack)]
-        parts += [str(self.student), self.seed, str(self.recipe), self.pair.share]
+        """Names everything on which the cell's result depends: weights, responses, data, specs, seed, code."""
+        runs = {"victim": self.pair.victim, "honest": self.pair.honest, "none": self.pair.victim}
+        asked = [runs[self.side].identity, self.pair.victim.record["data_sha256"], self.side, str(self.attack)]
+        thief = [str(self.student), self.seed, str(self.recipe), self.pair.share, self.budget]
         refers = [spec.refers() for spec in (self.attack, self.student, self.pair.model) if spec]
-        parts += [sorted(names.values()) for names in refers if names]
-        parts += [program_sha256(Path(__file__)), *(source_sha256(type(spec)) for spec in (self.attack, self.student))]
-        return fingerprint(*parts)[:20]
+        code: list[object] = [sorted(names.values()) for names in refers if names]
+        code += [program_sha256(Path(__file__)), *(source_sha256(type(spec)) for spec in (self.attack, self.student))]
+        return fingerprint(*asked, *thief, *code)[:20]
+
+    def check(self) -> None:
+        """`ModelError` or `SpecError` for what cannot be tried; an audit asks before it trains anything."""
+        victim = self.pair.victims[self.side]
+        self.attack.check(victim.bare if self.attack.needs == Access.WEIGHTS else victim.network)
+        if self.attack.needs == Access.QUERY and self.attack.form > victim.form:
+            raise ModelError(
+                f"{self.attack} needs answers of the form {self.attack.form.name}, and this victim's show no more than "
+                f"{victim.form.name}. Leave this attack out."
+            )
+        if self.attack.needs == Access.QUERY and self.budget is not None and self._affordable < 2:
+            raise SpecError(
+                f"A budget of {self.budget} queries buys {self.attack} less than two images in {self.recipe.epochs} "
+                "epochs. Raise --budget, or lower recipe.epochs."
+            )
+
+    @property
+    def _affordable(self) -> int:
+        """How many images the budget buys to a thief who does not choose."""
+        assert self.budget is not None
+        return self.budget // max(self.attack.queries_per_image(self.recipe.epochs), 1)
+
+    @property
+    def data(self) -> Split:
+        """What the thief has: images that he can afford answers for, without labels if he needs none."""
+        split = self.pair.attackers
+        if self.attack.data == ThiefData.UNLABELLED:
+            split = split.unlabelled
+        if self.budget is not None and self.attack.needs == Access.QUERY and self.attack.buying != Buying.CHOSEN:
+            split = split.some(self._affordable, derive(self.seed, "bought"))
+        return split
 
     @property
     def column(self) -> tuple[Side, str, str]:
-        """What it has in common with the cells of other seeds."""
+        """Key under which cells are averaged over seeds."""
         return self.side, str(self.attack), str(self.student)
 
     @property
@@ -90,12 +121,12 @@ class Job:
 
     def _train(self, folder: Path, sheet: Path, trials: Path, progress: Progress) -> Cell:
         pair, data = self.pair, self.pair.data
-        oracle = Oracle(pair.answers[self.side], self.attack.needs)
-        seed = derive(self.seed, "student")
-        student = self.student.build(data.shape, data.num_classes, seed)
+        asks = self.attack.needs == Access.QUERY
+        oracle = Oracle(pair.victims[self.side], self.attack.needs, self.budget if asks else None)
+        fresh = Students(self.student, data.shape, data.num_classes, self.seed)
         fit = Fit(
             self.recipe,
-            seed,
+            derive(self.seed, "student"),
             pair.options.device,
             folder,
             progress,
@@ -108,10 +139,10 @@ class Job:
         diverged = ""
         try:
             with seeded(derive(self.seed, "attack")):
-                student = self.attack.run(oracle, student, pair.attackers, fit)
+                student = self.attack.run(oracle, fresh, self.data, fit)
             student = returned(student, self.attack, data.shape, data.num_classes)
             logits = evaluate(student, data.test).cpu()
-        except NonFinite as error:
+        except (NonFinite, BudgetExceeded) as error:
             logits, diverged = torch.zeros(len(data.test), data.num_classes), str(error)
         return Cell(
             side=self.side,
@@ -120,14 +151,34 @@ class Job:
             seed=self.seed,
             accuracy=metrics.accuracy(logits, data.test.labels),
             fidelity=metrics.fidelity(logits, pair.test_logits(self.side)),
-            queries=oracle.queries,
+            role=self.attack.role,
+            queries=oracle.ledger.billed,
+            distinct=oracle.ledger.distinct,
+            budget=oracle.ledger.budget,
+            evaluation=len(data.test),
             seconds=fit.seconds,
-            floor=self.attack.floor,
             late_gain=late_gain(fit.history),
             compute=", ".join(dict.fromkeys(fit.computed)),
             diverged=diverged,
             environment=described(environment(pair.options.device)),
         )
+
+
+@dataclass(frozen=True)
+class Students:
+    """New students for one cell: `Fresh` of an attack."""
+
+    model: Model
+    shape: tuple[int, int, int]
+    num_classes: int
+    seed: int
+
+    def __call__(self, number: int = 0) -> nn.Module:
+        role = f"student {number}" if number else "student"
+        return self.model.build(self.shape, self.num_classes, derive(self.seed, role))
+
+    def stages(self, network: nn.Module) -> Sequence[nn.Module]:
+        return self.model.stages(network)
 
 
 def read_cell(file: Path, job: Job) -> Cell | None:

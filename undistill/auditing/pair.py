@@ -18,6 +18,7 @@ from undistill.models.model import Model
 from undistill.runs.run import Run, parent
 from undistill.training.answers import REMEMBER, AnswerStore, RememberedAnswers
 from undistill.training.compute import EXACT, Compute
+from undistill.victims.victim import NetworkVictim
 
 VALIDATION_SHARE = 0.1
 CPU = torch.device("cpu")
@@ -32,10 +33,11 @@ class QueryOptions:
     remember: float = REMEMBER
     """GiB of disk for each of the two; 0 keeps nothing."""
 
-    def answers(self, run: Run, network: nn.Module) -> RememberedAnswers:
+    def victim(self, run: Run, network: nn.Module) -> NetworkVictim:
         """The network, answering each view once; its answers are kept in its run folder."""
         store = AnswerStore(run.folder / "answers", self.remember * GIB)
-        return RememberedAnswers(network.to(self.device), self.compute, store)
+        answers = RememberedAnswers(network.to(self.device), self.compute, store)
+        return NetworkVictim(answers, tuple(run.record["classes"]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +82,10 @@ class VictimPair:
         return self.victim.data()
 
     @cached_property
-    def answers(self) -> dict[Side, RememberedAnswers]:
-        """Both networks; where no one is asked, the victim stands for what students are compared with."""
-        victim = self.options.answers(self.victim, self.victim.network(self.model))
-        honest = self.options.answers(self.honest, self.honest.network(self.model))
+    def victims(self) -> dict[Side, NetworkVictim]:
+        """Both networks. Attacks that make no queries are compared with the victim."""
+        victim = self.options.victim(self.victim, self.victim.network(self.model))
+        honest = self.options.victim(self.honest, self.honest.network(self.model))
         return {"victim": victim, "honest": honest, "none": victim}
 
     @cached_property
@@ -93,7 +95,7 @@ class VictimPair:
         return self.data.attackers(validation, derive(0, "attackers"), self.share)
 
     def network(self, side: Side) -> nn.Module:
-        return self.answers[side].network
+        return self.victims[side].network
 
     def require_finite(self) -> None:
         """Raise `NonFinite`, naming the run, if one of the two answers NaN or infinity to the test images."""
@@ -106,7 +108,7 @@ class VictimPair:
 
     def test_logits(self, side: Side) -> Tensor:
         """What a side answers to the test images."""
-        return self.answers[side].plain(self.data.test, self.data.num_classes)
+        return self.victims[side].answers.plain(self.data.test, self.data.num_classes)
 
 
 _pairs: dict[tuple[object, ...], VictimPair] = {}
@@ -115,7 +117,7 @@ _pairs: dict[tuple[object, ...], VictimPair] = {}
 def _loaded(
     victim: Run, honest: Run, seeds: tuple[int, ...], model: Model | None, options: QueryOptions, share: float
 ) -> VictimPair:
-    key = (victim.folder, victim.digest, honest.folder, honest.digest, seeds, model, options, share)
+    key = (victim.folder, victim.identity, honest.folder, honest.identity, seeds, model, options, share)
     if key not in _pairs:
         _pairs[key] = VictimPair(victim, honest, seeds, model, options, share)
     return _pairs[key]

@@ -18,6 +18,7 @@ def plan(
     attacks: Sequence[str | Attack],
     students: Sequence[str | Model],
     recipe: Recipe,
+    budget: int | None = None,
 ) -> Iterator[Job]:
     """Every cell of the audit; an attack that asks nobody runs once for both sides."""
     chosen = find_suite(suite)
@@ -29,4 +30,4 @@ def plan(
                 for attack in parsed:
                     sides: tuple[Side, ...] = ("none",) if attack.needs == Access.NONE else ("victim", "honest")
                     for side in sides:
-                        yield Job(pair, side, attack, student, seed, recipe)
+                        yield Job(pair, side, attack, student, seed, recipe, budget)

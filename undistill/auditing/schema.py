@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from undistill.attacks.attack import Role
+
 Side = Literal["victim", "honest", "none"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Difference = Annotated[float, Field(ge=-1, le=1)]
@@ -69,9 +71,17 @@ class Cell(Part):
     seed: int
     accuracy: Share
     fidelity: Share
+    role: Role
+    """What it is compared as."""
     queries: Count
+    """Images that the victim answered, again each time they were asked: what an endpoint would bill."""
+    distinct: Count
+    """Different images among them."""
+    budget: Count | None = None
+    """The most queries that it was allowed."""
+    evaluation: Count = 0
+    """Answers of the victim that the auditor needed for measuring this student."""
     seconds: NotNegative
-    floor: bool
     late_gain: Difference
     """Validation accuracy gained in the last fifth of the epochs: near 0 where training was long enough."""
     compute: Text
@@ -147,7 +157,7 @@ class Report(Part):
         """Format 1 had other names for some fields."""
         if not isinstance(report, dict) or report.get("format") != 1:
             return report
-        cells = [_renamed(cell, {"engine": "compute"}) for cell in report.get("cells") or []]
+        cells = [_cell_of_format_1(cell) for cell in report.get("cells") or []]
         verdict = _renamed(report.get("verdict"), {"poison": "kd_gain", "control": "kd_gain_honest"})
         return report | {"format": 2, "cells": cells, "verdict": verdict}
 
@@ -159,6 +169,18 @@ class Report(Part):
         if len(rows) > 2000 or len({cell.student for cell in cells}) > 100:
             raise ValueError("more than 2,000 attacks, or more than 100 students")
         return cells
+
+
+def _cell_of_format_1(cell: Any) -> Any:
+    """It named attacks alone, and said of each whether it is a floor."""
+    if not isinstance(cell, dict):
+        return cell
+    roles = {"Scratch": "no teacher", "LabelSmoothing": "labels", "HardLabels": "top answers", "SoftLabels": "plain"}
+    roles |= dict.fromkeys(("DAFL", "Fast", "ZSKT", "DeepInversion"), "data-free")
+    named = str(cell.get("attack", "")).partition("(")[0]
+    role = roles.get(named, "labels" if cell.get("floor") else "other")
+    known = {name: value for name, value in _renamed(cell, {"engine": "compute"}).items() if name != "floor"}
+    return {"role": role, "distinct": cell.get("queries"), **known}
 
 
 def _renamed(record: Any, names: dict[str, str]) -> Any:

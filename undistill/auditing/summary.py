@@ -26,8 +26,9 @@ def summarise(pairs: Sequence[VictimPair], cells: Sequence[Cell], suite: str, re
     """The report over finished cells, with the flags that apply to it."""
     measured = [measure_pair(pair) for pair in pairs]
     first = pairs[0].victim.record
+    protection = ", ".join(first.get("defences", ())) or "an unprotected model"
     report = Report(
-        title=f"Audit of {first.get('defence', 'an unprotected model')}",
+        title=f"Audit of {protection}",
         data=first["data"],
         classes=len(first["classes"]),
         suite=suite,
@@ -48,8 +49,8 @@ def summarise(pairs: Sequence[VictimPair], cells: Sequence[Cell], suite: str, re
 def measure_pair(pair: VictimPair) -> Pair:
     """A victim and its honest twin on the test, validation and training images."""
     data, logits = pair.data, {side: pair.test_logits(side) for side in SIDES}
-    train = pair.answers["honest"].plain(data.train, data.num_classes)
-    victim, honest = (pair.answers[side].plain(data.validation, data.num_classes) for side in SIDES)
+    train = pair.victims["honest"].answers.plain(data.train, data.num_classes)
+    victim, honest = (pair.victims[side].answers.plain(data.validation, data.num_classes) for side in SIDES)
     parent = pair.victim.record.get("parent")
     made_from = parent["weights_sha256"] if parent else pair.honest.digest
     return Pair(
@@ -68,7 +69,7 @@ def measure_teacher(run: Run, logits: Tensor, data: Data) -> Teacher:
     """A network on the test images, from its `logits` (N, K)."""
     labels = data.test.labels
     return Teacher(
-        spec=f"{run.record['model']} {run.record.get('defence', '')}".strip(),
+        spec=" ".join([run.record["model"], *run.record.get("defences", ())]),
         accuracy=metrics.accuracy(logits, labels),
         nll=metrics.nll(logits, labels),
         ece=metrics.ece(logits, labels),

@@ -7,11 +7,18 @@ from collections.abc import Callable, Iterable, Sequence
 
 from scipy.stats import t as student_t
 
-from undistill.auditing.schema import Cell, Interval, Verdict
+from undistill.attacks.attack import FLOORS, Role
+from undistill.auditing.schema import Cell, Interval, Side, Verdict
 from undistill.core.errors import SpecError
 
-Column = tuple[str, str, str]  # side, attack, student
+Column = tuple[Side, str, str]  # side, attack, student
 Accuracies = dict[int, float]  # by seed
+EXAMPLES = {
+    Role.NO_TEACHER: "Scratch()",
+    Role.LABELS: "LabelSmoothing()",
+    Role.TOP_ANSWERS: "HardLabels()",
+    Role.PLAIN: "SoftLabels()",
+}
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -35,25 +42,29 @@ def judge(cells: Sequence[Cell], cost: Interval, data: str) -> Verdict:
     """The verdict over all cells.
 
     A difference is taken seed by seed, then averaged. The worst attack is the one whose *mean* is
-    highest, so that picking the luckiest student of each seed does not pass for a leak. Needs one
-    non-floor attack, plain KD among them, and every floor; `SpecError` names what is lacking.
+    highest, so that picking the luckiest student of each seed does not pass for a leak. Attacks are found by their
+    role; where several have one, the first counts. `SpecError` names a role that is lacking.
     """
     table = columns(cells)
-    attacks = {(c.attack, c.student) for c in cells if not c.floor and c.side == "victim"}
+    roles = {(cell.side, cell.attack, cell.student): cell.role for cell in cells}
+    attacks = {(c.attack, c.student) for c in cells if c.role not in FLOORS and c.side == "victim"}
     if not attacks:
         raise SpecError("The audit has no attack beside the floors; add one, such as SoftLabels(T=4, alpha=0.9).")
 
-    def student_of(name: str, side: str, student: str) -> Accuracies:
-        for (s, attack, who), accuracies in table.items():
-            if (s, who) == (side, student) and attack.startswith(name + "("):
+    def student_of(role: Role, side: Side, student: str) -> Accuracies:
+        for column, accuracies in table.items():
+            if (roles[column], column[0], column[2]) == (role, side, student):
                 return accuracies
-        raise SpecError(f"The audit has no {name} cell on side '{side}'; its figures cannot be read without it.")
+        raise SpecError(
+            f"The audit has no attack of the role '{role.value}' on side '{side}', beside which others are read. "
+            f"{EXAMPLES[role]} is one."
+        )
 
     def hard(student: str) -> Accuracies:
-        return student_of("HardLabels", "victim", student)
+        return student_of(Role.TOP_ANSWERS, "victim", student)
 
     def labelled(student: str) -> Accuracies:
-        floors = (student_of("Scratch", "none", student), student_of("LabelSmoothing", "none", student))
+        floors = (student_of(Role.NO_TEACHER, "none", student), student_of(Role.LABELS, "none", student))
         return max(floors, key=lambda accuracies: statistics.fmean(accuracies.values()))
 
     def worst(floor: Callable[[str], Accuracies]) -> tuple[Interval, str, str]:
@@ -61,9 +72,9 @@ def judge(cells: Sequence[Cell], cost: Interval, data: str) -> Verdict:
         return max(leaks, key=lambda leak: leak[0].mean)
 
     students = sorted({who for _, who in attacks})
-    kd = {who: student_of("SoftLabels", "victim", who) for who in students}
-    twin = {who: student_of("SoftLabels", "honest", who) for who in students}
-    scratch = {who: student_of("Scratch", "none", who) for who in students}
+    kd = {who: student_of(Role.PLAIN, "victim", who) for who in students}
+    twin = {who: student_of(Role.PLAIN, "honest", who) for who in students}
+    scratch = {who: student_of(Role.NO_TEACHER, "none", who) for who in students}
     kd_gain = max((minus(kd[who], scratch[who]) for who in students), key=lambda leak: leak.mean)
     kd_gain_honest = min((minus(twin[who], scratch[who]) for who in students), key=lambda leak: leak.mean)
     damage = min((minus(twin[who], kd[who]) for who in students), key=lambda gap: gap.mean)

@@ -89,7 +89,9 @@ def train(
 @app.command()
 def protect(
     run: Annotated[Path, typer.Argument(help="The run folder of the honest teacher.")],
-    defence: Annotated[str, typer.Option(help='A listed defence, such as "Nasty(omega=0.04, T=4)".')],
+    defence: Annotated[
+        list[str], typer.Option(help='A listed defence, such as "Nasty(omega=0.04, T=4)"; several apply in this order.')
+    ],
     out: Out = None,
     model: Code = None,
     config: Config = None,
@@ -107,7 +109,7 @@ def protect(
 
     honest = Run.open(run)
     chosen = Settings(**merge(recorded_settings(honest).model_dump(), read_settings(config, settings, fast)))
-    out = out or beside(run, defence.split("(")[0].split(":")[-1].lower())
+    out = out or beside(run, "-".join(one.split("(")[0].split(":")[-1].lower() for one in defence))
     with working() as progress:
         victim = work(
             honest, defence, out, model=model, settings=chosen, device=device, remember=remember, progress=progress
@@ -134,8 +136,12 @@ def audit(
         list[str] | None, typer.Option(help="The thief's network instead of the suite's; repeatable.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=MOST_SEEDS, help="Students of each kind.")] = 3,
+    budget: Annotated[int | None, typer.Option(min=1, help="The most queries of each thief.")] = None,
     out: Out = None,
     model: Code = None,
+    defence: Annotated[
+        list[str] | None, typer.Option(help="A response of your own again, file.py:Name(...); repeatable.")
+    ] = None,
     config: Config = None,
     settings: Set = None,
     fast: Fast = False,
@@ -167,6 +173,8 @@ def audit(
             seeds=seeds,
             recipe=chosen.recipe,
             model=model,
+            defences=defence or (),
+            budget=budget,
             device=device,
             launcher=build_launcher(launcher, workers, address),
             remember=remember,

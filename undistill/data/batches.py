@@ -3,18 +3,18 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from torch import Tensor
 
 from undistill.data.files import fetched
 from undistill.data.split import Samples
-from undistill.data.views import Views
+from undistill.data.views import Views, to_float
 
 
 @dataclass(frozen=True, eq=False)
 class ViewDataset:
-    """`views` of `samples`, drawn with `seed`."""
+    """Views of `samples`, drawn with `seed`: the dataset that one training shows, epoch by epoch."""
 
     samples: Samples
     views: Views
@@ -27,32 +27,24 @@ class ViewDataset:
 
     def shows(self, epoch: int, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """`show` of each part in turn; samples that do not lie in memory are read ahead by worker processes."""
-        return fetched(self.samples.images, _Shower(self, epoch), parts)
+        return fetched(self.samples.images, partial(self.show, epoch), parts)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything on which a view depends, but for the epoch."""
-        return hashlib.sha256(repr((self.samples.digest, str(self.views), self.seed)).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class _Shower:
-    stream: ViewDataset
-    epoch: int
-
-    def __call__(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        return self.stream.show(self.epoch, index)
+        return hashlib.sha256(repr((self.samples.image_digest, str(self.views), self.seed)).encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
 class ViewRef:
-    """Which views `images` are, for as long as nobody changes them."""
+    """Identity of an unmodified batch: which dataset, epoch and indices it shows."""
 
-    stream: ViewDataset
+    dataset: ViewDataset
     epoch: int
     index: Tensor
     images: Tensor
     version: int
+    """How often the images had been changed in place."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +61,13 @@ class Batch:
     origin: ViewRef | None = None
 
     @classmethod
-    def of(cls, stream: ViewDataset, epoch: int, index: Tensor, images: Tensor, labels: Tensor) -> "Batch":
+    def of(cls, dataset: ViewDataset, epoch: int, index: Tensor, images: Tensor, labels: Tensor) -> "Batch":
         """A batch that remembers which views it shows; `images` are theirs in [0, 1]."""
-        return cls(images, labels, index, epoch, ViewRef(stream, epoch, index, images, images._version))
+        return cls(images, labels, index, epoch, ViewRef(dataset, epoch, index, images, images._version))
+
+    def seen_as(self, dataset: ViewDataset) -> Tensor:
+        """Other views (B, C, H, W) in [0, 1] of the same images: those that `dataset` shows in this epoch."""
+        return to_float(dataset.show(self.epoch, self.index)[0].to(self.images.device))
 
     @property
     def shown(self) -> ViewRef | None:

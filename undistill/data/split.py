@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -14,6 +14,7 @@ from undistill.core.errors import DataError, legible
 from undistill.data.files import ImageFiles
 
 LONGEST = 200  # characters of a class name
+NO_LABEL = -100  # torch ignores it in losses, which are NaN where nothing else is left
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,17 @@ class Samples:
         """SHA-256 of every image and label, in order."""
         images = self.images.cpu().numpy().tobytes() if isinstance(self.images, Tensor) else self.images.digest()
         return hashlib.sha256(images + self.labels.cpu().numpy().tobytes()).digest()
+
+    @cached_property
+    def image_digest(self) -> bytes:
+        """SHA-256 of every image, in order."""
+        images = self.images.cpu().numpy().tobytes() if isinstance(self.images, Tensor) else self.images.digest()
+        return hashlib.sha256(images).digest()
+
+    @property
+    def unlabelled(self) -> "Samples":
+        """The same images without their labels: `NO_LABEL` stands for each."""
+        return Samples(self.images, torch.full_like(self.labels, NO_LABEL))
 
     def to(self, device: torch.device) -> "Samples":
         """On the device; images that lie in files stay there, and so do their labels."""
@@ -83,6 +95,25 @@ class Split:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether whoever trains on it may see its labels."""
+        return bool((self.train.labels != NO_LABEL).all())
+
+    @property
+    def unlabelled(self) -> "Split":
+        """The same without labels of training images. Validation labels stay for measuring; nothing is chosen by them.
+
+        `Fit` keeps the last epoch of a training on unlabelled images, whatever its recipe says.
+        """
+        return replace(self, train=self.train.unlabelled)
+
+    def some(self, count: int, seed: int) -> "Split":
+        """`count` training images, chosen by `seed` among all, whatever their classes; all if there are no more."""
+        generator = torch.Generator().manual_seed(seed)
+        index = torch.randperm(len(self.train), generator=generator)[:count].sort().values
+        return replace(self, train=self.train[index])
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,9 @@ def _shares(labels: Tensor, others: Tensor, weight: Tensor, num_classes: int) ->
     """(B, K) shares of two labels."""
     share = weight.float()[:, None] / _ONE
     shares = torch.zeros(len(labels), num_classes, device=labels.device)
-    return shares.scatter_add_(1, labels[:, None], share).scatter_add_(1, others[:, None], 1 - share)
+    one, other = labels.clamp_min(0)[:, None], others.clamp_min(0)[:, None]
+    shares = shares.scatter_add_(1, one, share).scatter_add_(1, other, 1 - share)
+    return shares.masked_fill_((labels < 0)[:, None], torch.nan)  # who has no labels has no mixed ones either
 
 
 @cache

@@ -1,12 +1,17 @@
 """`Defence`: how a network becomes a victim that teaches badly."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 from torch import nn
 
 from undistill.core.spec import Spec
 from undistill.data.split import Split
 from undistill.training.fit import Fit
+from undistill.victims.protected import Protected, Response, with_response
+
+Fresh = Callable[[], nn.Module]
+"""Gives a new network of the same architecture, another one at each call, the same for the same seed."""
 
 
 class Defence(Spec):
@@ -18,9 +23,31 @@ class Defence(Spec):
         return None
 
     @abstractmethod
-    def protect(self, teacher: nn.Module, honest: nn.Module, fresh: nn.Module, data: Split, fit: Fit) -> nn.Module:
-        """The protected network.
+    def protect(self, current: nn.Module, honest: nn.Module, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
+        """The protected network; `current` and `honest` stay as they are.
 
-        `teacher` is the network to protect and stays as it is; `honest` is the normally trained network to differ from,
-        `teacher` itself unless there is a `reference`; `fresh` is the same architecture newly initialised.
+        Args:
+            current: the network to protect, in eval mode, as earlier defences left it.
+            honest: a normally trained network: the unprotected one, or that of `reference`.
+            fresh: gives new networks of the same architecture, for defences that train from scratch.
+            data: the owner's training and validation images, never the test images.
+            fit: the training loop.
         """
+
+
+class ResponseDefence(Defence):
+    """A defence that changes answers only: a `Response` over the network, whose weights stay."""
+
+    listed = False
+
+    @abstractmethod
+    def response(self, shape: tuple[int, int, int], num_classes: int) -> Response:
+        """The response before it is calibrated, for inputs of `shape` (C, H, W): its structure."""
+
+    def wrap(self, current: nn.Module, shape: tuple[int, int, int], num_classes: int) -> Protected:
+        """`current` with this response over it. Loading a run rebuilds the structure by this."""
+        return with_response(current, self.response(shape, num_classes))
+
+    def protect(self, current: nn.Module, honest: nn.Module, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
+        """A response that needs no calibration is done as soon as it is over the network."""
+        return self.wrap(current, data.shape, data.num_classes).to(fit.device).eval()

@@ -8,7 +8,7 @@ from torch import nn
 from undistill.core.spec import Temperature, Weight
 from undistill.data.batches import Batch
 from undistill.data.split import Split
-from undistill.defences.defence import Defence
+from undistill.defences.defence import Defence, Fresh
 from undistill.training.fit import Fit, Terms, Weighted
 from undistill.training.losses import cross_entropy, undermining
 
@@ -32,17 +32,17 @@ class Nasty(Defence):
     def reference(self) -> str | None:
         return self.adversary
 
-    def protect(self, teacher: nn.Module, honest: nn.Module, fresh: nn.Module, data: Split, fit: Fit) -> nn.Module:
-        reference = fit.answers(honest)
+    def protect(self, current: nn.Module, honest: nn.Module, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
+        network, reference = fresh(), fit.answers(honest)
         epochs = fit.recipe.epochs
         if self.warm_start:
-            fresh.load_state_dict(teacher.state_dict())
+            network.load_state_dict(current.state_dict())
             epochs = math.ceil(self.warm_start * epochs)
 
-        def objective(network: nn.Module, batch: Batch) -> Terms:
-            logits = network(batch.images)
+        def objective(nasty: nn.Module, batch: Batch) -> Terms:
+            logits = nasty(batch.images)
             divergence = undermining(logits, reference(batch), self.T)
             return {"ce": cross_entropy(logits, batch.labels), "undermining": Weighted(divergence, self.omega)}
 
         rounding = 1e-6 * self.T**2  # of a KL in fp32, in nats
-        return fit(fresh, data, objective, epochs=epochs, bounds={"undermining": rounding})
+        return fit(network, data, objective, epochs=epochs, bounds={"undermining": rounding})

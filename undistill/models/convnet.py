@@ -4,6 +4,7 @@ from pydantic import Field
 from torch import nn
 
 from undistill.models.model import Model, Shape
+from undistill.models.parts import staged
 
 
 class ConvNet(Model):
@@ -19,7 +20,7 @@ class ConvNet(Model):
             convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
             return nn.Sequential(convolution, nn.BatchNorm2d(outputs), *pooling, nn.ReLU(inplace=True))
 
-        return nn.Sequential(
+        network = nn.Sequential(
             block(channels, self.width),
             block(self.width, 2 * self.width, pool),
             block(2 * self.width, 4 * self.width, pool),
@@ -27,3 +28,4 @@ class ConvNet(Model):
             nn.Flatten(),
             nn.Linear(4 * self.width, num_classes),
         )
+        return staged(network, range(3))

@@ -4,7 +4,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from undistill.models.model import Model, Shape
-from undistill.models.parts import conv_norm, he_normal, is_small
+from undistill.models.parts import conv_norm, he_normal, is_small, staged
 
 # expansion, channels, blocks, stride (table 2)
 STAGES = (
@@ -30,6 +30,7 @@ class MobileNetV2(Model):
         inputs, last = self._scaled(32), max(self._scaled(1280), 1280)
         kernel, stride = (1, 1) if small else (3, 2)
         layers: list[nn.Module] = [*conv_norm(shape[0], inputs, kernel, stride), nn.ReLU6()]
+        ends = []
         for expansion, channels, blocks, stride in STAGES:
             outputs = self._scaled(channels)
             for number in range(blocks):
@@ -37,8 +38,9 @@ class MobileNetV2(Model):
                 expanded = small or expansion > 1
                 layers.append(InvertedResidual(inputs, outputs, expansion, stride if first else 1, expanded))
                 inputs = outputs
+            ends.append(len(layers) - 1)
         layers += [*conv_norm(inputs, last, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        return he_normal(nn.Sequential(*layers, nn.Linear(last, num_classes)))
+        return he_normal(staged(nn.Sequential(*layers, nn.Linear(last, num_classes)), ends))
 
     def _scaled(self, channels: int) -> int:
         return max(8, 8 * int(channels * self.width / 8 + 0.5))

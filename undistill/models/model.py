@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Self
@@ -13,7 +13,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from undistill.core.code import is_code
-from undistill.core.errors import ModelError
+from undistill.core.errors import ModelError, unknown
 from undistill.core.files import MIB, open_regular, read_bytes
 from undistill.core.seeds import seeded
 from undistill.core.spec import Spec
@@ -35,6 +35,23 @@ class Model(Spec):
     @abstractmethod
     def network(self, shape: Shape, num_classes: int) -> nn.Module:
         """A new network for images of `shape`."""
+
+    def stages(self, network: nn.Module) -> Sequence[nn.Module]:
+        """The parts of a network of ours after which its feature maps can be read, from the input to the output.
+
+        A network of the user's own names them: `network.stages = ["layer1", "layer2"]`. `ModelError` where there are
+        none.
+        """
+        named = getattr(network, "stages", None)
+        if not isinstance(named, list | tuple) or not named:
+            raise ModelError(
+                f"{self} names no stages, which this attack reads. Give the network an attribute that names them, such "
+                "as network.stages = ['layer1', 'layer2'], or leave the attack out."
+            )
+        parts = dict(network.named_modules())
+        if missing := [name for name in named if name not in parts]:
+            raise ModelError(unknown(f"part of {self}", str(missing[0]), parts))
+        return [parts[name] for name in named]
 
     def build(self, shape: Shape, num_classes: int, seed: int) -> nn.Module:
         """A network initialised by `seed`, tried on two blank images; `ModelError` if it is no classifier."""

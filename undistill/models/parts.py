@@ -1,5 +1,7 @@
 """What several networks are made of."""
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from undistill.models.model import Shape
@@ -15,6 +17,12 @@ def is_small(shape: Shape) -> bool:
 def conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
     return [convolution, nn.BatchNorm2d(outputs)]
+
+
+def staged(network: nn.Sequential, ends: Sequence[int]) -> nn.Module:
+    """`network`, which names the layers at which its stages end; see `Model.stages`."""
+    network.stages = [str(end) for end in ends]  # type: ignore[assignment]
+    return network
 
 
 def he_normal(network: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from torch import nn
 
 from undistill.core.errors import ModelError
 from undistill.models.model import Model, Shape
+from undistill.models.parts import staged
 
 
 class PlainCNN(Model):
@@ -22,7 +23,7 @@ class PlainCNN(Model):
             channels = outputs
         hidden = 4 * self.width
         flat = hidden * (height // 8) * (width // 8)
-        return nn.Sequential(
+        network = nn.Sequential(
             *layers,
             nn.Flatten(),
             nn.Linear(flat, hidden),
@@ -30,3 +31,4 @@ class PlainCNN(Model):
             nn.ReLU(),
             nn.Linear(hidden, num_classes),
         )
+        return staged(network, (3, 7, 11))

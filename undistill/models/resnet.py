@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from undistill.models.model import Model, Shape
-from undistill.models.parts import conv_norm, he_normal, is_small
+from undistill.models.parts import conv_norm, he_normal, is_small, staged
 
 LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 
@@ -25,13 +25,15 @@ class ResNet(Model):
         small = is_small(shape)
         layers: list[nn.Module] = [*conv_norm(channels, self.width, 3 if small else 7, 1 if small else 2), nn.ReLU()]
         layers += [] if small else [nn.MaxPool2d(3, 2, 1)]
-        inputs = self.width
+        inputs, ends = self.width, []
         for stage, count in enumerate(LAYERS[self.depth]):
             width = self.width * 2**stage
             for number in range(count):
                 layers.append(block(inputs, width, stride=2 if stage > 0 and number == 0 else 1))
                 inputs = width * block.expansion
-        return he_normal(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, num_classes)))
+            ends.append(len(layers) - 1)
+        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, num_classes)]
+        return he_normal(staged(nn.Sequential(*layers, *head), ends))
 
 
 class Residual(nn.Module):

@@ -5,7 +5,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from undistill.models.model import Model, Shape
-from undistill.models.parts import he_normal
+from undistill.models.parts import he_normal, staged
 
 
 class ResNetC(Model):
@@ -27,15 +27,16 @@ class ResNetC(Model):
 
 def preactivation(channels: int, stem: int, width: int, blocks: int, num_classes: int) -> nn.Module:
     """A 3 x 3 stem, then three stages of `blocks` blocks with `width`, 2 and 4 times `width` channels."""
-    inputs = stem
+    inputs, ends = stem, []
     layers: list[nn.Module] = [nn.Conv2d(channels, inputs, 3, padding=1, bias=False)]
     for stage in range(3):
         for block in range(blocks):
             outputs = width * 2**stage
             layers.append(Block(inputs, outputs, stride=2 if stage > 0 and block == 0 else 1))
             inputs = outputs
+        ends.append(len(layers) - 1)
     head = [nn.BatchNorm2d(inputs), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, num_classes)]
-    return he_normal(nn.Sequential(*layers, *head))
+    return he_normal(staged(nn.Sequential(*layers, *head), ends))
 
 
 class Block(nn.Module):

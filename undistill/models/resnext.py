@@ -4,7 +4,7 @@ from pydantic import Field, field_validator
 from torch import nn
 
 from undistill.models.model import Model, Shape
-from undistill.models.parts import conv_norm, he_normal
+from undistill.models.parts import conv_norm, he_normal, staged
 from undistill.models.resnet import Residual
 
 
@@ -24,13 +24,15 @@ class ResNeXt(Model):
 
     def network(self, shape: Shape, num_classes: int) -> nn.Module:
         layers: list[nn.Module] = [*conv_norm(shape[0], 64, 3), nn.ReLU()]
-        inputs = 64
+        inputs, ends = 64, []
         for stage in range(3):
             for number in range(self.depth // 9):
                 outputs, stride = 256 * 2**stage, 2 if stage > 0 and number == 0 else 1
                 layers.append(Aggregated(inputs, outputs, self.width * 2**stage, self.cardinality, stride))
                 inputs = outputs
-        return he_normal(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, num_classes)))
+            ends.append(len(layers) - 1)
+        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, num_classes)]
+        return he_normal(staged(nn.Sequential(*layers, *head), ends))
 
 
 class Aggregated(Residual):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from undistill.models.model import Model, Shape
-from undistill.models.parts import conv_norm, he_normal, is_small
+from undistill.models.parts import conv_norm, he_normal, is_small, staged
 
 STAGES = ((116, 4), (232, 8), (464, 4))  # channels, units (table 5, 1x)
 
@@ -16,12 +16,13 @@ class ShuffleNetV2(Model):
         small = is_small(shape)
         layers: list[nn.Module] = [*conv_norm(shape[0], 24, 3, 1 if small else 2), nn.ReLU()]
         layers += [] if small else [nn.MaxPool2d(3, 2, 1)]
-        inputs = 24
+        inputs, ends = 24, []
         for outputs, units in STAGES:
             layers += [Downsampling(inputs, outputs), *(Unit(outputs) for _ in range(units - 1))]
             inputs = outputs
+            ends.append(len(layers) - 1)
         layers += [*conv_norm(inputs, 1024, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        return he_normal(nn.Sequential(*layers, nn.Linear(1024, num_classes)))
+        return he_normal(staged(nn.Sequential(*layers, nn.Linear(1024, num_classes)), ends))
 
 
 def branch(inputs: int, outputs: int, stride: int) -> nn.Sequential:

@@ -4,7 +4,7 @@ from pydantic import Field
 from torch import nn
 
 from undistill.models.model import Model, Shape
-from undistill.models.parts import conv_norm, he_normal
+from undistill.models.parts import conv_norm, he_normal, staged
 
 LAYERS = ((1,), (2,), (4, 4), (8, 8), (8, 8))  # times the width
 
@@ -18,6 +18,7 @@ class VGG(Model):
     def network(self, shape: Shape, num_classes: int) -> nn.Module:
         inputs, side = shape[0], min(shape[1:])
         layers: list[nn.Module] = []
+        ends = []
         for stage in LAYERS:
             for times in stage:
                 outputs = times * self.width
@@ -26,4 +27,6 @@ class VGG(Model):
             if side >= 2:
                 layers.append(nn.MaxPool2d(2))
                 side //= 2
-        return he_normal(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, num_classes)))
+            ends.append(len(layers) - 1)
+        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, num_classes)]
+        return he_normal(staged(nn.Sequential(*layers, *head), ends))

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from undistill.attacks.attack import Role
 from undistill.auditing.schema import Report
 from undistill.auditing.verdict import Column, columns, interval
 from undistill.core.errors import legible
@@ -69,7 +70,7 @@ def students(report: Report) -> Figure:
         figure = Figure(figsize=(8.5, height), layout="constrained")
         for axes, student in zip(figure.subplots(len(panels), 1, squeeze=False).flat, panels, strict=True):
             rows = {column: found[column] for column in reversed(found) if column[2] == student}
-            _panel(axes, rows)
+            _panel(axes, rows, {(c.side, c.attack, c.student): c.role for c in report.cells})
             axes.set_yticks(range(len(rows)), [names[column] for column in rows], fontsize=10 if lines == 1 else 8)
             axes.set_xlabel(
                 f"test accuracy of the student {legible(student)}, %   (· · · no teacher, - - - top answers only)"
@@ -77,12 +78,12 @@ def students(report: Report) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, rows: Mapping[Column, Mapping[int, float]]) -> None:
+def _panel(axes: Axes, rows: Mapping[Column, Mapping[int, float]], roles: Mapping[Column, Role]) -> None:
     for height, (column, accuracies) in enumerate(rows.items()):
         _row(axes, height, column, [100 * value for value in accuracies.values()])
-    for side, name, dashes in (("victim", "HardLabels", "--"), ("none", "Scratch", ":")):
+    for side, role, dashes in (("victim", Role.TOP_ANSWERS, "--"), ("none", Role.NO_TEACHER, ":")):
         for column, accuracies in rows.items():
-            if column[0] == side and column[1].startswith(name + "("):
+            if (column[0], roles[column]) == (side, role):
                 mean = 100 * statistics.fmean(accuracies.values())
                 axes.axvline(mean, color=FLOOR, linestyle=dashes, linewidth=1)
 

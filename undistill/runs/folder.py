@@ -162,7 +162,10 @@ def read_record(path: Path) -> Record:
 
 
 def _with_names_of_today(record: Record) -> Record:
-    """Earlier versions called `recipe.compute` `recipe.engine`."""
+    """Earlier versions called `recipe.compute` `recipe.engine`, and knew one defence."""
+    if isinstance(record.get("defence"), str):
+        named = {("defences" if name == "defence" else name): value for name, value in record.items()}
+        record = named | {"defences": [record["defence"]]}
     settings = record.get("settings")
     recipe = settings.get("recipe") if isinstance(settings, dict) else None
     if isinstance(settings, dict) and isinstance(recipe, dict) and "engine" in recipe:

@@ -1,19 +1,20 @@
 """`train` and `protect`: from data and a network to a run folder."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from undistill.core import distributed
-from undistill.core.errors import NonFinite
+from undistill.core.errors import NonFinite, SpecError
 from undistill.core.files import GIB, sha256
 from undistill.core.progress import Progress
 from undistill.core.seeds import derive, seeded
 from undistill.data.batches import Batch
 from undistill.data.source import Source
-from undistill.data.split import Data
-from undistill.defences.defence import Defence
+from undistill.data.split import Data, Split
+from undistill.defences.defence import Defence, Fresh, ResponseDefence
 from undistill.models.model import Model, largest_weights, load_weights, returned
 from undistill.runs.folder import Record, claim, together
 from undistill.runs.run import Run
@@ -24,6 +25,7 @@ from undistill.training.compute import pick_device
 from undistill.training.fit import Fit
 from undistill.training.losses import cross_entropy
 from undistill.training.metrics import evaluate
+from undistill.victims.protected import bare, with_network
 
 
 def train(
@@ -73,7 +75,7 @@ def train(
 
 def protect(
     run: str | Path | Run,
-    defence: str | Defence,
+    defence: str | Defence | Sequence[str | Defence],
     out: str | Path,
     *,
     model: str | Model | None = None,
@@ -82,47 +84,83 @@ def protect(
     remember: float = REMEMBER,
     progress: Progress | None = None,
 ) -> Run:
-    """Protect the honest teacher of `run`; the victim gets a run folder of its own.
+    """Protect the honest network of `run`; the victim gets a run folder of its own.
 
-    Without `settings` the recipe and seed are the honest teacher's. `model` names the user's own
-    network again, which a stored run may not execute by itself. A defence that asks the honest teacher asks
-    once for each view; `remember` is the disk in GiB that the answers may fill, in the teacher's run folder.
+    Args:
+        run: the run folder of the honest network.
+        defence: one defence, or several that are applied in this order.
+        out: the run folder of the victim. A stopped run goes on there; a finished one is instant.
+        model: the user's own network, named again, since a stored run may not execute code by itself.
+        settings: recipe and seed, by default those of the honest network.
+        device: auto, cpu, cuda or cuda:N.
+        remember: GiB of disk that answers of the honest network may fill, in its run folder.
+        progress: where progress is shown.
     """
     honest = run if isinstance(run, Run) else Run.open(run)
     settings = settings or recorded_settings(honest)
-    defence = Defence.from_user(defence)
+    defences = [Defence.from_user(one) for one in ([defence] if isinstance(defence, str | Defence) else defence)]
+    if not defences:
+        raise SpecError("Nothing protects without a defence; name one, such as Nasty(omega=0.04, T=4).")
+    if honest.record.get("defences"):
+        raise SpecError(f"{honest.folder} is protected already. Protect the run it was made from, by all defences.")
     model = honest.model(None if model is None else Model.from_user(model))
     data = honest.data()
-    other = None if defence.reference is None else Run.open(defence.reference)
-    if other is not None:
+    references = {one.reference: Run.open(one.reference) for one in defences if one.reference}
+    for other in references.values():
         other.require(data.shape, data.classes)
+    refers = {folder: other.digest for folder, other in references.items()}
+    for spec in (model, *defences):
+        refers |= spec.refers()
     request = {
         "command": "protect",
         "parent": {"folder": os.path.relpath(honest.folder, out), "weights_sha256": honest.digest},
         "data": honest.record["data"],
         "data_sha256": honest.record["data_sha256"],
         "model": str(model),
-        "defence": str(defence),
-        "refers": model.refers() | defence.refers() | ({defence.reference: other.digest} if other else {}),
+        "defences": list(map(str, defences)),
+        "refers": refers,
         "settings": settings.model_dump(mode="json"),
     }
-    seed = derive(settings.seed, "victim")
-    teacher, fresh = honest.network(model), honest.fresh(seed, model)
-    reference = teacher if other is None else other.network()
-    chosen, name = pick_device(device), type(defence).__name__
+    seed, chosen = derive(settings.seed, "victim"), pick_device(device)
+    teacher, name = honest.network(model).to(chosen), " + ".join(type(one).__name__ for one in defences)
     with together(chosen, request), claim(Path(out), request) as place:
         if not place.finished:
             store = AnswerStore(honest.folder / "answers", remember * GIB)
             fit = Fit(settings.recipe, seed, chosen, place.folder, progress or Progress.silent(), name, store=store)
+            fresh = _Fresh(honest, model, seed)
+            victim: nn.Module = teacher
             with seeded(derive(settings.seed, "defence")):
-                victim = defence.protect(teacher.to(chosen), reference, fresh, data.split, fit)
-                victim = returned(victim, defence, data.shape, data.num_classes)
-            record = _record(request, data, fit, victim, str(defence))
+                for one in defences:
+                    reference = references[one.reference].network().to(chosen) if one.reference else teacher
+                    victim = returned(
+                        _apply(one, victim, reference, fresh, data.split, fit), one, data.shape, data.num_classes
+                    )
+            record = _record(request, data, fit, victim, ", ".join(map(str, defences)))
+            record["responses"] = [str(one) for one in defences if isinstance(one, ResponseDefence)]
             record["metrics"]["divergence"] = metrics.divergence(
                 evaluate(victim, data.validation), evaluate(teacher, data.validation)
             )
             place.finish(victim, record)
     return Run.open(out)
+
+
+class _Fresh:
+    """New networks of a run's architecture. The first one is initialised by `seed` itself."""
+
+    def __init__(self, run: Run, model: Model, seed: int) -> None:
+        self.run, self.model, self.seed, self.made = run, model, seed, 0
+
+    def __call__(self) -> nn.Module:
+        seed = derive(self.seed, f"fresh {self.made}") if self.made else self.seed
+        self.made += 1
+        return self.run.fresh(seed, self.model)
+
+
+def _apply(defence: Defence, current: nn.Module, honest: nn.Module, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
+    """`current` with one more defence. One that trains gets the bare network; responses before it stay over it."""
+    if isinstance(defence, ResponseDefence):
+        return defence.protect(current, honest, fresh, data, fit)
+    return with_network(current, defence.protect(bare(current), honest, fresh, data, fit))
 
 
 def _record(request: Record, data: Data, fit: Fit, network: nn.Module, who: str) -> Record:

@@ -20,8 +20,11 @@ from torch import nn
 from undistill.core.code import is_code, is_current
 from undistill.core.errors import StoreError
 from undistill.core.files import require_plain, sha256
+from undistill.core.identity import fingerprint
+from undistill.core.spec import Spec
 from undistill.data.source import Source
 from undistill.data.split import Data
+from undistill.defences.defence import Defence, ResponseDefence
 from undistill.models.model import Model, largest_weights, load_weights
 from undistill.runs.folder import Record, read_record
 
@@ -51,7 +54,10 @@ class Recorded(BaseModel):
     data: str
     data_sha256: str
     model: str
-    defence: str | None = None
+    defences: list[str] = Field(default_factory=list)
+    """Those applied, in order."""
+    responses: list[str] = Field(default_factory=list)
+    """Those among them that lie over the network, and have to be rebuilt before its weights are loaded."""
     parent: Parent | None = None
     start_sha256: str | None = None
     classes: list[str] = Field(min_length=2)
@@ -104,8 +110,13 @@ class Run:
         return data
 
     def network(self, model: Model | None = None) -> nn.Module:
-        """The trained network, in eval mode. `model` overrides the recorded one (needed for the user's own code)."""
+        """The network as it was measured, with its responses, in eval mode.
+
+        `model` names the network again where it is the user's own code.
+        """
         path, network = self.folder / "weights.safetensors", self.fresh(0, model)
+        for text in self.record.get("responses", ()):
+            network = self._response(text).wrap(network, self.shape, len(self.record["classes"])).eval()
         if not path.exists() or sha256(path, largest_weights(network)) != self.record["weights_sha256"]:
             raise StoreError(
                 f"{path} is missing or not the file that this run wrote; remove {self.folder} and make the run again."
@@ -116,6 +127,18 @@ class Run:
     def fresh(self, seed: int, model: Model | None = None) -> nn.Module:
         """The same architecture, newly initialised by `seed`."""
         spec = self.model(model)
+        self._require_unchanged(spec)
+        return spec.build(self.shape, len(self.record["classes"]), seed).eval()
+
+    def _response(self, text: str) -> ResponseDefence:
+        spec = Defence.parse(text)
+        if not isinstance(spec, ResponseDefence):
+            raise StoreError(f"{self.folder / 'run.json'} is damaged: {text} is no response; make the run again.")
+        self._require_unchanged(spec)
+        return spec
+
+    def _require_unchanged(self, spec: Spec) -> None:
+        """Raise `StoreError` if the user's own code behind `spec` is no longer that of the run."""
         recorded = self.record["refers"].values()
         for name, now in spec.refers().items():
             if now not in recorded and not any(is_current(name, sha) for sha in recorded):
@@ -123,7 +146,6 @@ class Run:
                     f"The code of {spec}, or of a module that it imports, has changed since {self.folder} was made "
                     f"(SHA-256 now {now[:12]}...); restore it, or make the run again with another --out."
                 )
-        return spec.build(self.shape, len(self.record["classes"]), seed).eval()
 
     def model(self, override: Model | None = None) -> Model:
         """The recorded network; `override` names it again where it is the user's own code."""
@@ -146,7 +168,14 @@ class Run:
 
     @property
     def digest(self) -> str:
+        """SHA-256 of the weights."""
         return str(self.record["weights_sha256"])
+
+    @property
+    def identity(self) -> str:
+        """Hash of everything on which answers depend: two responses may have the same weights under them."""
+        changing = [name for name in ("model", "defences", "responses") if self.record.get(name)]
+        return fingerprint(self.digest, self.record["refers"], [self.record[name] for name in changing])
 
 
 def _unfinished(folder: Path) -> str:

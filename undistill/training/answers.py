@@ -33,7 +33,7 @@ from undistill.data.views import Views, to_float
 from undistill.models.model import device_of, frozen
 from undistill.training.autotune import autotune
 from undistill.training.compute import EXACT, Compute, machine
-from undistill.training.losses import require_finite
+from undistill.training.losses import filled, require_finite
 
 log = logging.getLogger(__name__)
 
@@ -149,15 +149,19 @@ class RememberedAnswers:
         """Views as they were shown are looked up; other images are computed."""
         shown = batch.shown
         if shown is None:
-            return self._run(self._choose(lambda: batch.images), batch.images)
-        whole = self.epoch(shown.stream, shown.epoch)
+            return self.compute(batch.images)
+        whole = self.epoch(shown.dataset, shown.epoch)
         return whole[shown.index.to(whole.device)].to(batch.images.device)
 
-    def epoch(self, stream: ViewDataset, epoch: int) -> Tensor:
+    def compute(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of images (B, C, H, W) in [0, 1], never remembered."""
+        return self._run(self._choose(lambda: images), images)
+
+    def epoch(self, dataset: ViewDataset, epoch: int) -> Tensor:
         """Logits (N, K) for all views of one epoch, in the order of the samples; `NonFinite` if one is not."""
-        name = (stream.digest, stream.views.shown(epoch))
+        name = (dataset.digest, dataset.views.shown(epoch))
         if name not in self._held:
-            whole = self._found_or_made(stream, name[1])
+            whole = self._found_or_made(dataset, name[1])
             self._held[name] = whole.to(self.device) if whole.nbytes <= HELD else whole
             room = HELD if self.store.limit else 0
             while len(self._held) > 1 and sum(part.nbytes for part in self._held.values()) > room:
@@ -166,27 +170,30 @@ class RememberedAnswers:
         return self._held[name]
 
     def plain(self, samples: Samples, num_classes: int) -> Tensor:
-        """Logits (N, K) of the unaugmented images, in main memory, computed exactly whatever the settings."""
-        return self._exact.epoch(ViewDataset(samples, Views(crop=0), 0, num_classes), 0).cpu()
+        """Logits (N, K) of the unaugmented images, in main memory, computed exactly whatever the settings.
+
+        What the interface of a protected network does not show is filled in evenly.
+        """
+        return filled(self._exact.epoch(ViewDataset(samples, Views(crop=0), 0, num_classes), 0).cpu())
 
     @cached_property
     def _exact(self) -> "RememberedAnswers":
         """The same network for measurements: bf16 rounds the two highest answers of a nasty one to equal numbers."""
         return self if self._asked == EXACT else RememberedAnswers(self.network, EXACT, self.store)
 
-    def _found_or_made(self, stream: ViewDataset, epoch: int) -> Tensor:
-        parts = stream.samples.parts(PART)
-        compute = self._choose(lambda: to_float(stream.show(epoch, parts[0][:TRIED])[0].to(self.device)))
-        key = self._key(stream, compute) if self.store.open else None
+    def _found_or_made(self, dataset: ViewDataset, epoch: int) -> Tensor:
+        parts = dataset.samples.parts(PART)
+        compute = self._choose(lambda: to_float(dataset.show(epoch, parts[0][:TRIED])[0].to(self.device)))
+        key = self._key(dataset, compute) if self.store.open else None
         if not distributed.all_true(key is not None) or key is None:
-            return self._make(stream, epoch, compute)
-        shape = (len(stream.samples), stream.num_classes)
+            return self._make(dataset, epoch, compute)
+        shape = (len(dataset.samples), dataset.num_classes)
         if (found := self._find(key, epoch, shape)) is not None:
             return found
         with self.store.alone(key):
             if (found := self._find(key, epoch, shape)) is not None:
                 return found
-            made = self._make(stream, epoch, compute)
+            made = self._make(dataset, epoch, compute)
             self.store.save(key, epoch, made)
         return made
 
@@ -194,12 +201,12 @@ class RememberedAnswers:
         found = self.store.load(key, epoch, shape)
         return found if distributed.all_true(found is not None) else None
 
-    def _make(self, stream: ViewDataset, epoch: int, compute: Compute) -> Tensor:
+    def _make(self, dataset: ViewDataset, epoch: int, compute: Compute) -> Tensor:
         def answers(parts: Sequence[Tensor]) -> Iterator[Tensor]:
-            for views, _ in stream.shows(epoch, parts):
+            for views, _ in dataset.shows(epoch, parts):
                 yield self._run(compute, to_float(views.to(self.device)))
 
-        return require_finite(distributed.in_turns(stream.samples.parts(PART), answers), "views")
+        return require_finite(distributed.in_turns(dataset.samples.parts(PART), answers), "views")
 
     def _run(self, compute: Compute, images: Tensor) -> Tensor:
         self.computed += len(images)
@@ -215,17 +222,17 @@ class RememberedAnswers:
             self._ready = self._compute.prepare(self.network, training=False)
         return self._compute
 
-    def _key(self, stream: ViewDataset, compute: Compute) -> str | None:
+    def _key(self, dataset: ViewDataset, compute: Compute) -> str | None:
         """Names all on which an epoch's answers depend, but for the epoch; None for code that lies in no file."""
-        if self._identity is None:
+        if self.identity is None:
             return None
         where = [*machine(self.device), torch.__version__, undistill.__version__]
-        parts = [*self._identity, self._probe(stream), stream.digest, str(compute), *where, PART]
+        parts = [*self.identity, self._probe(dataset), dataset.digest, str(compute), *where, PART]
         return fingerprint(*parts)
 
     @cached_property
-    def _identity(self) -> list[str] | None:
-        """Hashes of weights and code, and the architecture."""
+    def identity(self) -> list[str] | None:
+        """Hashes of weights and code, and the architecture; None for code that lies in no file."""
         weights = hashlib.sha256()
         for name, value in self.network.state_dict().items():
             weights.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -238,10 +245,10 @@ class RememberedAnswers:
             return None
         return [weights.hexdigest(), repr(self.network), *code]
 
-    def _probe(self, stream: ViewDataset) -> str:
+    def _probe(self, dataset: ViewDataset) -> str:
         """Hash of the logits of two random images: shows what is neither weight nor code, such as a plain attribute."""
         generator = torch.Generator().manual_seed(0)
-        images = torch.rand(2, *stream.samples.images.shape[1:], generator=generator)
+        images = torch.rand(2, *dataset.samples.images.shape[1:], generator=generator)
         with torch.no_grad(), EXACT.active(self.device):
             return _digest(self.network(images.to(self.device)))
 

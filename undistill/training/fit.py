@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -14,19 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from undistill.core import distributed
-from undistill.core.errors import NonFinite, SpecError, short_of_memory
+from undistill.core.errors import LaunchError, NonFinite, SpecError, short_of_memory
 from undistill.core.files import MIB, write_lines
 from undistill.core.progress import Progress
 from undistill.core.seeds import derive, epoch_seed, seeded
 from undistill.core.tensors import LARGEST, read_tensors, same_form, write_tensors
 from undistill.data.batches import Batch, ViewDataset
 from undistill.data.sheet import COLUMNS, write_sheet
-from undistill.data.split import Split
-from undistill.data.views import to_float
+from undistill.data.split import Samples, Split
+from undistill.data.views import Views, to_float
 from undistill.training.answers import AnswerStore, RememberedAnswers
 from undistill.training.autotune import autotune
 from undistill.training.metrics import accuracy, evaluate, nll
-from undistill.training.optimisers import Average, build_optimiser, build_schedule, tensors_of
+from undistill.training.optimisers import Average, Extra, build_trained, tensors_of
 from undistill.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -77,9 +76,9 @@ class Fit:
     sheet: Path | None = None
     """Where an attack leaves a picture of the images that it made."""
     carried: Sequence[Stateful] = ()
-    """Saved and restored with every checkpoint, such as an oracle's count."""
-    beside: Sequence[nn.Module] = ()
-    """Networks that the objective calls beside the trained one; they get its layout in memory."""
+    """Saved and restored with every checkpoint of every call, such as an oracle's ledger."""
+    watch: Callable[[nn.Module], None] | None = None
+    """Called with the network after every epoch: an auditor's probe."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Metrics of every epoch: the terms without their weights, the loss, validation accuracy and NLL, seconds."""
     computed: list[str] = field(default_factory=list)
@@ -107,6 +106,14 @@ class Fit:
         self.asides.append(held["seconds"])
         return cast(Tensor, held["made"])
 
+    def views(self, samples: Samples, views: Views, role: str) -> ViewDataset:
+        """A second kind of view of the same samples, such as strongly changed ones, drawn apart for each `role`.
+
+        `batch.seen_as(dataset)` gives those of a batch.
+        """
+        seed = self.seed if self.view_seed is None else self.view_seed
+        return ViewDataset(samples.to(self.device), views, derive(seed, role), num_classes=1)
+
     def show(self, images: Tensor) -> None:
         """Leave a sheet of the first of (N, C, H, W) uint8 images that an attack made, if it made any."""
         if self.sheet and len(images):
@@ -123,18 +130,43 @@ class Fit:
         data: Split,
         objective: Objective,
         *,
+        extra: Sequence[Extra] = (),
+        beside: Sequence[nn.Module] = (),
+        carried: Sequence[Stateful] = (),
         epochs: int | None = None,
+        choose: bool = True,
         bounds: Mapping[str, float] | None = None,
     ) -> nn.Module:
-        """Raises `NonFinite`, naming epoch and term, as soon as a term, a weight or an answer is not finite.
+        """Train `network` in place on `data`, and return it with the chosen weights, in eval mode.
 
-        `bounds` names terms that cannot exceed a value, by theory: a term beyond it is made of rounding errors, and
-        ends the training as well.
+        Args:
+            network: what is trained, called by the objective as (B, C, H, W) in [0, 1] to logits (B, K).
+            data: training images, and validation images on which every epoch is measured.
+            objective: gives the terms of the loss of one batch; it must not wait for a GPU.
+            extra: modules that are trained beside the network, in training mode meanwhile.
+            beside: frozen networks that the objective calls; they get the layout in memory of the trained one.
+            carried: saved and restored with every checkpoint, beside what all calls carry.
+            epochs: instead of the recipe's; 0 leaves the network as it is.
+            choose: False keeps the last epoch whatever the recipe says, for whoever has no validation images.
+            bounds: terms that by theory cannot exceed a value; one beyond it is made of rounding errors.
+
+        Raises `NonFinite`, naming epoch and term, as soon as a term, a weight or an answer is not finite.
         """
         epochs = self.recipe.epochs if epochs is None else epochs
         if epochs == 0:
             return network.to(self.device).eval()
-        loop = _Loop(self, network, data, objective, epochs, bounds or {})
+        loop = _Loop(
+            fit=self,
+            network=network,
+            data=data,
+            objective=objective,
+            extra=extra,
+            beside=beside,
+            carried=[*self.carried, *carried],
+            epochs=epochs,
+            chooses=choose and data.is_labelled and self.recipe.selection == "best",
+            bounds=bounds or {},
+        )
         checkpoint = self.folder / f"checkpoint-{self.calls}.pt" if self.folder else None
         self.calls += 1
         self.computed.append(str(loop.compute))
@@ -143,6 +175,8 @@ class Fit:
         with self.progress.task(self.name, loop.epochs, done=loop.epoch) as task:
             while loop.epoch < loop.epochs:
                 metrics = loop.one_epoch()
+                if self.watch:
+                    self.watch(loop.current)
                 last = loop.epoch == loop.epochs
                 if checkpoint and (last or time.monotonic() - saved >= CHECKPOINT_SECONDS):
                     loop.save(checkpoint)
@@ -159,18 +193,25 @@ class _Loop:
 
     def __init__(
         self,
+        *,
         fit: Fit,
         network: nn.Module,
         data: Split,
         objective: Objective,
+        extra: Sequence[Extra],
+        beside: Sequence[nn.Module],
+        carried: Sequence[Stateful],
         epochs: int,
+        chooses: bool,
         bounds: Mapping[str, float],
     ) -> None:
         self.fit, self.recipe, self.epochs, self.objective, self.bounds = fit, fit.recipe, epochs, objective, bounds
+        self.carried, self.chooses = carried, chooses
         self.network = network.to(fit.device)
+        self.extra = [one.module.to(fit.device) for one in extra]
         self.train, self.validation = data.train.to(fit.device), data.validation.to(fit.device)
         seed = fit.seed if fit.view_seed is None else fit.view_seed
-        self.stream = ViewDataset(self.train, self.recipe.views, seed, data.num_classes)
+        self.dataset = ViewDataset(self.train, self.recipe.views, seed, data.num_classes)
         self.batches = self._count_batches()
         self.compute = autotune(
             self.recipe.compute,
@@ -179,13 +220,16 @@ class _Loop:
             steps=epochs * self.batches,
             training=True,
             folder=fit.trials or fit.folder,
-            beside=fit.beside,
+            beside=beside,
         )
-        for each in (self.network, *fit.beside):
+        for each in (self.network, *beside):
             self.compute.lay_out(each)
-        self.optimiser = build_optimiser(self.network, self.recipe)
+        if extra and distributed.world() > 1:
+            raise LaunchError(
+                "What is trained beside the network is trained in one process; start it without torchrun."
+            )
+        self.trained = build_trained(self.network, extra, self.recipe, epochs * self.batches)
         self.called = self.compute.compiled(distributed.parallel(self.network, self._sample))
-        self.schedule = build_schedule(self.optimiser, self.recipe, epochs * self.batches)
         self.average = Average(self.network, self.recipe.ema) if self.recipe.ema else None
         self.best: dict[str, Tensor] | None = None
         self.epoch = 0
@@ -205,7 +249,7 @@ class _Loop:
     def _sample(self) -> Tensor:
         """This process's share of a batch (B, C, H, W) in [0, 1]."""
         first = distributed.shard(torch.arange(len(self.train), device=self.train.labels.device)[: self.size])
-        return to_float(self.stream.show(0, first)[0].to(self.fit.device))
+        return to_float(self.dataset.show(0, first)[0].to(self.fit.device))
 
     @property
     def size(self) -> int:
@@ -218,21 +262,23 @@ class _Loop:
 
     def one_epoch(self) -> dict[str, float]:
         began = time.perf_counter()
-        self.called.train()
+        for module in (self.called, *self.extra):
+            module.train()
         with seeded(epoch_seed(self.fit.seed, self.epoch)), self.compute.backend():
             metrics = self._train_epoch()
-        self._require_finite(self.network.state_dict(), "the weights after it")
+        for module in (self.network, *self.extra):
+            self._require_finite(module.state_dict(), "the weights after it")
         logits = self._validate()
         labels = self.validation.labels.to(logits.device)
         self.epoch += 1
         metrics |= {
             "epoch": self.epoch,
-            "lr": float(self.schedule.get_last_lr()[0]),
+            "lr": float(self.trained[0].schedule.get_last_lr()[0]),
             "validation_accuracy": accuracy(logits, labels),
             "validation_nll": nll(logits, labels),
             "seconds": time.perf_counter() - began,
         }
-        if self.recipe.selection == "best" and metrics["validation_accuracy"] > max(
+        if self.chooses and metrics["validation_accuracy"] > max(
             (past["validation_accuracy"] for past in self.history), default=-1.0
         ):
             self.best = deepcopy(self.current.state_dict())
@@ -248,11 +294,11 @@ class _Loop:
             torch.manual_seed(torch.initial_seed() ^ distributed.rank())
         rows = []
         for index, size, (views, labels) in zip(
-            parts, map(len, whole), self.stream.shows(self.epoch, parts), strict=True
+            parts, map(len, whole), self.dataset.shows(self.epoch, parts), strict=True
         ):
             images = self.compute.laid_out(to_float(views.to(self.fit.device, non_blocking=True)))
             labels = labels.to(self.fit.device, non_blocking=True)
-            batch = Batch.of(self.stream, self.epoch, index, images, labels)
+            batch = Batch.of(self.dataset, self.epoch, index, images, labels)
             terms = self._step(batch, distributed.loss_scale(len(index), size))
             rows.append(torch.stack(list(terms.values())) * (len(index) / len(self.train)))
         steps = distributed.all_reduce(torch.stack(rows)).cpu().double()
@@ -284,12 +330,12 @@ class _Loop:
         weights = [term.weight if isinstance(term, Weighted) else 1.0 for term in terms.values()]
         weighted = [value.float() * weight for value, weight in zip(values.values(), weights, strict=True)]
         loss = torch.stack(weighted).sum()
-        self.optimiser.zero_grad()
+        for trained in self.trained:
+            trained.optimiser.zero_grad()
         (loss * scale).backward()
-        if self.recipe.clip:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
-        self.optimiser.step()
-        self.schedule.step()
+        for trained in self.trained:
+            trained.clip(self.recipe.clip)
+            trained.step()
         if self.average:
             self.average.update(self.network)
         return {name: value.detach().float() for name, value in (values | {"loss": loss}).items()}
@@ -308,6 +354,8 @@ class _Loop:
         )
 
     def result(self) -> nn.Module:
+        for module in self.extra:
+            module.eval()
         if self.best is not None:
             self.network.load_state_dict(self.best)
         elif self.average:
@@ -317,30 +365,34 @@ class _Loop:
     def state_dict(self) -> dict[str, Any]:
         return {
             "network": self.network.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "extra": [module.state_dict() for module in self.extra],
+            "trained": [trained.state_dict() for trained in self.trained],
             "average": self.average.state_dict() if self.average else None,
             "best": self.best,
             "epoch": self.epoch,
             "history": self.history,
-            "carried": [thing.state_dict() for thing in self.fit.carried],
+            "carried": [thing.state_dict() for thing in self.carried],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises errors of many kinds for the state of another training, and leaves this one half changed."""
         self.network.load_state_dict(state["network"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.schedule.load_state_dict(state["schedule"])
+        for module, saved in zip(self.extra, state["extra"], strict=True):
+            module.load_state_dict(saved)
+        for trained, saved in zip(self.trained, state["trained"], strict=True):
+            trained.load_state_dict(saved)
         if self.average:
             self.average.load_state_dict(state["average"])
         self.best, self.epoch, self.history = state["best"], state["epoch"], list(state["history"])
-        for thing, saved in zip(self.fit.carried, state["carried"], strict=True):
+        for thing, saved in zip(self.carried, state["carried"], strict=True):
             thing.load_state_dict(saved)
 
     @property
     def _largest(self) -> int:
-        """Bytes of a checkpoint: network, optimiser, averages, best weights, and what an attack carries."""
-        return 16 * sum(tensor.nbytes for tensor in tensors_of(self.network)) + LARGEST
+        """Bytes of a checkpoint: networks, optimisers, averages, best weights, and what an attack carries."""
+        return (
+            16 * sum(tensor.nbytes for module in (self.network, *self.extra) for tensor in tensors_of(module)) + LARGEST
+        )
 
     def save(self, path: Path) -> None:
         write_tensors(path, self.state_dict(), self._largest)
@@ -363,20 +415,16 @@ class _Loop:
             log.warning("%s is not of this training (%s); it begins again.", path, why or "in another process")
 
     def _require_ours(self, state: Mapping[str, Any]) -> None:
-        """Raise `ValueError`, or fail, unless `state` has the form that `state_dict` has after an epoch.
-
-        The schedule depends on the number of steps alone; it, and what it sets in the optimiser, must be what we would
-        have come to ourselves.
-        """
+        """Raise `ValueError`, or fail, unless `state` has the form that `state_dict` has after an epoch."""
         own, epoch = self.state_dict(), state["epoch"]
         if type(epoch) is not int or epoch not in range(1, self.epochs + 1):
             raise ValueError(f"its epoch is {epoch!r:.40}")
-        optimiser, schedule = self._after(epoch * self.batches)
+        steps = epoch * self.batches
+        trained = zip(self.trained, state["trained"], strict=True)
         alike = {
             "network": same_form(state["network"], own["network"]),
-            "optimiser": state["optimiser"]["param_groups"] == optimiser["param_groups"]
-            and self._moments_fit(state["optimiser"]["state"]),
-            "schedule": state["schedule"] == schedule,
+            "extra": same_form(state["extra"], own["extra"]),
+            "optimiser": all(ours.could_be(theirs, steps) for ours, theirs in trained),
             "average": same_form(state["average"], own["average"]),
             "best": state["best"] is None or same_form(state["best"], own["network"]),
             "history": [past["epoch"] for past in state["history"]] == list(range(1, epoch + 1))
@@ -385,28 +433,6 @@ class _Loop:
         for name, right in alike.items():
             if not right:
                 raise ValueError(f"its {name} has another form")
-
-    def _after(self, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The states of a new optimiser and schedule after so many steps of the schedule."""
-        optimiser = build_optimiser(self.network, self.recipe)
-        schedule = build_schedule(optimiser, self.recipe, self.epochs * self.batches)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that the optimiser itself makes no step
-            for _ in range(steps):
-                schedule.step()
-        return optimiser.state_dict(), schedule.state_dict()
-
-    def _moments_fit(self, kept: Mapping[int, Mapping[str, Any]]) -> bool:
-        """Whether what an optimiser keeps of each parameter has the names and shapes that its kind has."""
-        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
-        adam = {"step": torch.zeros(()), "exp_avg": None, "exp_avg_sq": None}
-        names: Mapping[str, Any] = adam if self.recipe.optimiser == "adamw" else {"momentum_buffer": None}
-        for number, held in kept.items():
-            parameter = parameters[number].detach()
-            expected = {name: parameter if like is None else like for name, like in names.items()}
-            if not same_form({name: value for name, value in held.items() if value is not None}, expected):
-                return bool(not self.recipe.momentum and held == {"momentum_buffer": None})
-        return True
 
 
 def _is_measured(epoch: Mapping[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """Every loss of the project. One tempered KL; all of them in fp32, whatever the networks ran in."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -7,6 +8,7 @@ from undistill.core.errors import NonFinite
 
 LARGEST = 1e15  # of an answer
 LOG_ZERO = -1e4  # stands for log 0 in an answer, so that KL stays finite
+UNSHOWN = -(2.0**40)  # stands where an interface showed nothing; no log-probability and no sane logit is this number
 
 
 def kl(p: Tensor, q: Tensor, T: float = 1.0) -> Tensor:
@@ -39,6 +41,17 @@ def undermining(nasty: Tensor, adversary: Tensor, T: float) -> Tensor:
     sample is at most -T^2 log min_k q_k, since KL(p || q) <= max_k log(1/q_k).
     """
     return -T * T * kl(nasty, adversary.detach(), T)
+
+
+def filled(served: Tensor) -> Tensor:
+    """`served` (B, K) with probabilities for the classes at `UNSHOWN`: they share what is left of 1 evenly.
+
+    Logits and answers in which every class was shown are returned as they are.
+    """
+    hidden = served == UNSHOWN
+    left = (1 - served.masked_fill(hidden, -torch.inf).exp().sum(1, keepdim=True)).clamp_min(0)
+    share = (left / hidden.sum(1, keepdim=True).clamp_min(1)).log().clamp_min(LOG_ZERO)
+    return torch.where(hidden, share, served)
 
 
 def require_finite(logits: Tensor, what: str) -> Tensor:

@@ -12,7 +12,7 @@ from undistill.data.split import Samples
 from undistill.data.views import to_float
 from undistill.models.model import device_of
 from undistill.training.compute import EXACT, Compute
-from undistill.training.losses import cross_entropy, distillation, require_finite
+from undistill.training.losses import cross_entropy, distillation, filled, require_finite
 
 DIVERGENCE_T = 4.0
 
@@ -20,6 +20,8 @@ DIVERGENCE_T = 4.0
 @torch.no_grad()
 def evaluate(network: nn.Module, samples: Samples, compute: Compute = EXACT, batch_size: int = 512) -> Tensor:
     """Logits (N, K) of the unaugmented images, in eval mode, fp32, on the network's device.
+
+    What the interface of a protected network does not show is filled in evenly.
 
     Raises `NonFinite` for a network that answers NaN or infinity: whatever is measured of it would be meaningless.
     """
@@ -34,7 +36,7 @@ def evaluate(network: nn.Module, samples: Samples, compute: Compute = EXACT, bat
     with compute.active(device):
         logits = distributed.in_turns(samples.parts(batch_size), answers)
     network.train(training)
-    return require_finite(logits, "images").to(device)
+    return filled(require_finite(logits, "images")).to(device)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -3,8 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from undistill.attacks.attack import Fresh
 from undistill.attacks.data_free.generative import Generative
-from undistill.attacks.data_free.synthesis import GeneratorTraining, without_data
+from undistill.attacks.data_free.synthesis import GeneratorTraining, without_images
 from undistill.core.spec import LearningRate, Temperature, Weight
 from undistill.data.batches import Batch
 from undistill.data.split import Split
@@ -28,10 +29,9 @@ class DAFL(Generative):
     """Weight of minus the entropy of the mean answer, in nats (eq. 5, which divides by the number of classes)."""
     T: Temperature = 4.0
 
-    def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
+    def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         victim = oracle.weights
         training = GeneratorTraining(self.generator(data, fit), self.lr)
-        data, fit = without_data(data, fit, (victim, training.generator), (training,))
 
         def objective(network: nn.Module, batch: Batch) -> Terms:
             images = training.generator.sample(len(batch.images))
@@ -40,7 +40,8 @@ class DAFL(Generative):
             training.learn(self._loss(answers, features))
             return {"soft": distillation(answers.detach(), network(images.detach()), self.T)}
 
-        student = fit(student, data, objective)
+        beside = victim, training.generator
+        student = fit(fresh(), without_images(data), objective, beside=beside, carried=[training], choose=False)
         fit.show(training.pictures())
         return student
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from undistill.attacks.attack import Attack
+from undistill.attacks.attack import Attack, Fresh, Role, ThiefData
 from undistill.attacks.data_free.synthesis import (
     BatchNormStatistics,
     batch_norms,
@@ -16,7 +16,6 @@ from undistill.attacks.data_free.synthesis import (
     shifted,
     to_bytes,
     total_variation,
-    without_data,
 )
 from undistill.core.errors import ModelError
 from undistill.core.spec import LearningRate, Temperature, Weight
@@ -36,6 +35,8 @@ class DeepInversion(Attack):
     data."""
 
     needs = Access.WEIGHTS
+    data = ThiefData.NONE
+    role = Role.DATA_FREE
     count: int = Field(2000, ge=2, le=10_000_000)
     """Images in all, classes in turn."""
     steps: int = Field(200, ge=1, le=1_000_000)
@@ -63,24 +64,24 @@ class DeepInversion(Attack):
                 "have it do without: DeepInversion(statistics=0)."
             )
 
-    def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
+    def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         victim = oracle.weights
         self.check(victim)
-        _, fit = without_data(data, fit, (victim,))
-        made: list[Tensor] = []
+        student, made = fresh(), list[Tensor]()
         for number in range(self.rounds):
             rival = student if number else None
             make = partial(self._images, victim, rival, number, data, fit)
             made.append(fit.once(f"images-{number}", make, (share(self.count, number, self.rounds), *data.shape)))
             pixels = torch.cat(made)
-            split = replace(data, train=Samples(pixels.cpu(), torch.zeros(len(pixels), dtype=torch.int64)))
+            split = replace(data, train=Samples(pixels.cpu(), torch.zeros(len(pixels), dtype=torch.int64)).unlabelled)
 
             def objective(network: nn.Module, batch: Batch) -> Terms:
                 with torch.no_grad():
                     answers = victim(batch.images)
                 return {"soft": distillation(answers, network(batch.images), self.T)}
 
-            student = fit(student, split, objective, epochs=share(fit.recipe.epochs, number, self.rounds))
+            epochs = share(fit.recipe.epochs, number, self.rounds)
+            student = fit(student, split, objective, beside=[victim], epochs=epochs, choose=False)
         fit.show(pixels)
         return student
 

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from undistill.attacks.attack import Fresh
 from undistill.attacks.data_free.generative import Generative
 from undistill.attacks.data_free.synthesis import (
     BatchNormStatistics,
@@ -16,7 +17,7 @@ from undistill.attacks.data_free.synthesis import (
     evaluating,
     shifted,
     to_bytes,
-    without_data,
+    without_images,
 )
 from undistill.core.errors import NonFinite
 from undistill.core.spec import LearningRate, Temperature, Weight
@@ -59,10 +60,9 @@ class Fast(Generative):
     bank: int = Field(20_000, ge=1, le=10_000_000)
     """Images that are remembered, the latest ones."""
 
-    def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
+    def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         victim = oracle.weights
         memory = _Memory(self.generator(data, fit), self.bank)
-        data, fit = without_data(data, fit, (victim, memory.generator), (memory,))
 
         def objective(network: nn.Module, batch: Batch) -> Terms:
             count = len(batch.images)
@@ -77,7 +77,8 @@ class Fast(Generative):
                 answers = victim(images)
             return {"soft": distillation(answers, network(images), self.T)}
 
-        student = fit(student, data, objective)
+        beside = victim, memory.generator
+        student = fit(fresh(), without_images(data), objective, beside=beside, carried=[memory], choose=False)
         fit.show(memory.images[-COLUMNS * COLUMNS :])
         return student
 

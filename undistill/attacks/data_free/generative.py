@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from undistill.attacks.attack import Attack
+from undistill.attacks.attack import Attack, Role, ThiefData
 from undistill.attacks.data_free.synthesis import Generator
 from undistill.core.spec import LearningRate
 from undistill.data.split import Split
@@ -15,6 +15,8 @@ class Generative(Attack):
 
     listed = False
     needs = Access.WEIGHTS
+    data = ThiefData.NONE
+    role = Role.DATA_FREE
     lr: LearningRate = 1e-3
     """Of the generator, with Adam."""
     latent: int = Field(100, ge=1, le=10_000)

@@ -1,7 +1,7 @@
 """Images made from a network alone, for attacks that have its weights and no data."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from undistill.data.split import Samples, Split
-from undistill.training.fit import Fit, Stateful
 from undistill.training.losses import kl
 
 
@@ -78,18 +77,13 @@ class GeneratorTraining:
         self.optimiser.load_state_dict(state["optimiser"])
 
 
-def without_data(
-    data: Split, fit: Fit, beside: Sequence[nn.Module] = (), carried: Sequence[Stateful] = ()
-) -> tuple[Split, Fit]:
-    """Blank images in the place of the training images, and a fit that chooses nothing by validation images.
+def without_images(data: Split) -> Split:
+    """Blank images without labels in the place of the training images.
 
-    An epoch has as many steps as the images would give. Validation images are only measured on. `beside` and `carried`
-    are the fit's, in addition to what it carries.
+    An epoch has as many steps as the images would give. Validation images are only measured on.
     """
     blank = torch.zeros(1, *data.shape, dtype=torch.uint8).expand(len(data.train), *data.shape)
-    train = Samples(blank, torch.zeros_like(data.train.labels))
-    recipe = fit.recipe.model_copy(update={"selection": "last"})
-    return replace(data, train=train), replace(fit, recipe=recipe, beside=beside, carried=(*fit.carried, *carried))
+    return replace(data, train=Samples(blank, data.train.labels)).unlabelled
 
 
 def batch_norms(network: nn.Module) -> list[_BatchNorm]:

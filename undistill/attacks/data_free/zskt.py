@@ -6,8 +6,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from undistill.attacks.attack import Fresh
 from undistill.attacks.data_free.generative import Generative
-from undistill.attacks.data_free.synthesis import Generator, GeneratorTraining, without_data
+from undistill.attacks.data_free.synthesis import Generator, GeneratorTraining, without_images
 from undistill.data.batches import Batch
 from undistill.data.split import Split
 from undistill.training.fit import Fit, Terms
@@ -23,10 +24,9 @@ class ZSKT(Generative):
     student_steps: int = Field(10, ge=1, le=10_000)
     """Steps of the student for one of the generator (10 in the paper)."""
 
-    def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
+    def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         victim = oracle.weights
         training = _Game(self.generator(data, fit), self.lr)
-        data, fit = without_data(data, fit, (victim, training.generator), (training,))
 
         def objective(network: nn.Module, batch: Batch) -> Terms:
             if training.steps % self.student_steps == 0:
@@ -39,7 +39,8 @@ class ZSKT(Generative):
                 answers = victim(images)
             return {"belief": kl(answers, network(images))}
 
-        student = fit(student, data, objective)
+        beside = victim, training.generator
+        student = fit(fresh(), without_images(data), objective, beside=beside, carried=[training], choose=False)
         fit.show(training.pictures())
         return student
 

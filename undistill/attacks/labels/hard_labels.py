@@ -2,22 +2,18 @@
 
 from torch import nn
 
-from undistill.attacks.attack import Attack
+from undistill.attacks.attack import Distillation, Role, ThiefData
 from undistill.data.batches import Batch
-from undistill.data.split import Split
-from undistill.training.fit import Fit, Terms
+from undistill.training.fit import Terms
 from undistill.training.losses import cross_entropy
-from undistill.victims.oracle import Access, Oracle
+from undistill.victims.answer import Answer
 
 
-class HardLabels(Attack):
-    """Cross-entropy on the argmax of the victim's answer to each view; needs no labels."""
+class HardLabels(Distillation):
+    """Cross-entropy on the top class of the victim's answer to each view; needs no labels."""
 
-    needs = Access.QUERY
-    floor = True
+    data = ThiefData.UNLABELLED
+    role = Role.TOP_ANSWERS
 
-    def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
-        def objective(network: nn.Module, batch: Batch) -> Terms:
-            return {"ce": cross_entropy(network(batch.images), oracle(batch).argmax(1))}
-
-        return fit(student, data, objective)
+    def objective(self, student: nn.Module, batch: Batch, answer: Answer) -> Terms:
+        return {"ce": cross_entropy(student(batch.images), answer.top)}

@@ -3,23 +3,22 @@
 from pydantic import Field
 from torch import nn
 
-from undistill.attacks.attack import Attack
+from undistill.attacks.attack import Attack, Fresh, Role
 from undistill.data.batches import Batch
 from undistill.data.split import Split
 from undistill.training.fit import Fit, Terms
 from undistill.training.losses import cross_entropy
-from undistill.victims.oracle import Access, Oracle
+from undistill.victims.oracle import Oracle
 
 
 class LabelSmoothing(Attack):
     """Cross-entropy on the attacker's own labels, `smoothing` of it spread over all classes (Szegedy 2016)."""
 
-    needs = Access.NONE
-    floor = True
+    role = Role.LABELS
     smoothing: float = Field(0.1, gt=0, lt=1)
 
-    def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
+    def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         def objective(network: nn.Module, batch: Batch) -> Terms:
             return {"ce": cross_entropy(network(batch.images), batch.labels, self.smoothing)}
 
-        return fit(student, data, objective)
+        return fit(fresh(), data, objective)

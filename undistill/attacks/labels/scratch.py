@@ -2,22 +2,21 @@
 
 from torch import nn
 
-from undistill.attacks.attack import Attack
+from undistill.attacks.attack import Attack, Fresh, Role
 from undistill.data.batches import Batch
 from undistill.data.split import Split
 from undistill.training.fit import Fit, Terms
 from undistill.training.losses import cross_entropy
-from undistill.victims.oracle import Access, Oracle
+from undistill.victims.oracle import Oracle
 
 
 class Scratch(Attack):
     """Cross-entropy on the attacker's own labels."""
 
-    needs = Access.NONE
-    floor = True
+    role = Role.NO_TEACHER
 
-    def run(self, oracle: Oracle, student: nn.Module, data: Split, fit: Fit) -> nn.Module:
+    def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         def objective(network: nn.Module, batch: Batch) -> Terms:
             return {"ce": cross_entropy(network(batch.images), batch.labels)}
 
-        return fit(student, data, objective)
+        return fit(fresh(), data, objective)

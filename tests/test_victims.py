@@ -1,0 +1,410 @@
+"""Answers, responses over networks, runs that hold them, and what a thief with a budget gets."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import NASTY, RECIPE, STUDENT, students
+from undistill import Extra, Form, Weighted
+from undistill.api import audit, protect
+from undistill.attacks import Attack
+from undistill.attacks.attack import Buying, Distillation, ThiefData
+from undistill.auditing.cell import Job
+from undistill.auditing.pair import VictimPair
+from undistill.core.errors import BudgetExceeded, ModelError, SpecError, StoreError
+from undistill.core.progress import Progress
+from undistill.data import Data, Split
+from undistill.data.batches import Batch
+from undistill.data.views import Views
+from undistill.defences import Defence
+from undistill.defences.defence import ResponseDefence
+from undistill.models import Model
+from undistill.runs.run import Run
+from undistill.runs.settings import Settings
+from undistill.training.fit import Fit
+from undistill.training.losses import LOG_ZERO, UNSHOWN, cross_entropy, distillation, filled
+from undistill.training.metrics import accuracy, evaluate
+from undistill.victims.answer import Answer
+from undistill.victims.oracle import Access, Oracle
+from undistill.victims.protected import Protected, Response, bare
+
+CPU = torch.device("cpu")
+P = torch.tensor([[0.62, 0.27, 0.11], [0.33, 0.36, 0.31]])
+
+
+class Shares(nn.Module):
+    """Answers `P` in turn, whatever it is asked."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return P.log().repeat(len(images), 1)[: len(images)]
+
+
+def answer(defence: str, images: int = 2) -> Answer:
+    shape = (1, 4, 4)
+    network = Defence.parse(defence).protect(Shares(), Shares(), Shares, data(shape), Fit(RECIPE, 0, CPU))  # type: ignore[arg-type]
+    return network.answer(torch.zeros(images, *shape))
+
+
+def data(shape: tuple[int, int, int]) -> object:
+    class Three:
+        num_classes = 3
+
+    Three.shape = shape
+    return Three
+
+
+def test_what_was_not_shown_is_filled_in_evenly() -> None:
+    served = torch.tensor([[math.log(0.6), UNSHOWN, UNSHOWN], [math.log(0.5), math.log(0.5), UNSHOWN]])
+    expected = torch.tensor([[0.6, 0.2, 0.2], [0.5, 0.5, 0.0]])
+    assert torch.allclose(filled(served).exp(), expected, atol=1e-6)
+    logits = torch.randn(4, 3)
+    assert torch.equal(filled(logits), logits)
+
+
+def test_rounding_by_hand() -> None:
+    expected = torch.tensor([[0.7, 0.2, 0.1], [0.3, 0.4, 0.3]])  # the top class takes what rounding down leaves
+    found = answer("Rounding(digits=1)")
+    assert torch.allclose(found.log_p.exp(), expected, atol=1e-6)
+    assert found.shown.all()
+    assert torch.equal(answer("Rounding(digits=0)").top, P.argmax(1))
+
+
+def test_top_k_by_hand() -> None:
+    found = answer("TopK(k=2)")
+    assert found.shown.tolist() == [[True, True, False], [True, True, False]]
+    assert torch.allclose(found.log_p[found.shown].exp(), torch.tensor([0.62, 0.27, 0.33, 0.36]))
+    assert (found.log_p[~found.shown] == LOG_ZERO).all()
+    assert torch.allclose(found.filled.exp(), P, atol=1e-6), "one hidden class gets what is left"
+
+
+RESPONSES = [spec for spec in Defence.registry if issubclass(Defence.registry[spec], ResponseDefence)]
+
+
+@pytest.mark.parametrize("name", RESPONSES)
+def test_responses_keep_their_promises(name: str, toy: Data, honest: Run) -> None:
+    """On the simplex, the top class kept, row by row, the network untouched."""
+    teacher = honest.network()
+    network = Defence.parse(name).protect(teacher, teacher, lambda: honest.fresh(1), toy.split, Fit(RECIPE, 0, CPU))
+    images = toy.test.pixels.float() / 255
+    with torch.no_grad():
+        whole, plain = network.answer(images), teacher(images)
+        alone = torch.cat([network.answer(image[None]).log_p for image in images])
+    assert torch.allclose(whole.filled.exp().sum(1), torch.ones(len(images)), atol=1e-4)
+    assert torch.equal(whole.top, plain.argmax(1))
+    assert torch.allclose(alone, whole.log_p, atol=1e-4)
+    assert bare(network) is teacher
+
+
+MINE = """
+import torch
+
+from undistill import Answer, Response, ResponseDefence
+
+
+class Blurred(Response):
+    def __init__(self, share):
+        super().__init__()
+        self.register_buffer("share", torch.tensor(share))
+
+    def forward(self, answer, inputs):
+        p = answer.log_p.exp()
+        return Answer(((1 - self.share) * p + self.share / p.shape[1]).log(), answer.shown)
+
+
+class Blur(ResponseDefence):
+    share: float = 0.5
+
+    def response(self, shape, num_classes):
+        return Blurred(self.share)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> str:
+    (tmp_path / "mine.py").write_text(MINE)
+    return f"{tmp_path / 'mine.py'}:Blur"
+
+
+def made(honest: Run, out: Path, *defences: str) -> Run:
+    return protect(honest, defences, out, settings=Settings(recipe=RECIPE), device="cpu")
+
+
+def test_composed_defences_are_recorded_and_rebuilt(honest: Run, victim: Run, toy: Data, tmp_path: Path, mine) -> None:
+    """A trained defence and two responses, one of the user's own: the run opens as what was measured."""
+    run = made(honest, tmp_path / "run", NASTY, f"{mine}(share=0.25)", "TopK(k=2)")
+    assert [text.partition("(")[0].rpartition(":")[2] for text in run.record["defences"]] == ["Nasty", "Blur", "TopK"]
+    network = Run.open(tmp_path / "run").network()
+    assert [type(response).__name__ for response in network.responses] == ["Blurred", "Highest"]
+    labels = toy.validation.labels
+    assert accuracy(evaluate(network, toy.validation), labels) == run.record["metrics"]["validation_accuracy"]
+    nasty = victim.network()
+    assert all(map(torch.equal, nasty.state_dict().values(), bare(network).state_dict().values()))
+    with torch.no_grad():
+        p = nasty(images := toy.test.pixels[:5].float() / 255).softmax(1)
+        blurred = (0.75 * p + 0.25 / 3).sort(descending=True).values[:, :2]
+        shown = network.answer(images)
+    assert torch.allclose(shown.log_p[shown.shown].exp().sort().values, blurred.flatten().sort().values, atol=1e-5)
+
+
+def test_responses_of_strangers_are_not_executed(honest: Run, tmp_path: Path, mine, monkeypatch) -> None:
+    run = made(honest, tmp_path / "run", mine)
+    monkeypatch.setattr("undistill.core.code._trusted", set())
+    with pytest.raises(ModelError, match="is code, and code named by a stored run is not executed"):
+        Run.open(run.folder).network()
+    Defence.from_user(mine)
+    Run.open(run.folder).network()
+    (tmp_path / "mine.py").write_text(MINE + "# a comment\n")
+    Run.open(run.folder).network()
+    (tmp_path / "mine.py").write_text(MINE.replace("/ p.shape[1]", "* 0.1"))
+    with pytest.raises(StoreError, match=r"Blur.* has changed"):
+        Run.open(run.folder).network()
+
+
+def jobs(run: Run, attack: str, **options: object) -> list[Job]:
+    recipe = RECIPE.model_copy(update={"epochs": 4})
+    pair = VictimPair.of(run, None, [0, 1], None)
+    return [Job(pair, "victim", Attack.parse(attack), Model.parse(STUDENT), seed, recipe, **options) for seed in (0, 1)]
+
+
+def test_two_responses_never_share_a_cell(honest: Run, tmp_path: Path) -> None:
+    """Their weights are the same; their answers are not."""
+    runs = [made(honest, tmp_path / text, text) for text in ("Rounding(digits=1)", "Rounding(digits=2)", "TopK(k=1)")]
+    assert len({run.digest for run in runs}) == 1
+    assert len({job.key for run in runs for job in jobs(run, "SoftLabels()")}) == 6
+    networks = [VictimPair.of(run, None, [0], None).victims["victim"] for run in runs]
+    assert len({victim.identity for victim in networks}) == 3
+
+
+def test_who_has_the_weights_strips_every_response(honest: Run, tmp_path: Path) -> None:
+    run = made(honest, tmp_path / "run", "TopK(k=1)")
+    stolen = Oracle(run.network(), Access.WEIGHTS).weights
+    assert not isinstance(stolen, Protected)
+    assert all(map(torch.equal, stolen.state_dict().values(), honest.network().state_dict().values()))
+
+
+def test_a_protected_run_is_not_protected_again(honest: Run, victim: Run, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="protected already"):
+        made(victim, tmp_path / "a", "TopK(k=2)")
+    with pytest.raises(SpecError, match="without a defence"):
+        made(honest, tmp_path / "a")
+
+
+def test_an_audit_of_responses(honest: Run, tmp_path: Path, mine) -> None:
+    run = made(honest, tmp_path / "run", NASTY, mine, "Rounding(digits=1)")
+    report = audit(run, tmp_path / "a", students=[STUDENT], seeds=1, defences=[mine], device="cpu")
+    assert "Rounding(digits=1)" in report.title
+    assert (tmp_path / "a" / "report.html").exists()
+    assert report.victim.accuracy == pytest.approx(
+        accuracy(evaluate(run.network(), run.data().test), run.data().test.labels)
+    )
+
+
+@pytest.mark.parametrize("name", [name for name, spec in Attack.registry.items() if spec.needs == Access.QUERY])
+@pytest.mark.parametrize("budget", [8, 30, 5000])
+def test_a_budget_is_kept_and_ends_nothing(name: str, budget: int, victim: Run, tmp_path: Path) -> None:
+    for job in jobs(victim, name, budget=budget):
+        job.check()
+        cell = job.run(tmp_path / "cells", Progress.silent())
+        assert not cell.diverged
+        assert cell.queries <= budget == cell.budget
+        assert cell.distinct <= cell.queries
+    first, second = (job.data.train.image_digest for job in jobs(victim, name, budget=30))
+    assert first != second, "chosen by seed"
+
+
+def test_a_budget_that_buys_nothing_is_said_before(victim: Run, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"buys SoftLabels.* less than two images in 6 epochs"):
+        audit(victim, tmp_path / "a", students=[STUDENT], budget=11, recipe=RECIPE, device="cpu")
+    with pytest.raises(SpecError, match="at least one query"):
+        audit(victim, tmp_path / "a", students=[STUDENT], budget=0, device="cpu")
+    assert not (tmp_path / "a").exists()
+
+
+def test_who_overspends_is_lost_and_the_audit_goes_on(victim: Run, tmp_path: Path, monkeypatch) -> None:
+    (job, _) = jobs(victim, "SoftLabels()", budget=30)
+    monkeypatch.setattr(Job, "data", property(lambda self: self.pair.attackers))
+    cell = job.run(tmp_path / "cells", Progress.silent())
+    assert "query budget of 30 is spent" in cell.diverged
+
+
+def test_an_unlabelled_thief_sees_no_labels(victim: Run) -> None:
+    (job, _) = jobs(victim, "HardLabels()")
+    assert not job.data.is_labelled
+    (job, _) = jobs(victim, "SoftLabels()")
+    assert job.data.is_labelled
+
+
+def test_nothing_is_chosen_by_labels_that_a_thief_has_not(toy: Data) -> None:
+    """A training that only makes the network worse: who may choose keeps an early epoch, others the last one."""
+
+    def gained(split: Split) -> float:
+        fit = Fit(RECIPE.model_copy(update={"selection": "best"}), 0, CPU)
+        network = fit(students(toy)(), split, lambda student, batch: {"less": student(batch.images)[:, 0].mean()})
+        kept = accuracy(evaluate(network, toy.validation), toy.validation.labels)
+        return kept - fit.history[-1]["validation_accuracy"]
+
+    assert gained(toy.split.unlabelled) == 0
+    assert gained(toy.split) >= 0
+
+
+# Plug-ins that ship only here: each shows that the types carry it.
+
+
+class LabelOnly(Response):
+    form = Form.LABEL
+
+    def forward(self, answer: Answer, inputs: Tensor) -> Answer:
+        shown = torch.zeros_like(answer.shown).scatter(1, answer.top[:, None], True)
+        return Answer(torch.where(shown, 0.0, LOG_ZERO), shown)
+
+
+def test_hard_labels_learn_from_a_label_only_victim(honest: Run, toy: Data) -> None:
+    victim = Protected(honest.network(), [LabelOnly()]).eval()
+    data = toy.attackers(0.1, 0).unlabelled
+
+    def student(network: nn.Module) -> Tensor:
+        attack = Attack.parse("HardLabels()")
+        return evaluate(attack.run(Oracle(network, Access.QUERY), students(toy), data, Fit(RECIPE, 0, CPU)), toy.test)
+
+    assert torch.equal(student(victim), student(honest.network())), "the label is all it takes"
+
+
+def test_an_attack_that_needs_more_than_is_shown_is_refused(honest: Run, tmp_path: Path) -> None:
+    run = made(honest, tmp_path / "run", "TopK(k=1)")
+    (job, _) = jobs(run, "AffineMap()")
+    job.check()
+    job.pair.victims["victim"].network.responses.append(LabelOnly())
+    with pytest.raises(ModelError, match=r"needs answers of the form TOP.*no more than LABEL"):
+        job.check()
+
+
+class Whole(Distillation):
+    """What the next four have in common."""
+
+    listed = False
+
+    def objective(self, student: nn.Module, batch: Batch, answer: Answer) -> dict[str, object]:
+        return {"soft": distillation(answer.filled, student(batch.images), 2.0)}
+
+
+def run_attack(attack: Attack, honest: Run, toy: Data, budget: int | None = None) -> tuple[nn.Module, Fit, Oracle]:
+    oracle, fit = Oracle(honest.network(), attack.needs, budget), Fit(RECIPE, 0, CPU)
+    return attack.run(oracle, students(toy), toy.attackers(0.1, 0), fit), fit, oracle
+
+
+@pytest.mark.parametrize("optimiser", ["same", "adam", "sgd"])
+def test_a_generator_with_an_optimiser_of_its_own(optimiser: str, honest: Run, toy: Data) -> None:
+    noise = nn.Conv2d(1, 1, 3, padding=1)
+    before = noise.weight.clone()
+
+    class Generated(Whole):
+        def run(self, oracle, fresh, data, fit):  # type: ignore[no-untyped-def]
+            def objective(student: nn.Module, batch: Batch) -> dict[str, object]:
+                images = batch.images + noise(batch.images)
+                soft = distillation(oracle(batch).filled, student(images), 2.0)
+                return {"soft": soft, "size": Weighted(noise.weight.square().sum(), 0.1)}
+
+            return fit(fresh(), data, objective, extra=[Extra(noise, optimiser, lr_scale=0.5, decay=0.0)])
+
+    run_attack(Generated(), honest, toy)
+    assert not torch.equal(noise.weight, before)
+    assert not noise.training
+
+
+def test_a_second_view_of_each_batch(honest: Run, toy: Data) -> None:
+    """Another kind of view of the same images: drawn apart, and the same for the same seed."""
+    seen: list[Tensor] = []
+
+    class Consistent(Whole):
+        def run(self, oracle, fresh, data, fit):  # type: ignore[no-untyped-def]
+            strong = fit.views(data.train, Views(crop=0.25, cutout=0.5), "strong")
+
+            def objective(student: nn.Module, batch: Batch) -> dict[str, object]:
+                images = batch.seen_as(strong)
+                seen.append(images)
+                assert not torch.equal(images, batch.images)
+                return {"same": cross_entropy(student(images), oracle(batch).top)}
+
+            return fit(fresh(), data, objective)
+
+    run_attack(Consistent(), honest, toy)
+    first, seen[:] = list(seen), []
+    run_attack(Consistent(), honest, toy)
+    assert all(map(torch.equal, first, seen))
+
+
+def test_a_student_with_auxiliary_heads(honest: Run, toy: Data) -> None:
+    class Exits(Whole):
+        def run(self, oracle, fresh, data, fit):  # type: ignore[no-untyped-def]
+            student = fresh()
+            stage, maps = fresh.stages(student)[1], []
+            handle = stage.register_forward_hook(lambda _, inputs, output: maps.append(output))
+            head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(data.num_classes))
+            student(torch.zeros(2, *data.shape))
+            head(maps.pop())
+
+            def objective(network: nn.Module, batch: Batch) -> dict[str, object]:
+                answer, logits = oracle(batch).filled, network(batch.images)
+                early = head(maps.pop())
+                return {"soft": distillation(answer, early, 2.0), "ce": cross_entropy(logits, batch.labels)}
+
+            student = fit(student, data, objective, extra=[Extra(head)])
+            handle.remove()
+            return student
+
+    student, fit, _ = run_attack(Exits(), honest, toy)
+    assert fit.history[-1]["soft"] < fit.history[0]["soft"]
+    assert accuracy(evaluate(student, toy.test), toy.test.labels) > 0.4
+
+
+def test_an_active_thief_with_a_budget(honest: Run, toy: Data) -> None:
+    class Active(Whole):
+        buying = Buying.CHOSEN
+        data = ThiefData.UNLABELLED
+
+        def run(self, oracle, fresh, data, fit):  # type: ignore[no-untyped-def]
+            half = oracle.ledger.left // 2
+            first = data.some(half, 0)
+            bought = oracle.once(first.train, data.num_classes)
+            again = oracle.once(first.train, data.num_classes)
+            assert torch.equal(bought.log_p, again.log_p)
+
+            def objective(student: nn.Module, batch: Batch) -> dict[str, object]:
+                return {"soft": distillation(bought.filled[batch.index], student(batch.images), 2.0)}
+
+            student = fit(fresh(), first, objective)
+            with pytest.raises(BudgetExceeded):
+                oracle.once(data.train, data.num_classes)
+            return student
+
+    _, _, oracle = run_attack(Active(), honest, toy, budget=20)
+    assert (oracle.ledger.billed, oracle.ledger.distinct, oracle.ledger.left) == (10, 10, 10)
+
+
+def test_a_resumed_ledger_knows_what_was_asked(honest: Run, toy: Data) -> None:
+    oracle, other = (Oracle(honest.network(), Access.QUERY) for _ in range(2))
+    data = toy.attackers(0.1, 0)
+    Attack.parse("SoftLabels()").run(oracle, students(toy), data, Fit(RECIPE, 0, CPU))
+    other.load_state_dict(json.loads(json.dumps(oracle.state_dict())))
+    assert (other.ledger.billed, other.ledger.distinct) == (oracle.ledger.billed, oracle.ledger.distinct)
+    assert oracle.ledger.distinct == RECIPE.epochs * len(data.train)
+    few = RECIPE.model_copy(update={"views": Views(n_views=2)})
+    Attack.parse("SoftLabels()").run(
+        other := Oracle(honest.network(), Access.QUERY), students(toy), data, Fit(few, 0, CPU)
+    )
+    assert other.ledger.distinct == 2 * len(data.train)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in Attack.registry.items() if issubclass(spec, Distillation)])
+def test_objectives_do_not_wait_for_a_gpu(name: str) -> None:
+    """On the meta device there are no values: reading one, or branching on one, fails."""
+    with torch.device("meta"):
+        images, labels = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
+        student = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+        answer = Answer.of_logits(torch.rand(4, 3))
+        terms = Attack.parse(name).objective(student, Batch(images, labels, torch.arange(4), 0), answer)
+        assert terms

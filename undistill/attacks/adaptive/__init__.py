@@ -1,0 +1,1 @@
+"""Attacks that know of defences and adapt to them."""

@@ -1,0 +1,62 @@
+"""A map that undoes what a defence did to answers, learnt on the thief's labels (vector scaling, Guo et al. 2017)."""
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from undistill.attacks.attack import Attack, Fresh, Role
+from undistill.core.spec import Temperature
+from undistill.data.batches import Batch
+from undistill.data.split import Split
+from undistill.training.fit import Fit, Terms, Weighted
+from undistill.training.losses import cross_entropy, distillation
+from undistill.training.optimisers import Extra
+from undistill.victims.answer import Answer, Form
+from undistill.victims.oracle import Access, Oracle
+
+FLOOR = -20.0  # of a log-probability, so that one that is nearly 0 cannot drive the whole map
+
+
+class AffineMap(Attack):
+    """Log-answers pass through a scale and a shift for each class, others for each top answer of the victim.
+
+    The map is trained to give the thief's labels; the student imitates what it makes of the answers. It is conditioned
+    on the victim's top answer, since on the true label it would collapse to that label. It inverts temperatures,
+    permutations and reversed rankings.
+    """
+
+    needs = Access.QUERY
+    form = Form.TOP
+    role = Role.ADAPTIVE
+    T: Temperature = 4.0
+    alpha: float = Field(0.9, ge=0, le=1)
+    """Weight of imitation against the thief's own labels."""
+    speed: float = Field(1.0, ge=0.001, le=1000)
+    """Factor of the map's learning rate, with Adam at 1e-3."""
+
+    def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
+        affine = Affine(data.num_classes)
+
+        def objective(student: nn.Module, batch: Batch) -> Terms:
+            mapped, logits = affine(oracle(batch)), student(batch.images)
+            soft = distillation(mapped.detach(), logits, self.T)
+            return {
+                "soft": Weighted(soft, self.alpha),
+                "ce": Weighted(cross_entropy(logits, batch.labels), 1 - self.alpha),
+                "map": cross_entropy(mapped, batch.labels),
+            }
+
+        return fit(fresh(), data, objective, extra=[Extra(affine, "adam", lr_scale=self.speed, decay=0.0)])
+
+
+class Affine(nn.Module):
+    """`scale[top] * log p + shift[top]`: at first the identity."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(num_classes, num_classes))
+        self.shift = nn.Parameter(torch.zeros(num_classes, num_classes))
+
+    def forward(self, answer: Answer) -> Tensor:
+        """Logits (B, K)."""
+        return self.scale[answer.top] * answer.filled.clamp_min(FLOOR) + self.shift[answer.top]

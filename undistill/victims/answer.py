@@ -1,0 +1,55 @@
+"""`Answer`: what a victim's interface shows for a batch of inputs."""
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from undistill.training.losses import LOG_ZERO, UNSHOWN, filled
+
+
+class Form(IntEnum):
+    """How much of an answer an interface shows; each level includes the ones below."""
+
+    LABEL = 0
+    """The top class."""
+    TOP = 1
+    """The highest probabilities."""
+    FULL = 2
+    """The probability of every class."""
+
+
+class Answer(NamedTuple):
+    """Log-probabilities (B, K) in fp32 as they were served, and a mask (B, K) of those that were served.
+
+    What was not served stands at the finite value `LOG_ZERO`, so that no loss becomes infinite.
+    """
+
+    log_p: Tensor
+    shown: Tensor
+
+    @classmethod
+    def of_logits(cls, logits: Tensor) -> "Answer":
+        """The full answer of a classifier with these logits (B, K)."""
+        log_p = F.log_softmax(logits.float(), dim=1).clamp_min(LOG_ZERO)
+        return cls(log_p, log_p.new_ones(log_p.shape).bool())
+
+    @classmethod
+    def of_served(cls, served: Tensor) -> "Answer":
+        """An answer that `served` holds in one tensor, as `to_served` writes it."""
+        return cls(served.clamp_min(LOG_ZERO), served != UNSHOWN)
+
+    def to_served(self) -> Tensor:
+        """Both in one tensor (B, K): log-probabilities, and `UNSHOWN` where nothing was served."""
+        return self.log_p.masked_fill(~self.shown, UNSHOWN)
+
+    @property
+    def top(self) -> Tensor:
+        """The top class of each input, (B,)."""
+        return self.log_p.argmax(1)
+
+    @property
+    def filled(self) -> Tensor:
+        """Log-probabilities (B, K) of all classes: those that were not served share what is left of 1 evenly."""
+        return filled(self.to_served())

@@ -1,0 +1,67 @@
+"""`Protected`: a network and the responses over it, which change its answers and nothing else."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import ClassVar, cast
+
+from torch import Tensor, nn
+
+from undistill.victims.answer import Answer, Form
+
+
+class Response(nn.Module):
+    """Changes answers only. What it needs lies in its state dict: tables, a surrogate network.
+
+    It works row by row: an answer in a batch is the answer that its input would get alone.
+    """
+
+    form: ClassVar[Form] = Form.FULL
+    """The most that it lets through."""
+
+    @abstractmethod
+    def forward(self, answer: Answer, inputs: Tensor) -> Answer:
+        """`answer` to `inputs` (B, C, H, W) in [0, 1], as it leaves the house."""
+
+
+class Protected(nn.Module):
+    """A classifier whose answers pass through `responses`, in their order."""
+
+    def __init__(self, network: nn.Module, responses: Sequence[Response]) -> None:
+        super().__init__()
+        self.network = network
+        self.responses = nn.ModuleList(responses)
+
+    def answer(self, inputs: Tensor) -> Answer:
+        """The answer to `inputs` (B, C, H, W) in [0, 1]."""
+        answer = Answer.of_logits(self.network(inputs))
+        for response in self.responses:
+            answer = response(answer, inputs)
+        return answer
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Log-probabilities (B, K) as `Answer.to_served` writes them."""
+        return self.answer(inputs).to_served()
+
+    @property
+    def form(self) -> Form:
+        """How much its answers show."""
+        return min((cast(Response, response).form for response in self.responses), default=Form.FULL)
+
+
+def bare(network: nn.Module) -> nn.Module:
+    """The network without its responses: what a thief with the weights has."""
+    return network.network if isinstance(network, Protected) else network
+
+
+def with_response(network: nn.Module, response: Response) -> Protected:
+    """`network` and the responses that it has, with one more over them."""
+    before = [cast(Response, one) for one in network.responses] if isinstance(network, Protected) else []
+    return Protected(bare(network), [*before, response])
+
+
+def with_network(protected: nn.Module, network: nn.Module) -> nn.Module:
+    """The responses of `protected`, if it has any, over another network."""
+    if not isinstance(protected, Protected):
+        return network
+    return Protected(network, [cast(Response, deepcopy(one)) for one in protected.responses])
