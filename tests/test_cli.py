@@ -299,5 +299,5 @@ def test_unknown_experiments_and_scales_are_explained(tmp_path: Path) -> None:
     assert "table1" in call("reproduce").stdout
     refused(call("reproduce", "tabel1", "--out", tmp_path / "a"), "did you mean 'table1'")
     refused(call("reproduce", "table1", "--scale", "papr", "--out", tmp_path / "a"), "did you mean 'paper'")
-    refused(call("reproduce", "table1", "--cells", "*CNM", "--out", tmp_path / "a"), "No figure named '*CNM'")
+    refused(call("reproduce", "table1", "--cells", "*CNM", "--out", tmp_path / "a"), "No value named '*CNM'")
     assert not (tmp_path / "a").exists()

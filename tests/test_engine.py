@@ -16,7 +16,7 @@ from undistill.data import Data
 from undistill.data.batches import Batch
 from undistill.models import Model
 from undistill.training import autotune as trials
-from undistill.training import fit as fits
+from undistill.training import loop as loops
 from undistill.training.answers import RememberedAnswers
 from undistill.training.autotune import autotune
 from undistill.training.compute import EXACT, FAST, Compute
@@ -298,9 +298,9 @@ def test_no_step_waits_for_the_gpu(ema: float, toy: Data, monkeypatch: pytest.Mo
     def objective(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"ce": cross_entropy(network(batch.images), victim(batch).softmax(1))}
 
-    step = fits._Loop._step
+    step = loops.Loop._step
 
-    def watched(loop: fits._Loop, batch: Batch, scale: float) -> dict[str, Tensor]:
+    def watched(loop: loops.Loop, batch: Batch, scale: float) -> dict[str, Tensor]:
         victim(batch)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -308,5 +308,5 @@ def test_no_step_waits_for_the_gpu(ema: float, toy: Data, monkeypatch: pytest.Mo
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(fits._Loop, "_step", watched)
+    monkeypatch.setattr(loops.Loop, "_step", watched)
     Fit(RECIPE.model_copy(update={"epochs": 1, "ema": ema}), 0, torch.device("cuda"))(network(), toy, objective)

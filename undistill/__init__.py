@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from undistill.models.model import Model
     from undistill.runs.run import Run
     from undistill.runs.settings import Settings, TrainSettings
-    from undistill.training.fit import Fit, Weighted
+    from undistill.training.fit import Fit
+    from undistill.training.objectives import Weighted
     from undistill.training.optimisers import Extra
     from undistill.training.recipe import Recipe
     from undistill.victims.answer import Answer, Form
@@ -32,7 +33,8 @@ _HOMES = {
     "models": ["Model"],
     "runs.run": ["Run"],
     "runs.settings": ["Settings", "TrainSettings"],
-    "training.fit": ["Fit", "Weighted"],
+    "training.fit": ["Fit"],
+    "training.objectives": ["Weighted"],
     "training.optimisers": ["Extra"],
     "training.recipe": ["Recipe"],
     "victims.answer": ["Answer", "Form"],

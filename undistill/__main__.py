@@ -1,4 +1,4 @@
-"""Where the command starts: `undistill`, `python -m undistill`."""
+"""Entry point of `undistill` and `python -m undistill`."""
 
 import os
 import signal

@@ -10,13 +10,14 @@ from torch import nn
 from undistill.core.spec import Spec
 from undistill.data.batches import Batch
 from undistill.data.split import Split
-from undistill.training.fit import Fit, Objective, Terms
+from undistill.training.fit import Fit
+from undistill.training.objectives import Objective, Terms
 from undistill.victims.answer import Answer, Form
 from undistill.victims.oracle import Access, Oracle
 
 
 class ThiefData(StrEnum):
-    """What a thief has of his own."""
+    """Data that a thief has of his own."""
 
     LABELLED = "labelled"
     UNLABELLED = "unlabelled"
@@ -27,7 +28,7 @@ class ThiefData(StrEnum):
 
 
 class Role(StrEnum):
-    """What a result is compared as. The first three are floors: no defence that keeps accuracy can stop them.
+    """Role of a result in the comparison. The first three are floors: no defence that keeps accuracy can stop them.
 
     An audit finds its floors and its plain attack by these, whatever they are called.
     """

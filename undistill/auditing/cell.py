@@ -79,7 +79,7 @@ class Job:
 
     @property
     def data(self) -> Split:
-        """What the thief has: images that he can afford answers for, without labels if he needs none."""
+        """Data of the thief: images that he can afford answers for, without labels if he needs none."""
         split = self.pair.attackers
         if self.attack.data == ThiefData.UNLABELLED:
             split = split.unlabelled
@@ -97,7 +97,7 @@ class Job:
         return f"{type(self.attack).__name__} on {self.side}, seed {self.seed}"
 
     def sheet(self, cells: Path) -> Path:
-        """Where the attack leaves a picture of images that it made, if it makes any."""
+        """Path of the picture of images that the attack makes, if it makes any."""
         return cells / f"{self.key}.png"
 
     def run(self, cells: Path, progress: Progress, *, exact: bool = False) -> Cell:

@@ -1,4 +1,4 @@
-"""Every way in which an audit's figures can mislead, each with a name; a reader sees those that apply."""
+"""Every way in which the values of an audit can mislead, each with a name; a reader sees those that apply."""
 
 from collections.abc import Callable, Iterator
 from statistics import fmean

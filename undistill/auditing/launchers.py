@@ -63,7 +63,7 @@ class Pool(Launcher):
 
     workers: int = Field(2, ge=1, le=512)
     threads: int = Field(0, ge=0, le=1024)
-    """Of each worker; 0 divides the cores."""
+    """Threads of each worker; 0 divides the cores."""
 
     def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Cell]:
         orders = {job.key: Order.of(job, cells, self._threads()) for job in jobs}
@@ -178,7 +178,7 @@ class Crew:
                 worker.pipe.send(orders[worker.key])
 
     def finished(self, seconds: float) -> Iterator[tuple[str, Cell | Exception | Death]]:
-        """What the workers answer within `seconds`, by key."""
+        """Results that workers send within `seconds`, by key."""
         busy: dict[Any, Worker] = {worker.pipe: worker for worker in self._workers if worker.key}
         for pipe in multiprocessing.connection.wait(list(busy), seconds):
             worker = busy[pipe]
@@ -220,7 +220,7 @@ class Ray(Launcher):
     address: str = "auto"
     """`auto` finds the cluster of this machine; `local` starts one; else `HOST:PORT` or `ray://HOST:PORT`."""
     cpus: float = Field(1.0, gt=0)
-    """Of each cell, which computes with as many threads."""
+    """CPUs of each cell, which computes with as many threads."""
     gpus: float = Field(0.0, ge=0)
 
     def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Cell]:
@@ -301,7 +301,7 @@ def _require_listening(address: str) -> None:
 
 @dataclass(frozen=True)
 class Order:
-    """What a worker is told: a job as bytes, to be read only after its code has been trusted."""
+    """Order to a worker: a job as bytes, to be read only after its code has been trusted."""
 
     job: bytes
     cells: Path

@@ -50,7 +50,7 @@ class VictimPair:
     model: Model | None = None
     options: QueryOptions = QueryOptions()
     share: float = 1.0
-    """Of the training images, what attackers hold."""
+    """Share of the training images that attackers hold."""
 
     def __post_init__(self) -> None:
         if self.victim.record["data_sha256"] != self.honest.record["data_sha256"]:
@@ -90,7 +90,7 @@ class VictimPair:
 
     @cached_property
     def attackers(self) -> Split:
-        """What every attacker has: the training images, divided anew; the same for all, so that answers are shared."""
+        """Data of every attacker: the training images, divided anew. The same for all, so that answers are shared."""
         validation = max(VALIDATION_SHARE, self.data.num_classes / (self.share * len(self.data.train)))
         return self.data.attackers(validation, derive(0, "attackers"), self.share)
 
@@ -107,7 +107,7 @@ class VictimPair:
                 raise NonFinite(f"{run.folder}: {error}") from None
 
     def test_logits(self, side: Side) -> Tensor:
-        """What a side answers to the test images."""
+        """Answers (N, K) of a side to the test images, in main memory."""
         return self.victims[side].answers.plain(self.data.test, self.data.num_classes)
 
 

@@ -72,7 +72,7 @@ class Cell(Part):
     accuracy: Share
     fidelity: Share
     role: Role
-    """What it is compared as."""
+    """Role in the comparison, such as a floor or the plain attack."""
     queries: Count
     """Images that the victim answered, again each time they were asked: what an endpoint would bill."""
     distinct: Count
@@ -89,7 +89,7 @@ class Cell(Part):
     diverged: Text = ""
     """Why training ended without a student, which then counts as one that always gives the first class."""
     environment: Text = ""
-    """By which code it was measured, and on what."""
+    """Code and machine of the measurement, in words."""
 
 
 class Verdict(Part):
@@ -101,7 +101,7 @@ class Verdict(Part):
     leak_label_smoothing: Interval
     """Worst attack minus the better of the scratch and label-smoothed students."""
     kd_gain: Interval
-    """Plain KD from the victim minus scratch: the paper's own figure."""
+    """Plain KD from the victim minus scratch: the paper's own measure."""
     kd_gain_honest: Interval
     """Plain KD from the honest twin minus scratch: the positive control."""
     damage: Interval
@@ -125,7 +125,7 @@ class Costs(Part):
 
 
 class Flag(Part):
-    """A way in which this result could mislead."""
+    """One reason to doubt this result."""
 
     name: Text
     message: Text
@@ -172,7 +172,7 @@ class Report(Part):
 
 
 def _cell_of_format_1(cell: Any) -> Any:
-    """It named attacks alone, and said of each whether it is a floor."""
+    """Upgrade a cell that has no role: it is derived from the attack's name."""
     if not isinstance(cell, dict):
         return cell
     roles = {"Scratch": "no teacher", "LabelSmoothing": "labels", "HardLabels": "top answers", "SoftLabels": "plain"}

@@ -1,4 +1,4 @@
-"""`audit`: attack x student x seed against the victim and, as positive control, its honest twin."""
+"""The report over finished cells: both networks measured, costs, verdict, flags."""
 
 import statistics
 import time
@@ -93,7 +93,7 @@ def accuracy_cost(pairs: Sequence[VictimPair], measured: Sequence[Pair]) -> Inte
 
 
 def measure_costs(pairs: Sequence[VictimPair], measured: Sequence[Pair]) -> Costs:
-    """What protecting cost, as means over pairs."""
+    """Costs of protecting, as means over pairs."""
 
     def mean(values: Iterator[float]) -> float:
         return statistics.fmean(list(values))

@@ -1,4 +1,4 @@
-"""What `undistill list` lists."""
+"""The entries of `undistill list`."""
 
 import inspect
 

@@ -188,7 +188,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="Where an audit or demo wrote its report.")],
     open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Make the pages of an audit again from its figures, and show the table."""
+    """Make the pages of an audit again from report.json, and show the table."""
     import webbrowser
 
     from undistill.report.page import read_report, render
@@ -206,7 +206,7 @@ def list_(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """What there is to choose from, with fields and defaults."""
+    """List data, models, defences, attacks and suites, with fields and defaults."""
     from undistill.cli.catalogue import catalogue
 
     entries = catalogue(kind)
@@ -301,7 +301,7 @@ def reproduce(
     name: Annotated[str, typer.Argument(help="An experiment, or 'list'.")] = "list",
     scale: Annotated[str, typer.Option(help="smoke (digits), small (two cores) or paper (as published).")] = "small",
     seeds: Annotated[int, typer.Option(min=1, max=MOST_SEEDS, help="Repetitions of everything.")] = 1,
-    cells: Annotated[str, typer.Option(help="Only figures whose name matches, such as '*CNN'.")] = "*",
+    cells: Annotated[str, typer.Option(help="Only values whose name matches, such as '*CNN'.")] = "*",
     select_on_test: Annotated[
         bool,
         typer.Option("--select-on-test", help="Keep the epoch best on the test images, as the authors' code does."),

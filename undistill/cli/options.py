@@ -1,4 +1,4 @@
-"""What the commands of the command line share: their options, and how they end."""
+"""Options that commands share, and how commands end."""
 
 import io
 import logging
@@ -32,7 +32,7 @@ class Terminated(BaseException):
 
 
 class Commands(TyperGroup):
-    """What the user can mend ends in one sentence and exit code 2, never in a traceback."""
+    """Commands whose errors, if the user can mend them, end in one sentence and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):

@@ -1,1 +1,1 @@
-"""What everything else stands on: it knows nothing of classifiers."""
+"""The base of all other packages; it knows nothing of classifiers."""

@@ -32,7 +32,7 @@ def trust(text: str) -> None:
 
 
 def trusted() -> list[str]:
-    """What the user allowed, for a worker process that is to be trusted with the same."""
+    """Code that the user allowed, to be allowed in a worker process as well."""
     return sorted(_trusted)
 
 

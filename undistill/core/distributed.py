@@ -72,7 +72,7 @@ def barrier() -> None:
 
 
 def broadcast(value: T) -> T:
-    """What the first process has."""
+    """The value of the first process."""
     values = [value]
     if world() > 1:
         dist.broadcast_object_list(values)
@@ -80,7 +80,7 @@ def broadcast(value: T) -> T:
 
 
 def all_gather(value: T) -> list[T]:
-    """What every process has."""
+    """The values of all processes, by rank."""
     values: list[Any] = [value] * world()
     if world() > 1:
         dist.all_gather_object(values, value)
@@ -142,7 +142,7 @@ def _leaves_some_unused(network: nn.Module, images: Tensor) -> bool:
 
 
 def loss_scale(size: int, whole: int) -> float:
-    """What turns the mean over this process's share into its part of the mean over the batch, DDP's average undone."""
+    """Factor from the mean over this process's part to its share in the mean over the batch, DDP's average undone."""
     return size * world() / whole
 
 

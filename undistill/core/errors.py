@@ -1,4 +1,4 @@
-"""What can go wrong in a way the user can mend. The command line prints these and exits with 2."""
+"""Errors that the user can mend. The command line prints them and exits with 2."""
 
 import logging
 from collections.abc import Iterable

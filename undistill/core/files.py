@@ -140,7 +140,7 @@ def read_bytes(path: Path, largest: int) -> bytes:
 
 
 def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
-    """As `read_bytes`; `ValueError` for what is not UTF-8."""
+    """The text of a regular file of at most `largest` bytes; `ValueError` if it is not UTF-8."""
     return read_bytes(path, largest).decode()
 
 

@@ -66,7 +66,7 @@ def _roots(file: Path) -> tuple[Path, ...]:
 
 
 def _name(file: Path, roots: tuple[Path, ...]) -> str:
-    """Where a module lies, in words that are the same on every machine."""
+    """Path of a module, written in the same way on every machine."""
     return next((file.relative_to(root).as_posix() for root in roots[::-1] if file.is_relative_to(root)), file.name)
 
 

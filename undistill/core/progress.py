@@ -115,7 +115,7 @@ class Board:
 
 
 def _read_report(file: Path) -> dict[str, Any] | None:
-    """What a worker reported; None for anything else."""
+    """The report of a worker; None for anything else."""
     report = read_json(file) or {}
     kinds = {"name": str, "total": int, "done": int, "note": str}
     if not all(isinstance(report.get(name), kind) for name, kind in kinds.items()):

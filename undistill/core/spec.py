@@ -97,7 +97,7 @@ class Spec(BaseModel):
 
     @classmethod
     def from_user(cls, spec: str | Self) -> Self:
-        """What the user typed, or made: its code may run."""
+        """A spec that the user typed or made himself: its code may run."""
         if isinstance(spec, cls):
             return spec
         trust(str(spec))

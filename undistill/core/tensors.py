@@ -47,7 +47,7 @@ def write_tensors(path: Path, state: dict[str, Any], largest: int = LARGEST) -> 
 
 
 def read_tensors(path: Path, device: torch.device, largest: int = LARGEST) -> dict[str, Any] | None:
-    """What `write_tensors` wrote, without executing anything; None, and a warning, if absent or damaged."""
+    """The state in a file of `write_tensors`; None, and a warning, if it is absent or damaged. Executes nothing."""
     if not path.exists():
         return None
     why, state = "larger than such a state", None
@@ -74,7 +74,7 @@ def _unlike_its_hash(file: IO[bytes]) -> str:
 
 
 def load_state(path: Path, device: torch.device) -> Any:
-    """What torch saved: plain containers and tensors alone.
+    """The plain containers and tensors in a file that torch saved.
 
     Raises `ValueError` if it is damaged or anything else. Reading executes nothing, but a crafted pickle can take hours
     or all memory; so a child process reads it first, and `FileError` says that it could not.

@@ -71,6 +71,6 @@ class Batch:
 
     @property
     def shown(self) -> ViewRef | None:
-        """Which views the images are; None once they have been replaced or changed."""
+        """Identity of the images; None once they have been replaced or changed."""
         untouched = self.origin and self.origin.images is self.images and self.origin.version == self.images._version
         return self.origin if untouched else None

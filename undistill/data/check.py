@@ -1,4 +1,4 @@
-"""What a data set holds, checked file by file and class by class."""
+"""A data set, checked file by file and class by class."""
 
 import math
 from dataclasses import dataclass

@@ -23,7 +23,7 @@ from undistill.core.files import GIB, inside, open_regular, sha256
 T = TypeVar("T")
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
-"""Of what Pillow can read: others start programs (EPS), or are readers that hardly anybody keeps safe."""
+"""Formats that are read. Other readers of Pillow start programs (EPS), or are hardly maintained."""
 LARGEST = GIB  # of one file
 LARGEST_SHEET = 2**24  # pixels
 GREY = {"1", "L", "LA"}
@@ -105,13 +105,13 @@ def _readable(file: Path) -> Iterator[Image.Image]:
 
 @cache
 def _formats() -> list[str]:
-    """Those of `FORMATS` that this Pillow has."""
+    """The formats among `FORMATS` that this Pillow can read."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def entries(folder: Path, root: Path) -> list[os.DirEntry[str]]:
-    """What lies in `folder`, by name, hidden things aside.
+    """Entries of `folder` by name, without hidden ones.
 
     Raises `DataError` for what would be read from elsewhere, or never end: a link to a folder, a link out of `root`, a
     dead link, a FIFO or device.

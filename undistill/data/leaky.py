@@ -13,7 +13,7 @@ class Leaky(Source):
     """Another source, whose test images take the place of its validation images; training images are the same.
 
     Whatever chooses by validation then chooses by test, as the authors of "Undistillable" do, and nothing else is
-    changed. Its figures show what that is worth, and are no results.
+    changed. Its results show what that is worth, and are no results.
     """
 
     of: str

@@ -29,7 +29,7 @@ AGAIN = "Remove {}, and what was published is downloaded again."
 
 
 def data_dir() -> Path:
-    """Where public data sets lie: `UNDISTILL_DATA` (or --data-dir), else the user's cache folder."""
+    """Folder of public data sets: `UNDISTILL_DATA` (or --data-dir), else the user's cache folder."""
     import pooch
 
     return Path(os.path.expanduser(os.environ.get(VARIABLE) or pooch.os_cache("undistill")))
@@ -56,11 +56,11 @@ class Official(Source):
     home: ClassVar[str]
     """The address of its files."""
     folders: ClassVar[Sequence[str]]
-    """Where in the data folder the files may lie: where we put them, then where others do."""
+    """Folders in which the files may lie, below the data folder: ours first, then those of other tools."""
     files: ClassVar[Sequence[File]]
-    """What is read."""
+    """Files that are read."""
     archive: ClassVar[File | None] = None
-    """What is downloaded, where the files are published in one."""
+    """Archive that is downloaded, if the files are published in one."""
     counts: ClassVar[tuple[Sequence[int], Sequence[int]]]
     """Published numbers of training and of test images, for each class."""
 
@@ -112,12 +112,12 @@ class Official(Source):
                 inside(root, str(Path(folder, file.name)))
 
     def _folder(self, root: Path) -> Path:
-        """Where any of the files lie already, or else where they are to be put."""
+        """Folder in which some of the files lie already, or else the folder to put them."""
         found = [root / folder for folder in self.folders if any((root / folder / f.name).exists() for f in self.files)]
         return (found or [root / self.folders[0]])[0]
 
     def _refuse_inside(self, root: Path) -> None:
-        """Who named the data set's own folder would get a second one in it."""
+        """Refuse the data set's own folder as the data directory."""
         if not self._missing(root):
             places = " or ".join(name for name in self.folders if name)
             raise DataError(
@@ -148,7 +148,7 @@ class Official(Source):
 
 
 def _difference(kind: str, samples: Samples, classes: Sequence[str], published: Sequence[int]) -> str:
-    """What differs from the published data set; empty if all classes have as many images as there."""
+    """Difference from the published data set; empty if all classes have as many images."""
     if len(samples) != sum(published):
         return (
             f"{len(samples):,} {kind} images, the published data set {sum(published):,}: it is partial, or another one"

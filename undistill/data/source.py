@@ -25,11 +25,11 @@ class Source(Spec):
     count: int | None = Field(None, ge=2)
     """How many of the training images are used, the classes in their proportions; None uses all."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Which images fall into which part."""
+    """Seed of the division into parts."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """As `Spec.parse`; a bare path becomes the source that reads it."""
+        """Parse a spec; a bare path becomes the source that reads it."""
         known = text.casefold() in {name.casefold() for name in cls.registry}
         path = Path(os.path.expanduser(text))
         exists = os.path.exists(path)  # unlike Path.exists, False for a text that can be no path
@@ -43,7 +43,7 @@ class Source(Spec):
 
     @property
     def title(self) -> str:
-        """What a person calls it."""
+        """Name for readers."""
         return type(self).__name__.lower()
 
     @abstractmethod

@@ -80,7 +80,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Split:
-    """What may be trained on, and the validation images on which choices are made."""
+    """Training images, and the validation images on which choices are made."""
 
     classes: tuple[str, ...]
     train: Samples
@@ -132,11 +132,11 @@ class Data(Split):
 
     @property
     def split(self) -> Split:
-        """All but the test images: what training and defences are given."""
+        """Training and validation images without the test images, for training and defences."""
         return Split(self.classes, self.train, self.validation)
 
     def attackers(self, validation: float, seed: int, share: float = 1.0) -> Split:
-        """What an attacker with a `share` of the owner's training images has, his own validation split included."""
+        """Data of an attacker with a `share` of the owner's training images, divided into training and validation."""
         pool = self.train if share == 1 else self.train.carve(share, seed)[1]
         return Split(self.classes, *pool.carve(validation, seed))
 

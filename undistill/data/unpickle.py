@@ -19,7 +19,7 @@ STEPS = (
     "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET "
     "EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 SETITEM SETITEMS GLOBAL STACK_GLOBAL"
 )
-"""What Python does itself, of a pickle's steps; all others are ours, or refused."""
+"""Steps of a pickle that Python carries out itself; all others are ours, or refused."""
 
 
 def read_batch(path: Path) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _filled_dict(unpickler: Any) -> None:
 
 
 def _call(unpickler: Any) -> None:
-    """Of the stand-ins alone, with as little as numpy tells them: anything else, Python would print or unroll."""
+    """Call only our stand-ins, with at most three arguments."""
     arguments, called = unpickler.stack.pop(), unpickler.stack[-1]
     if not (called in (_Array, _Type) or type(called) is _Encode) or type(arguments) is not tuple or arguments[3:]:
         raise pickle.UnpicklingError(f"it calls {_kind(called)}, which a batch of images has no use for")

@@ -9,8 +9,9 @@ from undistill.core.spec import Temperature, Weight
 from undistill.data.batches import Batch
 from undistill.data.split import Split
 from undistill.defences.defence import Defence, Fresh
-from undistill.training.fit import Fit, Terms, Weighted
+from undistill.training.fit import Fit
 from undistill.training.losses import cross_entropy, undermining
+from undistill.training.objectives import Terms, Weighted
 
 
 class Nasty(Defence):

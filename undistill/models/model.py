@@ -27,7 +27,7 @@ class Model(Spec):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """As `Spec.parse`; `file.py:factory(...)` becomes a `Factory`, `timm:NAME` a network of timm."""
+        """Parse a spec; `file.py:factory(...)` becomes a `Factory`, `timm:NAME` a network of timm."""
         if text.strip().startswith("timm:"):
             return cls._find("Timm")(name=text.strip().removeprefix("timm:"))  # type: ignore[call-arg]
         return cls._find("Factory")(call=text) if is_code(text) else super().parse(text)  # type: ignore[call-arg]
@@ -176,7 +176,7 @@ def frozen(network: nn.Module) -> nn.Module:
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Where its weights lie; the CPU where it has none."""
+    """Device of the network's weights; the CPU if it has none."""
     return next((tensor.device for tensor in (*network.parameters(), *network.buffers())), torch.device("cpu"))
 
 

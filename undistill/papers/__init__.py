@@ -1,1 +1,1 @@
-"""The experiments of the papers: each is a function from a scale to the figures that it measures."""
+"""Experiments of papers: each is a function from a scale to the cases that it measures."""

@@ -1,4 +1,4 @@
-"""One figure of a paper, and how it is measured here: teachers are trained once, whoever asks for them."""
+"""Cases, each one value of a paper's table, and the runner that measures them. Teachers are trained once."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,21 +42,21 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Case:
-    """One figure: the test accuracy of a teacher, or of a student that attacked it."""
+    """One value: the test accuracy of a teacher, or of a student that attacked it."""
 
     name: str
     teacher: Teacher
     defence: Defence | None = None
     """None stands for the honest teacher."""
     adversary: Teacher | None = None
-    """What a nasty teacher differs from, instead of its honest twin."""
+    """Network from which a nasty teacher differs, instead of its honest twin."""
     attack: Attack | None = None
     """None stands for the teacher itself."""
     student: Model | None = None
     recipe: Recipe = field(default_factory=Recipe)
     """How the student is trained."""
     share: float = 1.0
-    """Of the training images, what the attacker holds."""
+    """Share of the training images that the attacker holds."""
     published: float | None = None
     """Percent."""
 
@@ -77,7 +77,7 @@ class Runner:
     """SHA-256 of the data that was read already."""
 
     def code(self, case: Case, seed: int) -> str:
-        """What `Measured.code` is for a figure that is measured here and now."""
+        """The value of `Measured.code` for a case that is measured here and now."""
         teachers = [teacher for teacher in (case.teacher, case.adversary) if teacher]
         used = [*(teacher.model for teacher in teachers), case.defence, case.attack, case.student]
         made_on = environment(self.device)
@@ -171,7 +171,7 @@ class Runner:
             raise NonFinite(self.diverged[folder]) from error
 
     def _folder(self, spec: Spec, seed: int, *parts: str) -> Path:
-        """Where the network that `spec` makes lies, named by all that it depends on."""
+        """Folder of the network that `spec` makes, named by everything that it depends on."""
         program = program_sha256(Path(make.__file__))
         digest = fingerprint(str(spec), source_sha256(type(spec)), program, *parts, self.device.type)[:10]
         return self.folder / "teachers" / f"{type(spec).__name__.lower()}-{digest}-seed{seed}"
@@ -196,7 +196,7 @@ def _of_teacher(pair: VictimPair) -> Measured:
 
 
 Asked = tuple[Teacher, Defence | None, Teacher | None, float]
-"""Whom an attacker meets: teacher, defence, adversary, and his share of the images."""
+"""The victim of a case: teacher, defence, adversary; and the attacker's share of the images."""
 
 
 def _subject_of(case: Case) -> Asked:

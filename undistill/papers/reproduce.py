@@ -1,4 +1,4 @@
-"""`undistill reproduce`: measure the figures of one experiment, and lay them beside the published ones."""
+"""`undistill reproduce`: measure the cases of one experiment, and lay them beside the published values."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -62,7 +62,7 @@ def caveat(rows: Sequence[Row]) -> str:
     students = ", ".join(dict.fromkeys(row.student for row in rows if row.student))
     return (
         f"Teachers here: {teachers}; students: {students or 'none'}. "
-        "Published figures are those of the paper's networks and all images. "
+        "Published values are those of the paper's networks and all images. "
         "Measured: test accuracy in percent, ± half a 95 % t interval over n seeds; T²KL in nats at T "
         f"{DIVERGENCE_T:g}."
     )
@@ -81,7 +81,7 @@ def reproduce(
     asked for, because a setting was changed, is kept under "earlier".
 
     Teachers and cells that the runner's folder holds are not done again, whichever experiment asked for them; nor are
-    figures that the table holds, if they were measured by the same code on the same images, which must be there, and on
+    values that the table holds, if they were measured by the same code on the same images, which must be there, and on
     the same kind of machine.
     `select_on_test` keeps the epoch that is best on the test images, as the authors' code does. The difference to the
     plain table is the selection alone; at `small` and `smoke`, whose plain recipes keep the last epoch, it is that of
@@ -90,7 +90,7 @@ def reproduce(
     cases = find(name)(parse_scale(scale))
     chosen = [case for case in cases if fnmatch(case.name, cells)]
     if not chosen:
-        raise SpecError(unknown("figure", cells, [case.name for case in cases]))
+        raise SpecError(unknown("value", cells, [case.name for case in cases]))
     names = {case.name for case in chosen}
     if select_on_test:
         cases, name = [selected_on_test(case) for case in cases], f"{name}-selected-on-test"
@@ -125,7 +125,7 @@ def recall(path: Path, rows: Sequence[Row]) -> list[Row]:
 
 
 def selected_on_test(case: Case) -> Case:
-    """The same figure with the authors' mistake, in every training that it takes."""
+    """The same case with the authors' mistake, in every training that it takes."""
     adversary = _leaky(case.adversary) if case.adversary else None
     return replace(case, teacher=_leaky(case.teacher), adversary=adversary, recipe=_best(case.recipe))
 
@@ -139,7 +139,7 @@ def _best(recipe: Recipe) -> Recipe:
 
 
 def write(path: Path, rows: Sequence[Row], earlier: Sequence[Row]) -> None:
-    """The table as Markdown, and as JSON with the figures by seed; both say on what they were measured."""
+    """The table as Markdown, and as JSON with the values by seed; both say on what they were measured."""
     done = [row for row in rows if row.measured]
     header = [*HEADER, "teacher's network", "student's network", "measured on"]
     table = [[*row.cells(), row.teacher, row.student, row.environments] for row in done]

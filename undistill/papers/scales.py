@@ -49,7 +49,7 @@ class Student:
 
 @dataclass(frozen=True)
 class Setting:
-    """What an experiment on one data set is made of, at one scale. Names are the paper's."""
+    """Networks, recipes and hyper-parameters of experiments on one data set at one scale. Names are the paper's."""
 
     data: Source
     teachers: Mapping[str, Model]
@@ -69,7 +69,7 @@ class Setting:
     """Whether each teacher also has a student of its own architecture."""
 
     def students_of(self, teacher: str) -> dict[str, Student]:
-        """By name; the one of the teacher's own architecture is called like the teacher."""
+        """Students by name; the one of the teacher's own architecture is called like the teacher."""
         twin = {teacher: Student(self.teachers[teacher], self.recipe)} if self.twins else {}
         return twin | dict(self.students)
 
@@ -107,7 +107,7 @@ class DataFree:
     student: Model
     attacks: Mapping[str, tuple[Attack, Recipe]]
     teacher: Model | None = None
-    """Whom he attacks; by default the setting's first teacher."""
+    """Teacher that is attacked; by default the first of the setting."""
 
 
 def sgd(epochs: int, drops: tuple[float, ...], gamma: float, views: Views, batch_size: int = 128) -> Recipe:
@@ -294,7 +294,7 @@ def parse_scale(text: str) -> Scale:
 
 
 def setting(data: str, scale: Scale) -> Setting:
-    """What an experiment on `data` is made of; `SpecError` where that scale has no such data set."""
+    """The setting for `data` at a scale; `SpecError` if that scale has no such data set."""
     if scale == "smoke":
         return _SMOKE
     known = _SMALL if scale == "small" else _PAPER

@@ -1,4 +1,4 @@
-"""Tables 1 to 3 of "Undistillable" (Ma et al., ICLR 2021). A dash is a figure that is not known."""
+"""Tables 1 to 3 of "Undistillable" (Ma et al., ICLR 2021). A dash is a value that is not known."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -17,7 +17,7 @@ HARDWARE = (
     "'paper': a GPU with 10^14 operations a second, calculated by 'python -m benchmarks.paper'. What the paper reports "
     "is quoted second-hand and unverified."
 )
-"""What the docstrings of experiments leave out."""
+"""Notes on the times and published values that docstrings of experiments give."""
 HARD, SCRATCH = HardLabels(), Scratch()
 Published = Mapping[str, Mapping[str, float]]
 """Percent, by row ("none", "ResNet-18 normal", "ResNet-18 nasty") and column ("teacher", or the student)."""
@@ -171,18 +171,18 @@ def fashion(scale: Scale) -> list[Case]:
 
 def table(chosen: Setting, published: Published) -> Iterator[Case]:
     """Students without teacher, then each teacher, normal and nasty, with its students; from the nasty one also those
-    that learn its top answers alone, which the paper does not have, and beside which every figure is read."""
+    that learn its top answers alone, which the paper does not have, and beside which every value is read."""
     for name, student in chosen.students.items():
         known = published.get("none", {}).get(name)
         yield _taught(f"Scratch / {name}", chosen.teacher(), None, SCRATCH, student, known)
     for teacher in chosen.teachers:
         for side, defence in chosen.sides:
             row, victim = f"{teacher} {side}", chosen.teacher(teacher)
-            figures = published.get(row, {})
-            yield Case(row, victim, defence, published=figures.get("teacher"))
+            of_row = published.get(row, {})
+            yield Case(row, victim, defence, published=of_row.get("teacher"))
             for name, student in chosen.students_of(teacher).items():
                 yield _taught(
-                    f"{row} -> SoftLabels / {name}", victim, defence, chosen.attack, student, figures.get(name)
+                    f"{row} -> SoftLabels / {name}", victim, defence, chosen.attack, student, of_row.get(name)
                 )
                 if defence:
                     yield _taught(f"{row} -> HardLabels / {name}", victim, defence, HARD, student, None)

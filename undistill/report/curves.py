@@ -99,7 +99,7 @@ def ablation(table: Path) -> Figure:
 
 
 def _places(values: Iterable[str]) -> Mapping[str, float] | Mapping[str, str]:
-    """Where each value of an ablation stands, in order: at its number, or where they are words, one after another."""
+    """Position of each value of an ablation on the axis: its number, or its rank if values are words."""
     try:
         places = {value: float(value) for value in sorted(values, key=float)}
     except ValueError:

@@ -39,7 +39,7 @@ def _one(sources: Sequence[Path]) -> Path:
 
 
 def _evidence(sources: Sequence[Path], model: Model | None) -> Evidence:
-    """Of an audit, of a protected model and its twin, or of two runs, the unprotected one first."""
+    """Evidence of an audit, of a protected run and its twin, or of two runs, the unprotected one first."""
     if (sources[0] / "evidence.npz").exists():
         return read_evidence(_one(sources) / "evidence.npz")
     runs = [Run.open(source) for source in sources]
@@ -51,7 +51,7 @@ def _evidence(sources: Sequence[Path], model: Model | None) -> Evidence:
 
 
 def _sheets(source: Path) -> Mapping[str, Array]:
-    """By name, those of an audit or of a table."""
+    """Sheets of images by name, from an audit or a table."""
     if source.suffix != ".json":
         return read_evidence(source / "evidence.npz").sheets
     named = {row.name: [one.sheet for one in row.measured.values() if one.sheet] for row in read_table(source).rows}

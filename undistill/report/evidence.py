@@ -1,4 +1,4 @@
-"""What the report's pictures are drawn from: answers of both teachers to the same test images, and their training."""
+"""Data for the report's pictures: answers of both networks to the same test images, and curves of their training."""
 
 import io
 import logging
@@ -100,7 +100,7 @@ def evidence_of(honest: Run, victim: Run, model: Model | None = None) -> Evidenc
 
 
 def _answered(data: Data, honest: nn.Module, victim: nn.Module) -> dict[str, Array]:
-    """What both answer to a few test images of different classes, and many of them mapped by t-SNE."""
+    """Answers of both networks to a few test images of different classes, and t-SNE maps of many images."""
     shown = data.test[_first_of_each(data.test.labels)[:IMAGES]]
     arrays = {
         "classes": np.array(data.classes),

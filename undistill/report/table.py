@@ -23,17 +23,17 @@ class Measured:
     divergence: Number | None = None
     """T^2 KL of the victim's answers from the honest twin's, in nats; None for an honest teacher."""
     validation_accuracy: Percent | None = None
-    """Of a teacher: what choices may be made by."""
+    """Validation accuracy of a teacher, by which choices may be made."""
     train_accuracy: Percent | None = None
-    """Of a teacher: how far it fits the images that it was trained on, unaugmented."""
+    """Accuracy of a teacher on its own training images, unaugmented."""
     diverged: str = ""
     """Why training ended without a network."""
     environment: str = ""
-    """On what it was measured, in words."""
+    """Code and machine of the measurement, in words."""
     code: str = ""
-    """Hash of all code and data that it depends on, and of the kind of machine."""
+    """Hash of the code and data that the value depends on, and of the kind of machine."""
     sheet: str = ""
-    """Where the images lie that an attack without data made, seen from the folder of the table."""
+    """Path of the picture of images that a data-free attack made, relative to the folder of the table."""
 
 
 class Row(Part):
@@ -46,7 +46,7 @@ class Row(Part):
     teacher: Text = ""
     student: Text = ""
     measured: Annotated[dict[int, Measured], Field(max_length=1000)]
-    """By seed."""
+    """Measurements by seed."""
     case: str = ""
     """Everything on which the value depends, but for the seed."""
 
@@ -73,7 +73,7 @@ class Row(Part):
 
     @property
     def environments(self) -> str:
-        """Where it was measured; a table may be filled on several machines."""
+        """Machines on which it was measured; a table may be filled on several."""
         return "; ".join(sorted({one.environment for one in self.measured.values()}))
 
     def cells(self) -> list[str]:

@@ -164,7 +164,7 @@ def _apply(defence: Defence, current: nn.Module, honest: nn.Module, fresh: Fresh
 
 
 def _record(request: Record, data: Data, fit: Fit, network: nn.Module, who: str) -> Record:
-    """What is known of the finished network; `NonFinite`, naming `who` it comes from, if it answers NaN or infinity."""
+    """Record of a finished network; `NonFinite`, naming `who` made it, if it answers NaN or infinity."""
     try:
         logits = evaluate(network, data.validation).cpu()
     except NonFinite as error:

@@ -32,7 +32,7 @@ Finite = Annotated[float, Field(ge=-1e18, le=1e18, allow_inf_nan=False)]
 
 
 class Metrics(BaseModel):
-    """What is known of a finished network; more may be recorded."""
+    """Measurements of a finished network; more may be recorded."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Finite]
@@ -48,16 +48,16 @@ class Parent(BaseModel):
 
 
 class Recorded(BaseModel):
-    """What every run.json must hold, whatever else it says."""
+    """Fields that every run.json must have; others are allowed."""
 
     command: Literal["train", "protect"]
     data: str
     data_sha256: str
     model: str
     defences: list[str] = Field(default_factory=list)
-    """Those applied, in order."""
+    """Defences that were applied, in order."""
     responses: list[str] = Field(default_factory=list)
-    """Those among them that lie over the network, and have to be rebuilt before its weights are loaded."""
+    """Responses among the defences, which are rebuilt before the weights are loaded."""
     parent: Parent | None = None
     start_sha256: str | None = None
     classes: list[str] = Field(min_length=2)
@@ -179,7 +179,7 @@ class Run:
 
 
 def _unfinished(folder: Path) -> str:
-    """What a folder without run.json is."""
+    """Description of a folder without run.json."""
     if not (folder / "request.json").exists():
         return "no run of undistill"
     command = read_record(folder / "request.json").get("command")

@@ -8,20 +8,20 @@ from undistill.training.recipe import Recipe
 
 
 class Settings(Spec):
-    """What `--config` and `--set` may say: `seed=1`, `recipe.epochs=30`."""
+    """Settings of a training, as `--config` and `--set` give them: `seed=1`, `recipe.epochs=30`."""
 
     seed: int = Field(0, ge=0, lt=2**31)
     recipe: Recipe = Recipe()
 
 
 class TrainSettings(Settings):
-    """As `Settings`, and the honest teacher's objective."""
+    """Settings of the honest network, with its objective."""
 
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
 
 class AuditSettings(Spec):
-    """What `audit --config` and `--set` may say: how students are trained."""
+    """Settings of an audit, as `--config` and `--set` give them: how students are trained."""
 
     recipe: Recipe
 

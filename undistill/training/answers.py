@@ -45,7 +45,7 @@ HELD = GIB // 4  # bytes of answers held in memory, beside those of the present 
 
 @dataclass
 class AnswerStore:
-    """Where answers are kept: files of one epoch each. After the first trouble nothing more is written."""
+    """Files of remembered answers, one for each epoch. After the first trouble nothing more is written."""
 
     folder: Path | None = None
     limit: float = REMEMBER * GIB
@@ -94,7 +94,7 @@ class AnswerStore:
 
     @contextlib.contextmanager
     def alone(self, key: str) -> Iterator[None]:
-        """Of several commands that lack an epoch of `key`, one makes it while the others wait."""
+        """Let one command compute answers of `key` while others that need them wait."""
         with contextlib.ExitStack() as stack:
             if not self._trouble and distributed.rank() == 0:
                 with self.guard():
@@ -103,7 +103,7 @@ class AnswerStore:
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """What the disk refuses inside ends the remembering, not the work."""
+        """Turn an error of the disk inside into the end of remembering; the work goes on."""
         try:
             yield
         except OSError as error:
@@ -124,7 +124,7 @@ class AnswerStore:
 
 
 def _about(key: str, epoch: int, answers: Tensor) -> dict[str, str]:
-    """What a file says of itself."""
+    """Metadata of a file, by which it is recognised."""
     return {"key": key, "epoch": str(epoch), "sha256": _digest(answers)}
 
 
@@ -135,7 +135,7 @@ class RememberedAnswers:
         self.network = frozen(network)
         self.store = store or AnswerStore()
         self.computed = 0
-        """Images that the network was really run on."""
+        """Number of images on which the network was run."""
         self._asked = compute
         self._compute: Compute | None = None
         self._ready = network
@@ -215,7 +215,7 @@ class RememberedAnswers:
         return answers
 
     def _choose(self, sample: Callable[[], Tensor]) -> Compute:
-        """The compute, chosen on the first images."""
+        """Compute settings, chosen on the first images."""
         if self._compute is None:
             folder = self.store.folder if self.store.open else None
             self._compute = autotune(self._asked, self.network, sample, steps=1, training=False, folder=folder)
@@ -223,7 +223,7 @@ class RememberedAnswers:
         return self._compute
 
     def _key(self, dataset: ViewDataset, compute: Compute) -> str | None:
-        """Names all on which an epoch's answers depend, but for the epoch; None for code that lies in no file."""
+        """Key of everything on which answers depend, but for the epoch; None for code that lies in no file."""
         if self.identity is None:
             return None
         where = [*machine(self.device), torch.__version__, undistill.__version__]
@@ -246,7 +246,7 @@ class RememberedAnswers:
         return [weights.hexdigest(), repr(self.network), *code]
 
     def _probe(self, dataset: ViewDataset) -> str:
-        """Hash of the logits of two random images: shows what is neither weight nor code, such as a plain attribute."""
+        """Hash of the logits of two random images. Detects state outside weights and code, such as an attribute."""
         generator = torch.Generator().manual_seed(0)
         images = torch.rand(2, *dataset.samples.images.shape[1:], generator=generator)
         with torch.no_grad(), EXACT.active(self.device):

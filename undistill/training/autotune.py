@@ -81,7 +81,7 @@ def _recorded(file: Path | None, key: str) -> Compute | None:
 
 @contextlib.contextmanager
 def _alone(file: Path | None) -> Iterator[None]:
-    """Of several processes that lack the same trial, one measures while the others wait for its record."""
+    """Let one process measure while others that need the same trial wait for its record."""
     with contextlib.ExitStack() as stack:
         if file and distributed.rank() == 0:
             with contextlib.suppress(OSError):

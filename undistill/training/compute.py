@@ -1,4 +1,4 @@
-"""How a network is computed: precision, layout, compilation; set by hand, or settled by a short measured trial."""
+"""How a network is computed: precision, layout, compilation. Set by hand, or by a short trial (`autotune`)."""
 
 import contextlib
 import ctypes
@@ -37,7 +37,10 @@ class Compute(Spec):
         network.to(memory_format=self._memory_format)  # type: ignore[call-overload]
 
     def compiled(self, network: nn.Module, training: bool = True) -> nn.Module:
-        """The module to call. Each size of batch is compiled for itself: there are two, and CUDA graphs need it."""
+        """The module to call.
+
+        Compiled for static shapes: an epoch has at most two batch sizes, and CUDA graphs require it.
+        """
         if not self.compile:
             return network
         on_cuda = any(parameter.is_cuda for parameter in network.parameters())
@@ -76,7 +79,7 @@ class Compute(Spec):
         return torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
 
     def _eager(self) -> list["Compute"]:
-        """What `auto` in precision and layout may mean, the likely best first."""
+        """The settings that `auto` in precision and layout allows, the likely best first."""
         precisions = ["bf16", "fp32"] if self.precision == "auto" else [self.precision]
         layouts = ["channels_last", "contiguous"] if self.layout == "auto" else [self.layout]
         return [Compute(precision=p, layout=la) for p in precisions for la in layouts]
@@ -87,7 +90,7 @@ FAST = Compute(precision="auto", layout="auto", compile="auto")
 
 
 def machine(device: torch.device) -> list[str]:
-    """What bits may depend on beside the code: the processor's instructions and threads, or the GPU's model."""
+    """Hardware on which bits may depend: the processor's instructions and threads, or the GPU's model."""
     if device.type == "cuda":
         return [torch.cuda.get_device_name(device)]
     return [cpu_capability(), f"{torch.get_num_threads()} threads"]

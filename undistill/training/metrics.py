@@ -1,4 +1,4 @@
-"""What is measured of logits or log-probabilities: accuracy, NLL, calibration, agreement, divergence."""
+"""Metrics of logits or log-probabilities: accuracy, NLL, calibration, agreement, divergence."""
 
 from collections.abc import Iterator, Sequence
 

@@ -27,7 +27,7 @@ ADAM_LR = 1e-3
 
 @dataclass(frozen=True)
 class Extra:
-    """What is trained beside the network: auxiliary heads, a matrix, a generator, another student."""
+    """A module that is trained beside the network: auxiliary heads, a matrix, a generator, another student."""
 
     module: nn.Module
     optimiser: Literal["same", "adam", "sgd"] = "same"

@@ -1,1 +1,1 @@
-"""What answers an attacker."""
+"""Victims: networks, and the responses over them, as an attacker meets them."""

@@ -17,7 +17,7 @@ from undistill.victims.victim import NetworkVictim
 
 
 class Access(IntEnum):
-    """What an attack needs; each level includes the ones below."""
+    """Access that an attack needs; each level includes the ones below."""
 
     NONE = 0
     QUERY = 1
@@ -26,7 +26,7 @@ class Access(IntEnum):
 
 @dataclass
 class Ledger:
-    """What an attacker asked. One answered image is one query, whoever remembers what.
+    """Counts of an attacker's queries. One answered image is one query, whoever remembers what.
 
     `billed` is what an endpoint would bill: every image that was answered, again each time it is asked. `distinct`
     counts different inputs. Answers that the auditor needs for measuring are in `evaluation`, and on nobody's bill.
@@ -37,7 +37,7 @@ class Ledger:
     billed: int = 0
     evaluation: int = 0
     _seen: dict[str, Tensor] = field(default_factory=dict)
-    """By dataset and epoch a mask of the samples that were asked."""
+    """For each dataset and epoch, a mask of the samples that were asked."""
     _unknown: int = 0
     """Inputs that are no views of a dataset, each taken for a new one."""
 
@@ -98,7 +98,7 @@ class Oracle:
         self.access = access
         self.ledger = Ledger(budget)
         self.told = told
-        """What an adaptive attacker knows of the defence, if anything."""
+        """Text of the defence, for an adaptive attacker who knows it; None otherwise."""
         self._victim = victim if isinstance(victim, NetworkVictim) else NetworkVictim.of(victim)
 
     def __call__(self, batch: Batch) -> Answer:

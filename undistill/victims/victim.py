@@ -71,7 +71,7 @@ class NetworkVictim:
         return self._answer(self.answers.compute(inputs))
 
     def answer_views(self, batch: Batch) -> Answer:
-        """As `answer`, looked up where these views were answered before."""
+        """The answer to the views of a batch, looked up if they were answered before."""
         return self._answer(self.answers(batch))
 
     def answer_samples(self, samples: Samples, num_classes: int) -> Answer:

@@ -8,8 +8,9 @@ from undistill.attacks.attack import Attack, Fresh, Role
 from undistill.core.spec import Temperature
 from undistill.data.batches import Batch
 from undistill.data.split import Split
-from undistill.training.fit import Fit, Terms, Weighted
+from undistill.training.fit import Fit
 from undistill.training.losses import cross_entropy, distillation
+from undistill.training.objectives import Terms, Weighted
 from undistill.victims.oracle import Access, Oracle
 
 

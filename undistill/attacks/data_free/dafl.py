@@ -10,8 +10,9 @@ from undistill.core.spec import LearningRate, Temperature, Weight
 from undistill.data.batches import Batch
 from undistill.data.split import Split
 from undistill.models.model import last_features
-from undistill.training.fit import Fit, Terms
+from undistill.training.fit import Fit
 from undistill.training.losses import cross_entropy, distillation
+from undistill.training.objectives import Terms
 from undistill.victims.oracle import Oracle
 
 
@@ -20,7 +21,7 @@ class DAFL(Generative):
     classes (information entropy); the student imitates the victim on them. Needs weights, no data."""
 
     lr: LearningRate = 0.02
-    """Of the generator, with Adam; a slow one shows the same images for too long."""
+    """Learning rate of the generator, with Adam; a slow one shows the same images for too long."""
     one_hot: Weight = 1.0
     """Weight of cross-entropy against the victim's own top answer (eq. 3)."""
     activation: Weight = 0.1

@@ -21,8 +21,9 @@ from undistill.core.errors import ModelError
 from undistill.core.spec import LearningRate, Temperature, Weight
 from undistill.data.batches import Batch
 from undistill.data.split import Samples, Split
-from undistill.training.fit import Fit, Terms
+from undistill.training.fit import Fit
 from undistill.training.losses import cross_entropy, distillation
+from undistill.training.objectives import Terms
 from undistill.victims.oracle import Access, Oracle
 
 BATCH = 200
@@ -40,13 +41,13 @@ class DeepInversion(Attack):
     count: int = Field(2000, ge=2, le=10_000_000)
     """Images in all, classes in turn."""
     steps: int = Field(200, ge=1, le=1_000_000)
-    """Of Adam, for each batch of images."""
+    """Steps of Adam for each batch of images."""
     lr: LearningRate = 0.05
     statistics: Weight = 1.0
     variation: Weight = 1.0
     l2: Weight = 0.001
     rounds: int = Field(2, ge=1, le=1000)
-    """Of images; those of the first are made without the student, which then learns from all that there are."""
+    """Rounds of images. Those of the first are made without the student, which then learns from all so far."""
     competition: Weight = 1.0
     """Weight of 1 - JS(victim, student) in later rounds (eq. 7)."""
     T: Temperature = 4.0
@@ -118,5 +119,5 @@ class DeepInversion(Attack):
 
 
 def share(whole: int, number: int, parts: int) -> int:
-    """What part `number` of `parts` gets of `whole` things."""
+    """Size of part `number` if `whole` things are divided into `parts`."""
     return whole * (number + 1) // parts - whole * number // parts

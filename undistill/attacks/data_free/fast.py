@@ -25,8 +25,9 @@ from undistill.data.batches import Batch
 from undistill.data.sheet import COLUMNS
 from undistill.data.split import Samples, Split
 from undistill.data.views import Views, to_float
-from undistill.training.fit import Fit, Terms
+from undistill.training.fit import Fit
 from undistill.training.losses import cross_entropy, distillation
+from undistill.training.objectives import Terms
 from undistill.victims.oracle import Oracle
 
 
@@ -47,7 +48,7 @@ class Fast(Generative):
     warmup: int = Field(20, ge=1, le=10_000)
     """Batches of images before the student's first step, made without the student."""
     lr: LearningRate = 2e-3
-    """Of copy and noise, with Adam; noise 5 times."""
+    """Learning rate of the copy, with Adam; the noise has 5 times as much."""
     outer: float = Field(0.1, gt=0, le=1)
     """How far the meta-generator moves towards its copy."""
     one_hot: Weight = 0.5

@@ -1,4 +1,4 @@
-"""What attacks with a generator share."""
+"""The common base of attacks with a generator."""
 
 from pydantic import Field
 
@@ -18,7 +18,7 @@ class Generative(Attack):
     data = ThiefData.NONE
     role = Role.DATA_FREE
     lr: LearningRate = 1e-3
-    """Of the generator, with Adam."""
+    """Learning rate of the generator, with Adam."""
     latent: int = Field(100, ge=1, le=10_000)
     width: int = Field(64, ge=1, le=1024)
     """Channels of the generator."""

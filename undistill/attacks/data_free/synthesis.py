@@ -87,7 +87,7 @@ def without_images(data: Split) -> Split:
 
 
 def batch_norms(network: nn.Module) -> list[_BatchNorm]:
-    """Those that remember statistics."""
+    """Batch norms that keep running statistics."""
     return [
         module for module in network.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None
     ]

@@ -11,8 +11,9 @@ from undistill.attacks.data_free.generative import Generative
 from undistill.attacks.data_free.synthesis import Generator, GeneratorTraining, without_images
 from undistill.data.batches import Batch
 from undistill.data.split import Split
-from undistill.training.fit import Fit, Terms
+from undistill.training.fit import Fit
 from undistill.training.losses import kl
+from undistill.training.objectives import Terms
 from undistill.victims.oracle import Oracle
 
 
@@ -46,7 +47,7 @@ class ZSKT(Generative):
 
 
 class _Game(GeneratorTraining):
-    """Whose turn it is, and on which noise."""
+    """A generator, the number of steps so far, and the noise of its last step."""
 
     def __init__(self, generator: Generator, lr: float) -> None:
         super().__init__(generator, lr)

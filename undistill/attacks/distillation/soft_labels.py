@@ -6,8 +6,8 @@ from torch import nn
 from undistill.attacks.attack import Distillation, Role
 from undistill.core.spec import Temperature
 from undistill.data.batches import Batch
-from undistill.training.fit import Terms, Weighted
 from undistill.training.losses import cross_entropy, distillation
+from undistill.training.objectives import Terms, Weighted
 from undistill.victims.answer import Answer
 
 

@@ -4,8 +4,8 @@ from torch import nn
 
 from undistill.attacks.attack import Distillation, Role, ThiefData
 from undistill.data.batches import Batch
-from undistill.training.fit import Terms
 from undistill.training.losses import cross_entropy
+from undistill.training.objectives import Terms
 from undistill.victims.answer import Answer
 
 

@@ -6,8 +6,9 @@ from torch import nn
 from undistill.attacks.attack import Attack, Fresh, Role
 from undistill.data.batches import Batch
 from undistill.data.split import Split
-from undistill.training.fit import Fit, Terms
+from undistill.training.fit import Fit
 from undistill.training.losses import cross_entropy
+from undistill.training.objectives import Terms
 from undistill.victims.oracle import Oracle
 
 
