@@ -21,9 +21,9 @@ from undistill.auditing.launchers import Launcher
 from undistill.auditing.pair import QueryOptions, VictimPair
 from undistill.core.progress import Progress
 from undistill.models import Model, frozen
-from undistill.runs.make import train
 from undistill.runs.run import Run
 from undistill.runs.settings import TrainSettings
+from undistill.runs.train import train
 from undistill.training.compute import EXACT, FAST, keep_freed_memory
 from undistill.training.recipe import Recipe
 

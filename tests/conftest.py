@@ -12,9 +12,10 @@ from undistill.auditing.cell import Students
 from undistill.data import Data, Npz
 from undistill.data.official import VARIABLE
 from undistill.models import Model
-from undistill.runs.make import protect, train
+from undistill.runs.protect import protect
 from undistill.runs.run import Run
 from undistill.runs.settings import Settings, TrainSettings
+from undistill.runs.train import train
 from undistill.training.fit import Fit
 from undistill.training.recipe import Recipe
 

@@ -14,9 +14,9 @@ from undistill.auditing.plan import plan
 from undistill.auditing.schema import Report
 from undistill.core.errors import ModelError, SpecError, StoreError
 from undistill.core.files import seal
-from undistill.runs.make import train
 from undistill.runs.run import Run
 from undistill.runs.settings import TrainSettings
+from undistill.runs.train import train
 from undistill.victims.oracle import Oracle
 
 ROOT = Path(__file__).parents[1]
@@ -281,7 +281,7 @@ class Nothing(Defence):
 
 def test_a_newcomers_defence_is_one_file(honest: Run, tmp_path: Path, monkeypatch) -> None:
     from undistill.defences import Defence
-    from undistill.runs.make import protect
+    from undistill.runs.protect import protect
 
     monkeypatch.setattr(Defence, "registry", dict(Defence.registry))
     (tmp_path / "nothing.py").write_text(NEW_DEFENCE)

@@ -24,9 +24,9 @@ from undistill.report.evidence import read_curve, read_evidence
 from undistill.report.figures import students
 from undistill.report.page import read_report
 from undistill.report.table import Measured, Row, Table, write_table
-from undistill.runs.make import train
 from undistill.runs.run import Run
 from undistill.runs.settings import TrainSettings
+from undistill.runs.train import train
 
 
 def figure(*words: object) -> tuple[int, str]:

@@ -21,6 +21,7 @@ from tests.conftest import NASTY, STUDENT, TEACHER, toy_arrays
 from tests.test_cli import call, refused
 from tests.test_official import small, write_tiny
 from undistill.api import audit
+from undistill.cli.config import read_settings
 from undistill.core import files
 from undistill.core.errors import DataError, FileError, ModelError, NonFinite, SpecError, legible
 from undistill.core.files import (
@@ -34,7 +35,6 @@ from undistill.core.files import (
     write_json,
     write_text,
 )
-from undistill.core.settings import read_settings
 from undistill.core.tensors import load_state, read_arrays
 from undistill.data import Source, TinyImageNet
 from undistill.data.files import read_picture

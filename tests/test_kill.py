@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from tests.conftest import STUDENT, TEACHER
 from undistill.cli import app
-from undistill.runs.make import protect, train
+from undistill.runs.protect import protect
 from undistill.runs.run import Run
 from undistill.runs.settings import Settings, TrainSettings
+from undistill.runs.train import train
 from undistill.training.recipe import Recipe
 
 RECIPE = Recipe(epochs=20, batch_size=8)

@@ -22,9 +22,10 @@ from undistill.auditing.pair import VictimPair
 from undistill.auditing.plan import plan
 from undistill.core.errors import LaunchError, ModelError, SpecError
 from undistill.core.progress import PROGRESS_FILE, Board, Progress, Reporter
-from undistill.runs.make import protect, train
+from undistill.runs.protect import protect
 from undistill.runs.run import Run
 from undistill.runs.settings import Settings, TrainSettings
+from undistill.runs.train import train
 from undistill.training.compute import EXACT, Compute
 from undistill.training.recipe import Recipe
 

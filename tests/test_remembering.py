@@ -12,7 +12,7 @@ from undistill.attacks import Attack
 from undistill.data import Data
 from undistill.defences import Defence
 from undistill.models import Model
-from undistill.runs.make import protect
+from undistill.runs.protect import protect
 from undistill.runs.run import Run
 from undistill.runs.settings import Settings
 from undistill.training.answers import AnswerStore, RememberedAnswers

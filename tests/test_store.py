@@ -9,9 +9,9 @@ from tests.conftest import RECIPE, TEACHER, toy_arrays
 from undistill.core.errors import StoreError
 from undistill.models import Model
 from undistill.runs.folder import claim
-from undistill.runs.make import train
 from undistill.runs.run import Run
 from undistill.runs.settings import TrainSettings
+from undistill.runs.train import train
 
 SETTINGS = TrainSettings(recipe=RECIPE)
 

@@ -6,9 +6,10 @@ from safetensors.torch import load_file
 
 from tests.conftest import NASTY, RECIPE, TEACHER
 from undistill.core.errors import ModelError, NonFinite, StoreError
-from undistill.runs.make import protect, train
+from undistill.runs.protect import protect
 from undistill.runs.run import Run
 from undistill.runs.settings import Settings, TrainSettings, recorded_settings
+from undistill.runs.train import train
 from undistill.training.recipe import Recipe
 
 SETTINGS = TrainSettings(recipe=RECIPE)

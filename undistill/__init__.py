@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from undistill.training.optimisers import Extra
     from undistill.training.recipe import Recipe
     from undistill.victims.answer import Answer, Form
-    from undistill.victims.oracle import Access, Ledger, Oracle
+    from undistill.victims.ledger import Ledger
+    from undistill.victims.oracle import Access, Oracle
     from undistill.victims.protected import Protected, Response
     from undistill.victims.victim import Victim
 
@@ -38,7 +39,8 @@ _HOMES = {
     "training.optimisers": ["Extra"],
     "training.recipe": ["Recipe"],
     "victims.answer": ["Answer", "Form"],
-    "victims.oracle": ["Access", "Ledger", "Oracle"],
+    "victims.ledger": ["Ledger"],
+    "victims.oracle": ["Access", "Oracle"],
     "victims.protected": ["Protected", "Response"],
     "victims.victim": ["Victim"],
 }

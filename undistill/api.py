@@ -20,9 +20,10 @@ from undistill.report.evidence import read_curve, write_evidence
 from undistill.report.figures import label
 from undistill.report.page import write_report
 from undistill.runs.folder import claim
-from undistill.runs.make import protect, train
+from undistill.runs.protect import protect
 from undistill.runs.run import Run
 from undistill.runs.settings import recorded_settings
+from undistill.runs.train import train
 from undistill.training.answers import REMEMBER
 from undistill.training.compute import pick_device
 from undistill.training.recipe import Recipe

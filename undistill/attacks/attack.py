@@ -1,4 +1,8 @@
-"""`Attack`: how a student is taught from a victim's answers, and what the thief needs for it."""
+"""`Attack`: how a student is taught from a victim's answers, and what the thief needs for it.
+
+A new attack is one file in a folder beside this one; CONTRIBUTING.md says how. It is found by itself, and tested by
+`tests/test_contracts.py`.
+"""
 
 from abc import abstractmethod
 from collections.abc import Sequence

@@ -19,7 +19,7 @@ Text = Annotated[str, Field(max_length=10_000)]
 class Part(BaseModel):
     """NaN and infinity are no numbers here."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Interval(Part):

@@ -75,9 +75,9 @@ def train(
     data_dir: DataDir = None,
 ) -> None:
     """Train a classifier normally: the honest teacher."""
-    from undistill.core.settings import read_settings
-    from undistill.runs.make import train as run
+    from undistill.cli.config import read_settings
     from undistill.runs.settings import TrainSettings
+    from undistill.runs.train import train as run
 
     chosen = TrainSettings(**read_settings(config, settings, fast))
     out = out or Path("runs") / f"{Path(data.split('(')[0]).stem}-{Path(model.split('(')[0]).stem}"
@@ -102,8 +102,8 @@ def protect(
     remember: Remember = 4.0,
 ) -> None:
     """Make a protected twin of a trained classifier."""
-    from undistill.core.settings import merge, read_settings
-    from undistill.runs.make import protect as work
+    from undistill.cli.config import merge, read_settings
+    from undistill.runs.protect import protect as work
     from undistill.runs.run import Run
     from undistill.runs.settings import Settings, recorded_settings
 
@@ -154,7 +154,7 @@ def audit(
 ) -> None:
     """Attack a protected model and its honest twin; ends with a report."""
     from undistill.api import audit as work
-    from undistill.core.settings import merge, read_settings
+    from undistill.cli.config import merge, read_settings
     from undistill.runs.run import Run, parent
     from undistill.runs.settings import AuditSettings, recorded_settings
 

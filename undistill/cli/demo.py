@@ -11,8 +11,9 @@ from undistill.core import distributed
 from undistill.core.progress import Progress
 from undistill.data.digits import Digits
 from undistill.runs.folder import claim
-from undistill.runs.make import protect, train
+from undistill.runs.protect import protect
 from undistill.runs.settings import Settings, TrainSettings
+from undistill.runs.train import train
 from undistill.training.compute import pick_device
 from undistill.training.recipe import Recipe
 

@@ -27,7 +27,8 @@ class Defence(Spec):
         """The protected network; `current` and `honest` stay as they are.
 
         Args:
-            current: the network to protect, in eval mode, as earlier defences left it.
+            current: the network to protect, in eval mode, as earlier defences left it. A defence that trains gets it
+                without their responses; if it trains a fresh network instead, it undoes what they trained.
             honest: a normally trained network: the unprotected one, or that of `reference`.
             fresh: gives new networks of the same architecture, for defences that train from scratch.
             data: the owner's training and validation images, never the test images.

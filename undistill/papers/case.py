@@ -20,11 +20,12 @@ from undistill.data.source import Source
 from undistill.defences.defence import Defence
 from undistill.models.model import Model
 from undistill.report.table import Measured
-from undistill.runs import make
+from undistill.runs import protect as protecting
 from undistill.runs.environment import described, environment
-from undistill.runs.make import protect, train
+from undistill.runs.protect import protect
 from undistill.runs.run import Run
 from undistill.runs.settings import Settings, TrainSettings
+from undistill.runs.train import train
 from undistill.training import metrics
 from undistill.training.answers import REMEMBER
 from undistill.training.recipe import Recipe
@@ -172,7 +173,7 @@ class Runner:
 
     def _folder(self, spec: Spec, seed: int, *parts: str) -> Path:
         """Folder of the network that `spec` makes, named by everything that it depends on."""
-        program = program_sha256(Path(make.__file__))
+        program = program_sha256(Path(protecting.__file__))
         digest = fingerprint(str(spec), source_sha256(type(spec)), program, *parts, self.device.type)[:10]
         return self.folder / "teachers" / f"{type(spec).__name__.lower()}-{digest}-seed{seed}"
 

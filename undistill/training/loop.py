@@ -35,7 +35,7 @@ class Stateful(Protocol):
 
 
 class Loop:
-    """One call of `Fit`."""
+    """The loop behind one call of `Fit`, which see."""
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from enum import IntEnum
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,12 +29,14 @@ class Answer(NamedTuple):
 
     log_p: Tensor
     shown: Tensor
+    whole: bool = False
+    """True if every entry is known to be shown, so that nobody has to look at the mask."""
 
     @classmethod
     def of_logits(cls, logits: Tensor) -> "Answer":
         """The full answer of a classifier with these logits (B, K)."""
         log_p = F.log_softmax(logits.float(), dim=1).clamp_min(LOG_ZERO)
-        return cls(log_p, log_p.new_ones(log_p.shape).bool())
+        return cls(log_p, torch.ones_like(log_p, dtype=torch.bool), whole=True)
 
     @classmethod
     def of_served(cls, served: Tensor) -> "Answer":
@@ -42,7 +45,7 @@ class Answer(NamedTuple):
 
     def to_served(self) -> Tensor:
         """Both in one tensor (B, K): log-probabilities, and `UNSHOWN` where nothing was served."""
-        return self.log_p.masked_fill(~self.shown, UNSHOWN)
+        return self.log_p if self.whole else self.log_p.masked_fill(~self.shown, UNSHOWN)
 
     @property
     def top(self) -> Tensor:
@@ -52,4 +55,4 @@ class Answer(NamedTuple):
     @property
     def filled(self) -> Tensor:
         """Log-probabilities (B, K) of all classes: those that were not served share what is left of 1 evenly."""
-        return filled(self.to_served())
+        return self.log_p if self.whole else filled(self.to_served())

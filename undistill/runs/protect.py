@@ -1,76 +1,28 @@
-"""`train` and `protect`: from data and a network to a run folder."""
+"""`protect`: from the run of an honest network to that of a protected one."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
-from undistill.core import distributed
-from undistill.core.errors import NonFinite, SpecError
-from undistill.core.files import GIB, sha256
+from undistill.core.errors import SpecError
+from undistill.core.files import GIB
 from undistill.core.progress import Progress
 from undistill.core.seeds import derive, seeded
-from undistill.data.batches import Batch
-from undistill.data.source import Source
-from undistill.data.split import Data, Split
+from undistill.data.split import Split
 from undistill.defences.defence import Defence, Fresh, ResponseDefence
-from undistill.models.model import Model, largest_weights, load_weights, returned
-from undistill.runs.folder import Record, claim, together
+from undistill.models.model import Model, returned
+from undistill.runs.folder import claim, together
 from undistill.runs.run import Run
-from undistill.runs.settings import Settings, TrainSettings, recorded_settings
+from undistill.runs.settings import Settings, recorded_settings
+from undistill.runs.train import record_of
 from undistill.training import metrics
 from undistill.training.answers import REMEMBER, AnswerStore
 from undistill.training.compute import pick_device
 from undistill.training.fit import Fit
-from undistill.training.losses import cross_entropy
 from undistill.training.metrics import evaluate
 from undistill.victims.protected import bare, with_network
-
-
-def train(
-    data: str | Source,
-    model: str | Model,
-    out: str | Path,
-    *,
-    weights: str | Path | None = None,
-    settings: TrainSettings | None = None,
-    device: str = "auto",
-    progress: Progress | None = None,
-) -> Run:
-    """Train a classifier normally; its run folder is the honest teacher.
-
-    `weights` is where training starts; with `recipe.epochs=0` they are adopted as they are.
-    """
-    settings = settings or TrainSettings()
-    source, model = Source.from_user(data), Model.from_user(model)
-    loaded = source.load()
-    seed = derive(settings.seed, "honest")
-    network = model.build(loaded.shape, loaded.num_classes, seed)
-    start = sha256(Path(weights), largest_weights(network)) if weights and Path(weights).is_file() else None
-    request = {
-        "command": "train",
-        "data": str(source),
-        "data_sha256": loaded.digest,
-        "model": str(model),
-        "start_sha256": start,
-        "refers": model.refers(),
-        "settings": settings.model_dump(mode="json"),
-    }
-    if weights:
-        load_weights(network, Path(weights))
-        network.eval()
-
-    def objective(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        return {"ce": cross_entropy(network(batch.images), batch.labels, settings.label_smoothing)}
-
-    chosen = pick_device(device)
-    with together(chosen, request), claim(Path(out), request) as place:
-        if not place.finished:
-            fit = Fit(settings.recipe, seed, chosen, place.folder, progress or Progress.silent(), "honest teacher")
-            network = fit(network, loaded.split, objective)
-            place.finish(network, _record(request, loaded, fit, network, str(weights or model)))
-    return Run.open(out)
 
 
 def protect(
@@ -135,7 +87,7 @@ def protect(
                     victim = returned(
                         _apply(one, victim, reference, fresh, data.split, fit), one, data.shape, data.num_classes
                     )
-            record = _record(request, data, fit, victim, ", ".join(map(str, defences)))
+            record = record_of(request, data, fit, victim, ", ".join(map(str, defences)))
             record["responses"] = [str(one) for one in defences if isinstance(one, ResponseDefence)]
             record["metrics"]["divergence"] = metrics.divergence(
                 evaluate(victim, data.validation), evaluate(teacher, data.validation)
@@ -161,25 +113,3 @@ def _apply(defence: Defence, current: nn.Module, honest: nn.Module, fresh: Fresh
     if isinstance(defence, ResponseDefence):
         return defence.protect(current, honest, fresh, data, fit)
     return with_network(current, defence.protect(bare(current), honest, fresh, data, fit))
-
-
-def _record(request: Record, data: Data, fit: Fit, network: nn.Module, who: str) -> Record:
-    """Record of a finished network; `NonFinite`, naming `who` made it, if it answers NaN or infinity."""
-    try:
-        logits = evaluate(network, data.validation).cpu()
-    except NonFinite as error:
-        raise NonFinite(f"{who}: {error}") from None
-    labels = data.validation.labels
-    return request | {
-        "classes": list(data.classes),
-        "shape": list(data.shape),
-        "epochs": len(fit.history),
-        "compute": fit.computed,
-        "processes": distributed.world(),
-        "seconds": round(fit.seconds, 3),
-        "metrics": {
-            "validation_accuracy": metrics.accuracy(logits, labels),
-            "validation_nll": metrics.nll(logits, labels),
-            "validation_ece": metrics.ece(logits, labels),
-        },
-    }
