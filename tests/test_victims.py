@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -408,3 +409,118 @@ def test_objectives_do_not_wait_for_a_gpu(name: str) -> None:
         answer = Answer.of_logits(torch.rand(4, 3))
         terms = Attack.parse(name).objective(student, Batch(images, labels, torch.arange(4), 0), answer)
         assert terms
+
+
+# What a fresh-eyed review found
+
+
+class Warm(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.inner = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(images) / 2
+
+
+STRUCTURED = """
+from tests.test_victims import Warm
+from undistill import Defence
+
+
+class Silent(Defence):
+    def protect(self, current, honest, fresh, data, fit):
+        return Warm(current)
+
+
+class Said(Silent):
+    def wrap(self, current, shape, num_classes):
+        return Warm(current)
+"""
+
+
+def test_a_defence_of_another_structure_opens_again_or_is_refused(honest: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(STRUCTURED)
+    with pytest.raises(ModelError, match=r"Silent.*could not be opened again.*wrap\("):
+        made(honest, tmp_path / "a", f"{tmp_path / 'mine.py'}:Silent")
+    run = made(honest, tmp_path / "b", f"{tmp_path / 'mine.py'}:Said")
+    assert isinstance(Run.open(run.folder).network(), Warm)
+
+
+def test_two_responses_never_share_an_audit(honest: Run, tmp_path: Path) -> None:
+    one, other = (made(honest, tmp_path / text, text) for text in ("Rounding(digits=1)", "Rounding(digits=2)"))
+    audit(one, tmp_path / "audit", students=[STUDENT], seeds=1, recipe=RECIPE, device="cpu")
+    with pytest.raises(StoreError, match="holds another run"):
+        audit(other, tmp_path / "audit", students=[STUDENT], seeds=1, recipe=RECIPE, device="cpu")
+
+
+def test_a_mended_response_is_another_victim(honest: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = made(honest, tmp_path / "run", "Rounding(digits=1)")
+    (job, _) = jobs(run, "SoftLabels()")
+    before = job.key
+    monkeypatch.setattr("undistill.runs.run.source_sha256", lambda kind: f"edited {kind.__name__}")
+    assert job.key != before
+
+
+def test_a_budget_is_of_no_effect_on_who_asks_nothing(victim: Run) -> None:
+    for name, same in (("Scratch()", True), ("SoftLabels()", False)):
+        keys = {jobs(victim, name, budget=budget)[0].key for budget in (None, 60)}
+        assert (len(keys) == 1) == same
+
+
+def test_a_thief_who_chooses_is_not_refused(victim: Run) -> None:
+    class Chooser(Whole):
+        buying = Buying.CHOSEN
+
+    (job, _) = jobs(victim, "SoftLabels()", budget=3)
+    replace(job, attack=Chooser()).check()
+    assert len(replace(job, attack=Chooser()).data.train) == len(job.pair.attackers.train)
+    with pytest.raises(SpecError, match="less than two images"):
+        job.check()
+
+
+def test_an_adaptive_thief_is_told_the_defence(victim: Run) -> None:
+    assert jobs(victim, "AffineMap()")[0]._told == ", ".join(victim.record["defences"])
+    assert jobs(victim, "SoftLabels()")[0]._told is None
+
+
+def test_a_victim_need_not_be_a_network(toy: Data) -> None:
+    class Constant:
+        classes = toy.classes
+        identity = "constant"
+        repeatable = True
+        form = Form.FULL
+
+        def answer(self, inputs: Tensor) -> Answer:
+            return Answer.of_logits(torch.eye(3)[torch.zeros(len(inputs), dtype=torch.int64)])
+
+    oracle = Oracle(Constant(), Access.QUERY)
+    network = Attack.parse("HardLabels()").run(oracle, students(toy), toy.split.unlabelled, Fit(RECIPE, 0, CPU))
+    assert (evaluate(network, toy.test).argmax(1) == 0).all()
+    assert oracle.ledger.billed == RECIPE.epochs * len(toy.train)
+
+
+def test_a_probe_is_called_in_eval_mode_and_changes_nothing(toy: Data) -> None:
+    def trained(watch: object) -> nn.Module:
+        fit = Fit(RECIPE, 0, CPU, watch=watch)  # type: ignore[arg-type]
+        return Attack.parse("Scratch()").run(Oracle(Shares(), Access.NONE), students(toy), toy.split, fit)
+
+    seen: list[bool] = []
+    plain, watched = trained(None), trained(lambda network: seen.append(network.training))
+    assert seen == [False] * RECIPE.epochs
+    assert all(map(torch.equal, plain.state_dict().values(), watched.state_dict().values()))
+
+
+def test_second_views_may_be_mixed(toy: Data) -> None:
+    dataset = Fit(RECIPE, 0, CPU).views(toy.train, Views(mixup=0.5), "mixed")
+    images, _ = dataset.show(0, torch.arange(4))
+    assert images.shape == (4, *toy.shape)
+
+
+def test_whole_steps_are_not_rounded_down() -> None:
+    rounded = Defence.parse("Rounding(digits=1)").response((1, 4, 4), 4)  # type: ignore[attr-defined]
+    p = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
+    once = rounded(Answer.of_logits(p.log()), torch.zeros(1))
+    assert torch.allclose(once.log_p.exp(), p, atol=1e-5)
+    hidden = Answer(once.log_p, torch.tensor([[True, True, False, False]]))
+    assert torch.allclose(rounded(hidden, torch.zeros(1)).log_p.exp()[0, :2], p[0, :2], atol=1e-5)

@@ -86,7 +86,10 @@ def audit(
     for job in jobs:  # what cannot be loaded, or attacked, is said before work is done
         job.check()
     pair.require_finite()
-    with claim(Path(out), {"command": "audit", "victim": pair.victim.digest, "honest": pair.honest.digest}):
+    request = {"command": "audit", "victim": pair.victim.digest, "honest": pair.honest.digest}
+    if pair.victim.record.get("responses"):  # over the same weights there may be others
+        request["victim_identity"] = pair.victim.identity
+    with claim(Path(out), request):
         return perform(jobs, Path(out), suite, launcher, progress or Progress.silent())
 
 

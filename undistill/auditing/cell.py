@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from undistill.attacks.attack import Attack, Buying, ThiefData
+from undistill.attacks.attack import Attack, Buying, Role, ThiefData
 from undistill.auditing.pair import VictimPair
 from undistill.auditing.schema import Cell, Side
 from undistill.core.errors import BudgetExceeded, ModelError, NonFinite, SpecError
@@ -50,11 +50,12 @@ class Job:
         """Names everything on which the cell's result depends: weights, responses, data, specs, seed, code."""
         runs = {"victim": self.pair.victim, "honest": self.pair.honest, "none": self.pair.victim}
         asked = [runs[self.side].identity, self.pair.victim.record["data_sha256"], self.side, str(self.attack)]
-        thief = [str(self.student), self.seed, str(self.recipe), self.pair.share, self.budget]
+        budget = self.budget if self.attack.needs else None  # of no effect on who asks nothing
+        thief = [str(self.student), self.seed, str(self.recipe), self.pair.share, budget]
         refers = [spec.refers() for spec in (self.attack, self.student, self.pair.model) if spec]
         code: list[object] = [sorted(names.values()) for names in refers if names]
         code += [program_sha256(Path(__file__)), *(source_sha256(type(spec)) for spec in (self.attack, self.student))]
-        return fingerprint(*asked, *thief, *code)[:20]
+        return fingerprint(*asked, *thief, *code, runs[self.side].program)[:20]
 
     def check(self) -> None:
         """`ModelError` or `SpecError` for what cannot be tried; an audit asks before it trains anything."""
@@ -65,11 +66,17 @@ class Job:
                 f"{self.attack} needs answers of the form {self.attack.form.name}, and this victim's show no more than "
                 f"{victim.form.name}. Leave this attack out."
             )
-        if self.attack.needs == Access.QUERY and self.budget is not None and self._affordable < 2:
+        if self._is_allotted and self._affordable < 2:
             raise SpecError(
                 f"A budget of {self.budget} queries buys {self.attack} less than two images in {self.recipe.epochs} "
                 "epochs. Raise --budget, or lower recipe.epochs."
             )
+
+    @property
+    def _is_allotted(self) -> bool:
+        """Whether the budget decides how many images the thief gets."""
+        asks = self.attack.needs == Access.QUERY and self.attack.buying != Buying.CHOSEN
+        return self.budget is not None and asks
 
     @property
     def _affordable(self) -> int:
@@ -83,7 +90,7 @@ class Job:
         split = self.pair.attackers
         if self.attack.data == ThiefData.UNLABELLED:
             split = split.unlabelled
-        if self.budget is not None and self.attack.needs == Access.QUERY and self.attack.buying != Buying.CHOSEN:
+        if self._is_allotted:
             split = split.some(self._affordable, derive(self.seed, "bought"))
         return split
 
@@ -95,6 +102,12 @@ class Job:
     @property
     def name(self) -> str:
         return f"{type(self.attack).__name__} on {self.side}, seed {self.seed}"
+
+    @property
+    def _told(self) -> str | None:
+        """What an adaptive thief knows of the defences."""
+        run = self.pair.honest if self.side == "honest" else self.pair.victim
+        return ", ".join(run.record.get("defences", ())) if self.attack.role == Role.ADAPTIVE else None
 
     def sheet(self, cells: Path) -> Path:
         """Path of the picture of images that the attack makes, if it makes any."""
@@ -121,8 +134,8 @@ class Job:
 
     def _train(self, folder: Path, sheet: Path, trials: Path, progress: Progress) -> Cell:
         pair, data = self.pair, self.pair.data
-        asks = self.attack.needs == Access.QUERY
-        oracle = Oracle(pair.victims[self.side], self.attack.needs, self.budget if asks else None)
+        victim, needs = pair.victims[self.side], self.attack.needs
+        oracle = Oracle(victim, needs, self.budget if needs else None, told=self._told)
         fresh = Students(self.student, data.shape, data.num_classes, self.seed)
         fit = Fit(
             self.recipe,
@@ -144,6 +157,7 @@ class Job:
             logits = evaluate(student, data.test).cpu()
         except (NonFinite, BudgetExceeded) as error:
             logits, diverged = torch.zeros(len(data.test), data.num_classes), str(error)
+        oracle.ledger.evaluation += len(data.test)  # the victim's answers with which the student's are compared
         return Cell(
             side=self.side,
             attack=str(self.attack),
@@ -155,7 +169,7 @@ class Job:
             queries=oracle.ledger.billed,
             distinct=oracle.ledger.distinct,
             budget=oracle.ledger.budget,
-            evaluation=len(data.test),
+            evaluation=oracle.ledger.evaluation,
             seconds=fit.seconds,
             late_gain=late_gain(fit.history),
             compute=", ".join(dict.fromkeys(fit.computed)),

@@ -116,8 +116,8 @@ def diverged(report: Report) -> str | None:
     if not lost:
         return None
     return (
-        f"{len(lost)} student{'s' * (len(lost) > 1)} left the finite numbers ({lost[0].attack}) and count as useless; "
-        "a careful thief lowers the learning rate or clips the gradient (recipe.lr, recipe.clip)."
+        f"{len(lost)} student{'s' * (len(lost) > 1)} ended without a result and count as useless ({lost[0].attack}: "
+        f"{lost[0].diverged:.200}). A careful thief mends that."
     )
 
 

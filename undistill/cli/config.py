@@ -57,7 +57,7 @@ def _say_new_names(settings: dict[str, Any]) -> None:
     recipe = settings.get("recipe")
     if isinstance(recipe, dict) and "engine" in recipe:
         log.warning("The setting recipe.engine is now called recipe.compute; the old name is accepted in this version.")
-        recipe["compute"] = recipe.pop("engine")
+        recipe["compute"] = merge(recipe.pop("engine"), recipe.get("compute", {}))
 
 
 def _read(config: Path) -> dict[str, Any]:

@@ -71,7 +71,8 @@ def _module(text: str) -> ModuleType:
     if reference not in _trusted:
         raise ModelError(
             f"'{reference}' is code, and code named by a stored run is not executed on its own. "
-            f"If you trust it, name it yourself: --model {reference} (in Python: model=...)."
+            f"If you trust it, name it yourself: --model {reference}, or for a defence --defence {reference} "
+            "(in Python: model=..., defences=[...])."
         )
     return _import(reference.rsplit(":", 1)[0])
 

@@ -22,6 +22,13 @@ class Defence(Spec):
         """A run folder whose network takes the place of the honest one; by default none does."""
         return None
 
+    def wrap(self, current: nn.Module, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        """The structure that this defence gives to `current`, by default none.
+
+        Loading a run rebuilds it, so a defence that returns another structure than it was given must say so here.
+        """
+        return current
+
     @abstractmethod
     def protect(self, current: nn.Module, honest: nn.Module, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         """The protected network; `current` and `honest` stay as they are.
@@ -46,7 +53,7 @@ class ResponseDefence(Defence):
         """The response before it is calibrated, for inputs of `shape` (C, H, W): its structure."""
 
     def wrap(self, current: nn.Module, shape: tuple[int, int, int], num_classes: int) -> Protected:
-        """`current` with this response over it. Loading a run rebuilds the structure by this."""
+        """`current` with this response over it."""
         return with_response(current, self.response(shape, num_classes))
 
     def protect(self, current: nn.Module, honest: nn.Module, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:

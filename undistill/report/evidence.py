@@ -24,6 +24,7 @@ from undistill.models.model import Model, device_of, features
 from undistill.runs.run import Run
 from undistill.training.metrics import DIVERGENCE_T as T
 from undistill.training.metrics import evaluate
+from undistill.victims.protected import bare
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def write_evidence(
     sheets: Mapping[str, Path] | None = None,
     curves: Mapping[str, Array | None] | None = None,
 ) -> None:
-    """RememberedAnswers and maps of both networks, pictures of made images, and curves of training."""
+    """Answers and maps of both networks, pictures of made images, and curves of training."""
     arrays = _answered(data, honest, victim)
     for name, file in (sheets or {}).items():
         arrays[f"sheet {name}"] = read_sheet(file)
@@ -95,7 +96,7 @@ def write_evidence(
 
 
 def evidence_of(honest: Run, victim: Run, model: Model | None = None) -> Evidence:
-    """RememberedAnswers and maps of two runs. `model` names their network again where it is the user's own code."""
+    """Answers and maps of two runs. `model` names their network again where it is the user's own code."""
     return _evidence(_answered(victim.data(), honest.network(model), victim.network(model)))
 
 
@@ -114,7 +115,7 @@ def _answered(data: Data, honest: nn.Module, victim: nn.Module) -> dict[str, Arr
     arrays["point_labels"] = points.labels.numpy()
     for side, network in (("honest", honest), ("victim", victim)):
         arrays[f"map {side} answers"] = _map(F.softmax(evaluate(network, points).cpu() / T, 1))
-        inner = features(network, to_float(points.pixels.to(device_of(network))))
+        inner = features(bare(network), to_float(points.pixels.to(device_of(network))))
         if inner is not None:
             arrays[f"map {side} features"] = _map(inner.cpu())
     return arrays

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import nn
 
-from undistill.core.errors import SpecError
+from undistill.core.errors import ModelError, SpecError
 from undistill.core.files import GIB
 from undistill.core.progress import Progress
 from undistill.core.seeds import derive, seeded
-from undistill.data.split import Split
+from undistill.data.split import Data, Split
 from undistill.defences.defence import Defence, Fresh, ResponseDefence
 from undistill.models.model import Model, returned
 from undistill.runs.folder import claim, together
@@ -88,12 +88,29 @@ def protect(
                         _apply(one, victim, reference, fresh, data.split, fit), one, data.shape, data.num_classes
                     )
             record = record_of(request, data, fit, victim, ", ".join(map(str, defences)))
-            record["responses"] = [str(one) for one in defences if isinstance(one, ResponseDefence)]
+            record["responses"] = [str(one) for one in defences if _restructures(one, teacher, data)]
+            _require_rebuilt(honest.fresh(seed, model), victim, defences, data)
             record["metrics"]["divergence"] = metrics.divergence(
                 evaluate(victim, data.validation), evaluate(teacher, data.validation)
             )
             place.finish(victim, record)
     return Run.open(out)
+
+
+def _restructures(defence: Defence, network: nn.Module, data: Data) -> bool:
+    """Whether a defence gives a network another structure."""
+    return defence.wrap(network, data.shape, data.num_classes) is not network
+
+
+def _require_rebuilt(network: nn.Module, victim: nn.Module, defences: Sequence[Defence], data: Data) -> None:
+    """Raise `ModelError` for a victim that loading its run could not rebuild."""
+    for one in defences:
+        network = one.wrap(network, data.shape, data.num_classes)
+    if network.state_dict().keys() != victim.state_dict().keys():
+        raise ModelError(
+            f"{', '.join(map(str, defences))} gave the network another structure, with which it could not be opened "
+            "again. A defence says by its method wrap(current, shape, num_classes) how it builds it."
+        )
 
 
 class _Fresh:

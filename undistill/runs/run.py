@@ -20,11 +20,11 @@ from torch import nn
 from undistill.core.code import is_code, is_current
 from undistill.core.errors import StoreError
 from undistill.core.files import require_plain, sha256
-from undistill.core.identity import fingerprint
+from undistill.core.identity import fingerprint, source_sha256
 from undistill.core.spec import Spec
 from undistill.data.source import Source
 from undistill.data.split import Data
-from undistill.defences.defence import Defence, ResponseDefence
+from undistill.defences.defence import Defence
 from undistill.models.model import Model, largest_weights, load_weights
 from undistill.runs.folder import Record, read_record
 
@@ -57,7 +57,7 @@ class Recorded(BaseModel):
     defences: list[str] = Field(default_factory=list)
     """Defences that were applied, in order."""
     responses: list[str] = Field(default_factory=list)
-    """Responses among the defences, which are rebuilt before the weights are loaded."""
+    """Those among the defences that give the network another structure: rebuilt before its weights are loaded."""
     parent: Parent | None = None
     start_sha256: str | None = None
     classes: list[str] = Field(min_length=2)
@@ -116,7 +116,7 @@ class Run:
         """
         path, network = self.folder / "weights.safetensors", self.fresh(0, model)
         for text in self.record.get("responses", ()):
-            network = self._response(text).wrap(network, self.shape, len(self.record["classes"])).eval()
+            network = self._defence(text).wrap(network, self.shape, len(self.record["classes"])).eval()
         if not path.exists() or sha256(path, largest_weights(network)) != self.record["weights_sha256"]:
             raise StoreError(
                 f"{path} is missing or not the file that this run wrote; remove {self.folder} and make the run again."
@@ -130,10 +130,8 @@ class Run:
         self._require_unchanged(spec)
         return spec.build(self.shape, len(self.record["classes"]), seed).eval()
 
-    def _response(self, text: str) -> ResponseDefence:
+    def _defence(self, text: str) -> Defence:
         spec = Defence.parse(text)
-        if not isinstance(spec, ResponseDefence):
-            raise StoreError(f"{self.folder / 'run.json'} is damaged: {text} is no response; make the run again.")
         self._require_unchanged(spec)
         return spec
 
@@ -170,6 +168,12 @@ class Run:
     def digest(self) -> str:
         """SHA-256 of the weights."""
         return str(self.record["weights_sha256"])
+
+    @property
+    def program(self) -> str:
+        """Hash of our own program text behind the network and its responses, which the user's hashes leave out."""
+        named = [Model.parse(str(self.record["model"])), *map(Defence.parse, self.record.get("responses", ()))]
+        return fingerprint([source_sha256(type(spec)) for spec in named])
 
     @property
     def identity(self) -> str:

@@ -231,19 +231,24 @@ class RememberedAnswers:
         return fingerprint(*parts)
 
     @cached_property
-    def identity(self) -> list[str] | None:
-        """Hashes of weights and code, and the architecture; None for code that lies in no file."""
+    def weights_sha256(self) -> str:
+        """SHA-256 of all parameters and buffers."""
         weights = hashlib.sha256()
         for name, value in self.network.state_dict().items():
             weights.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             weights.update(_bytes(value))
+        return weights.hexdigest()
+
+    @cached_property
+    def identity(self) -> list[str] | None:
+        """Hashes of weights and code, and the architecture; None for code that lies in no file."""
         kinds = {type(module) for module in self.network.modules()}
         try:
             files = {inspect.getfile(kind) for kind in kinds if not kind.__module__.startswith("torch.")}
             code = sorted(program_sha256(Path(file)) for file in files)
         except (TypeError, OSError):
             return None
-        return [weights.hexdigest(), repr(self.network), *code]
+        return [self.weights_sha256, repr(self.network), *code]
 
     def _probe(self, dataset: ViewDataset) -> str:
         """Hash of the logits of two random images. Detects state outside weights and code, such as an attribute."""

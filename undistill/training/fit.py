@@ -57,7 +57,7 @@ class Fit:
     carried: Sequence[Stateful] = ()
     """Saved and restored with every checkpoint of every call, such as an oracle's ledger."""
     watch: Callable[[nn.Module], None] | None = None
-    """Called with the network after every epoch: an auditor's probe."""
+    """An auditor's probe, called with the network in eval mode after every epoch that is trained now."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Metrics of every epoch: the terms without their weights, the loss, validation accuracy and NLL, seconds."""
     computed: list[str] = field(default_factory=list)
@@ -91,7 +91,7 @@ class Fit:
         `batch.seen_as(dataset)` gives those of a batch.
         """
         seed = self.seed if self.view_seed is None else self.view_seed
-        return ViewDataset(samples.to(self.device), views, derive(seed, role), num_classes=1)
+        return ViewDataset(samples.unlabelled.to(self.device), views, derive(seed, role), num_classes=1)
 
     def show(self, images: Tensor) -> None:
         """Leave a sheet of the first of (N, C, H, W) uint8 images that an attack made, if it made any."""
@@ -155,7 +155,7 @@ class Fit:
             while loop.epoch < loop.epochs:
                 metrics = loop.one_epoch()
                 if self.watch:
-                    self.watch(loop.current)
+                    self.watch(loop.current.eval())
                 last = loop.epoch == loop.epochs
                 if checkpoint and (last or time.monotonic() - saved >= CHECKPOINT_SECONDS):
                     loop.save(checkpoint)

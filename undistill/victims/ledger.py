@@ -52,6 +52,10 @@ class Ledger:
         mask = self._seen[name] = self._seen[name].to(index.device)
         mask[index] = True
 
+    def knows(self, name: str) -> bool:
+        """Whether some of the inputs that are known as `name` were asked."""
+        return name in self._seen
+
     def note_unknown(self, count: int) -> None:
         self._unknown += count
 

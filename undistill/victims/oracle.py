@@ -10,9 +10,10 @@ from torch import nn
 from undistill.core.errors import AccessDenied
 from undistill.data.batches import Batch
 from undistill.data.split import Samples
+from undistill.data.views import to_float
 from undistill.victims.answer import Answer
 from undistill.victims.ledger import Ledger
-from undistill.victims.victim import NetworkVictim
+from undistill.victims.victim import NetworkVictim, Victim
 
 
 class Access(IntEnum):
@@ -28,7 +29,7 @@ class Oracle:
 
     def __init__(
         self,
-        victim: nn.Module | NetworkVictim,
+        victim: nn.Module | Victim,
         access: Access,
         budget: int | None = None,
         told: str | None = None,
@@ -37,7 +38,7 @@ class Oracle:
         self.ledger = Ledger(budget)
         self.told = told
         """Text of the defence, for an adaptive attacker who knows it; None otherwise."""
-        self._victim = victim if isinstance(victim, NetworkVictim) else NetworkVictim.of(victim)
+        self._victim: Victim = NetworkVictim.of(victim) if isinstance(victim, nn.Module) else victim
 
     def __call__(self, batch: Batch) -> Answer:
         """The answer to the views of a batch, without gradient.
@@ -53,24 +54,30 @@ class Oracle:
         else:
             epoch = shown.dataset.views.shown(shown.epoch)
             self.ledger.note(f"{shown.dataset.digest}/{epoch}", len(shown.dataset.samples), shown.index)
-        return self._victim.answer_views(batch)
+        if isinstance(self._victim, NetworkVictim):
+            return self._victim.answer_views(batch)
+        return self._victim.answer(batch.images)
 
     def once(self, samples: Samples, num_classes: int) -> Answer:
         """One answer (N, K) for each image as it is, bought once: what a thief with a budget asks for.
 
-        Images that were bought before are not billed again. Raises as a call does.
+        The same images, bought a second time, are not billed again; a larger set of them is. Raises as a call does.
         """
         self._require(Access.QUERY, "asked the victim")
         name = samples.image_digest.hex()
-        if name not in self.ledger._seen:
+        if not self.ledger.knows(name):
             self.ledger.bill(len(samples))
             self.ledger.note(name, len(samples), torch.arange(len(samples)))
-        return self._victim.answer_samples(samples, num_classes)
+        if isinstance(self._victim, NetworkVictim):
+            return self._victim.answer_samples(samples, num_classes)
+        return self._victim.answer(to_float(samples.pixels))
 
     @property
     def weights(self) -> nn.Module:
         """A copy of the victim without its responses, for attacks that declare `Access.WEIGHTS`."""
         self._require(Access.WEIGHTS, "reached for the victim's weights")
+        if not isinstance(self._victim, NetworkVictim):
+            raise AccessDenied("This victim is no network; its weights cannot be had.")
         return deepcopy(self._victim.bare)
 
     def _require(self, access: Access, deed: str) -> None:

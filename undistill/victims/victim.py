@@ -61,7 +61,7 @@ class NetworkVictim:
 
     @cached_property
     def identity(self) -> str:
-        return fingerprint(self.answers.identity)
+        return fingerprint(self.answers.weights_sha256, self.answers.identity)
 
     @property
     def repeatable(self) -> bool:

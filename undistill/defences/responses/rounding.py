@@ -8,9 +8,11 @@ from undistill.training.losses import LOG_ZERO
 from undistill.victims.answer import Answer
 from undistill.victims.protected import Response
 
+EPSILON = 1e-4  # of a step: a probability that is a whole number of steps is not rounded down for its last bit
+
 
 class Rounding(ResponseDefence):
-    """Probabilities are rounded down to `digits` decimals; the top class takes what is left, and so stays the top."""
+    """Probabilities are rounded down to `digits` decimals; the top class takes what they lose, and so stays the top."""
 
     digits: int = Field(1, ge=0, le=6)
 
@@ -31,7 +33,8 @@ class Rounded(Response):
     def forward(self, answer: Answer, inputs: Tensor) -> Answer:
         steps = 10.0**self.digits
         top = answer.top[:, None]
-        rounded = (answer.log_p.exp() * steps).floor() / steps
-        others = rounded.scatter(1, top, 0.0).masked_fill(~answer.shown, 0.0)
-        p = others.scatter(1, top, 1 - others.sum(1, keepdim=True))
+        p = answer.log_p.exp().masked_fill(~answer.shown, 0.0)
+        rounded = (p * steps + EPSILON).floor() / steps
+        others = rounded.scatter(1, top, 0.0)
+        p = others.scatter(1, top, p.sum(1, keepdim=True) - others.sum(1, keepdim=True))
         return Answer(p.log().clamp_min(LOG_ZERO), answer.shown)
