@@ -323,6 +323,7 @@ LIES = {
     "students_still_learning": lambda r: cells_with(r, late_gain=0.1),
     "student_at_chance": lambda r: cells_with(r, accuracy=1 / 3),
     "adopted_weights": lambda r: pairs_with(r, adopted_weights=True),
+    "stripped_with_the_weights": lambda r: pairs_with(r, responses=["TopK(k=1)"]),
     "another_twin": lambda r: pairs_with(r, same_origin=False),
     "small_test_set": lambda r: pairs_with(r, test_images=100),
 }

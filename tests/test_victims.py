@@ -196,8 +196,11 @@ def test_a_protected_run_is_not_protected_again(honest: Run, victim: Run, tmp_pa
 
 def test_an_audit_of_responses(honest: Run, tmp_path: Path, mine) -> None:
     run = made(honest, tmp_path / "run", NASTY, mine, "Rounding(digits=1)")
-    report = audit(run, tmp_path / "a", students=[STUDENT], seeds=1, defences=[mine], device="cpu")
+    report = audit(run, tmp_path / "a", students=[STUDENT], seeds=1, defences=[mine], budget=2000, device="cpu")
     assert "Rounding(digits=1)" in report.title
+    assert "stripped_with_the_weights" in {flag.name for flag in report.flags}
+    for page in ("report.html", "report.md"):
+        assert "a budget of 2,000 queries" in (tmp_path / "a" / page).read_text()
     assert (tmp_path / "a" / "report.html").exists()
     assert report.victim.accuracy == pytest.approx(
         accuracy(evaluate(run.network(), run.data().test), run.data().test.labels)
@@ -477,6 +480,21 @@ def test_a_thief_who_chooses_is_not_refused(victim: Run) -> None:
     assert len(replace(job, attack=Chooser()).data.train) == len(job.pair.attackers.train)
     with pytest.raises(SpecError, match="less than two images"):
         job.check()
+
+
+def test_a_thief_without_data_gets_no_images(victim: Run) -> None:
+    class Peeping(Whole):
+        data = ThiefData.NONE
+
+    class Elsewhere(Whole):
+        data = ThiefData.SURROGATE
+
+    (job, _) = jobs(victim, "SoftLabels()")
+    given = replace(job, attack=Peeping()).data
+    assert not given.train.pixels.any()
+    assert not given.is_labelled
+    with pytest.raises(ModelError, match="other images than the owner's"):
+        replace(job, attack=Elsewhere()).check()
 
 
 def test_an_adaptive_thief_is_told_the_defence(victim: Run) -> None:

@@ -10,6 +10,7 @@ from undistill.auditing.launchers import Launcher
 from undistill.auditing.pair import QueryOptions, VictimPair
 from undistill.auditing.plan import plan
 from undistill.auditing.schema import Report
+from undistill.auditing.suites import MOST_SEEDS
 from undistill.auditing.summary import summarise
 from undistill.core import distributed
 from undistill.core.errors import SpecError
@@ -29,8 +30,6 @@ from undistill.training.compute import pick_device
 from undistill.training.recipe import Recipe
 
 __all__ = ["audit", "protect", "train"]
-
-MOST_SEEDS = 1000
 
 
 def audit(

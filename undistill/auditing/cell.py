@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from undistill.attacks.attack import Attack, Buying, Role, ThiefData
+from undistill.attacks.data_free.synthesis import without_images
 from undistill.auditing.pair import VictimPair
 from undistill.auditing.schema import Cell, Side
 from undistill.core.errors import BudgetExceeded, ModelError, NonFinite, SpecError
@@ -66,6 +67,8 @@ class Job:
                 f"{self.attack} needs answers of the form {self.attack.form.name}, and this victim's show no more than "
                 f"{victim.form.name}. Leave this attack out."
             )
+        if self.attack.data == ThiefData.SURROGATE:
+            raise ModelError(f"{self.attack} needs other images than the owner's, which an audit cannot give yet.")
         if self._is_allotted and self._affordable < 2:
             raise SpecError(
                 f"A budget of {self.budget} queries buys {self.attack} less than two images in {self.recipe.epochs} "
@@ -88,6 +91,8 @@ class Job:
     def data(self) -> Split:
         """Data of the thief: images that he can afford answers for, without labels if he needs none."""
         split = self.pair.attackers
+        if self.attack.data == ThiefData.NONE:
+            return without_images(split)
         if self.attack.data == ThiefData.UNLABELLED:
             split = split.unlabelled
         if self._is_allotted:

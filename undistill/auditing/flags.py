@@ -56,7 +56,7 @@ def control_failed(report: Report) -> str | None:
     if gain >= -0.01:
         return None
     return (
-        f"Distilling from the unprotected twin is {-gain:.1%} worse than learning without any teacher, "
+        f"Distilling from the unprotected model is {-gain:.1%} worse than learning without any teacher, "
         "so weak students of the victim prove little. Tune the attack (T, alpha, epochs) first."
     )
 
@@ -71,7 +71,10 @@ def costly(report: Report) -> str | None:
 def barely_diverged(report: Report) -> str | None:
     if report.divergence >= 1:
         return None
-    return f"The victim answers almost as its twin does (T^2 KL {report.divergence:.2f} nats); a larger omega does."
+    return (
+        f"The victim answers almost as the unprotected model does (T^2 KL {report.divergence:.2f} nats); "
+        "a larger omega makes it differ."
+    )
 
 
 @check
@@ -129,6 +132,14 @@ def adopted_weights(report: Report) -> str | None:
         "The unprotected model started from weights made elsewhere. If those were trained on the images tested here, "
         "every accuracy is too high; give test images of their own (FOLDER/train and FOLDER/test, or x_test)."
     )
+
+
+@check
+def stripped_with_the_weights(report: Report) -> str | None:
+    responses = list(dict.fromkeys(text for pair in report.pairs for text in pair.responses))
+    if not responses:
+        return None
+    return f"A thief who has the weights strips {', '.join(responses)}; that protects an interface, not a file."
 
 
 @check

@@ -60,6 +60,8 @@ class Pair(Part):
     """The honest teacher started from weights made elsewhere."""
     same_origin: bool
     """The victim was protected from this honest teacher."""
+    responses: list[Text] = Field(default_factory=list)
+    """Defences of the victim that change answers only."""
 
 
 class Cell(Part):

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from undistill.core.errors import SpecError, unknown
 
+MOST_SEEDS = 1000
+
 
 @dataclass(frozen=True)
 class Suite:

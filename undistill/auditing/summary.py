@@ -62,6 +62,7 @@ def measure_pair(pair: VictimPair) -> Pair:
         test_images=len(data.test),
         adopted_weights=bool(pair.honest.record.get("start_sha256")),
         same_origin=made_from == pair.honest.digest,
+        responses=pair.victim.record.get("responses", []),
     )
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from undistill.auditing.suites import MOST_SEEDS
 from undistill.cli.options import (
-    MOST_SEEDS,
     Address,
     Code,
     Commands,
@@ -17,6 +17,7 @@ from undistill.cli.options import (
     Device,
     Fast,
     Out,
+    OwnDefence,
     Remember,
     Set,
     Where,
@@ -139,9 +140,7 @@ def audit(
     budget: Annotated[int | None, typer.Option(min=1, help="The most queries of each thief.")] = None,
     out: Out = None,
     model: Code = None,
-    defence: Annotated[
-        list[str] | None, typer.Option(help="A response of your own again, file.py:Name(...); repeatable.")
-    ] = None,
+    defence: OwnDefence = None,
     config: Config = None,
     settings: Set = None,
     fast: Fast = False,
@@ -265,6 +264,7 @@ def figure(
     sources: Annotated[list[Path] | None, typer.Argument(help="An audit, runs, or a table of 'reproduce'.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where it goes, both .svg and .png: a name, or a folder.")] = None,
     model: Code = None,
+    defence: OwnDefence = None,
     data_dir: DataDir = None,
 ) -> None:
     """Draw one figure as SVG and PNG.
@@ -279,9 +279,12 @@ def figure(
 
     ablation: of the JSON of a table
     """
+    from undistill.defences.defence import Defence
     from undistill.report.drawing import draw_named
     from undistill.report.figures import save
 
+    for one in defence or ():
+        Defence.from_user(one)
     sources = sources or []
     drawn = draw_named(name, sources, model)
     beside_it = sources[0] / name if sources[0].is_dir() else sources[0].with_suffix("")

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from undistill.auditing.launchers import Launcher
     from undistill.core.progress import Progress
 
-MOST_SEEDS = 1000
 PATIENCE = 10.0  # seconds in which a second SIGTERM is ignored
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun
 FIRST = not LAUNCHED or os.environ["RANK"] == "0"  # the one that speaks
@@ -162,6 +161,10 @@ Code = Annotated[
     typer.Option(
         "--model", help="Your own network again, file.py:factory; stored runs do not execute code by themselves."
     ),
+]
+OwnDefence = Annotated[
+    list[str] | None,
+    typer.Option("--defence", help="A defence of your own again, file.py:Name(...), for the same reason; repeatable."),
 ]
 Fast = Annotated[
     bool,

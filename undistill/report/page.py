@@ -69,7 +69,15 @@ def render(folder: Path) -> Path:
         "sheets": draw(figures.sheets(evidence.sheets)) if evidence.sheets else None,
     }
     agreement = fmean(pair.agreement for pair in report.pairs)
-    context = {"report": report, "rows": table(report), "agreement": agreement, "percent": percent, "points": points}
+    budget = max((cell.budget for cell in report.cells if cell.budget is not None), default=None)
+    context = {
+        "report": report,
+        "budget": budget,
+        "rows": table(report),
+        "agreement": agreement,
+        "percent": percent,
+        "points": points,
+    }
     html = _HTML.get_template("report.html").render(context, pictures=pictures)
     write_text(folder / "report.md", _MARKDOWN.get_template("report.md").render(context))
     write_text(folder / "report.html", html)
