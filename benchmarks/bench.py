@@ -32,7 +32,7 @@ SMALL = ("--victim", "ResNetC(depth=20)", "--epochs", "2")
 
 @dataclass
 class Log:
-    """What was measured: one JSON line for each round and key."""
+    """Measurements on disk: one JSON line for each round and key."""
 
     file: Path
 
@@ -53,7 +53,7 @@ class Log:
 
 
 def child(module: str, *arguments: str) -> Figures:
-    """What the measurement prints."""
+    """The lines that the measurement prints."""
     done = subprocess.run([sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True, check=True)
     figures: Figures = json.loads(done.stdout.splitlines()[-1])
     return figures

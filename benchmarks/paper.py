@@ -47,7 +47,7 @@ def _count(network: nn.Module, example: torch.Tensor) -> float:
 
 
 def parts(case: Case) -> Iterator[tuple[Any, float]]:
-    """What a case is made of, by what names it, and the operations of each."""
+    """The trainings behind a case, each with a name and its operations."""
     data = type(case.teacher.data).__name__
     images, teacher = KEPT * DATA[data][2], forward(case.teacher.model, data)
     for honest in filter(None, (case.teacher, case.adversary)):

@@ -168,7 +168,7 @@ def test_nothing_is_mistaken_for_something_else(
 
 
 class Scaled(nn.Module):
-    """What it does depends on what no state dict holds."""
+    """A network that depends on state outside its state dict."""
 
     def __init__(self, victim: nn.Module, k: float, mean: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What every attack and every defence promises; a new file is tested here at birth."""
+"""Contracts over every registered attack and defence; a new file is tested here at birth."""
 
 import statistics
 from collections.abc import Iterator
@@ -69,7 +69,7 @@ def student(
 
 
 def thief(data: Data, attack: Attack) -> Split:
-    """What he has: no labels if he needs none."""
+    """Data of the attacker, without labels if he needs none."""
     split = data.attackers(0.1, 0)
     return split.unlabelled if attack.data == ThiefData.UNLABELLED else split
 

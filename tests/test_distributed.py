@@ -113,7 +113,7 @@ def test_a_full_disk_ends_the_remembering_of_all(pair: Path) -> None:
 
 
 def test_out_must_be_free_and_shared(toy_file: Path, tmp_path: Path) -> None:
-    """What the first process finds is said by all, in a sentence."""
+    """All processes say what the first one finds, in a sentence."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").touch()
     words = ["train", "--data", toy_file, "--model", TEACHER, *SET, "--out"]

@@ -35,7 +35,7 @@ def network() -> nn.Module:
 
 @pytest.fixture
 def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[Compute, float]:
-    """What a step seems to take; unnamed engines take 1 second. Compiling is pretended."""
+    """Pretended seconds of a step by compute settings, 1 by default. Compiling is pretended."""
     pretended: dict[Compute, float] = {}
     monkeypatch.setattr(trials, "_timed", lambda step: pretended.get(step.compute, 1.0))
     monkeypatch.setattr(torch, "compile", lambda network, **_: network)
