@@ -326,7 +326,7 @@ def test_an_edited_attack_costs_its_own_figures_and_no_teacher(
 def test_other_images_under_the_same_name_cost_every_figure(
     toy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who repairs a damaged data set is not shown what was measured on the damaged one."""
+    """After a damaged data set is repaired, values measured on the damaged one are not shown."""
     file = Path(shutil.copy(toy_file, tmp_path / "images.npz"))
     few = f"Npz(path='{file}', count=60)"  # of which each seed takes others
     recipe = Recipe(epochs=1)

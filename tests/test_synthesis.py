@@ -1,4 +1,4 @@
-"""What images are made by, against values that were computed by hand."""
+"""Losses and generators of synthesised images, against values computed by hand."""
 
 import math
 

@@ -287,7 +287,7 @@ def test_an_attack_that_needs_more_than_is_shown_is_refused(honest: Run, tmp_pat
 
 
 class Whole(Distillation):
-    """What the next four have in common."""
+    """The common base of the next four attacks."""
 
     listed = False
 

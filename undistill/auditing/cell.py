@@ -110,7 +110,7 @@ class Job:
 
     @property
     def _told(self) -> str | None:
-        """What an adaptive thief knows of the defences."""
+        """Text of the defences, for an adaptive thief; None for others."""
         run = self.pair.honest if self.side == "honest" else self.pair.victim
         return ", ".join(run.record.get("defences", ())) if self.attack.role == Role.ADAPTIVE else None
 

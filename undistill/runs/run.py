@@ -57,7 +57,7 @@ class Recorded(BaseModel):
     defences: list[str] = Field(default_factory=list)
     """Defences that were applied, in order."""
     responses: list[str] = Field(default_factory=list)
-    """Those among the defences that give the network another structure: rebuilt before its weights are loaded."""
+    """Defences that give the network another structure; it is rebuilt before the weights are loaded."""
     parent: Parent | None = None
     start_sha256: str | None = None
     classes: list[str] = Field(min_length=2)
