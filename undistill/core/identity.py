@@ -31,6 +31,16 @@ def program_sha256(file: Path) -> str:
     Modules of the same author are those found beside the file or in its package. Libraries are left out.
     """
     file = file.resolve()
+    return _own_sha256(file) if file.is_relative_to(PACKAGE) else _closure_sha256(file)
+
+
+@cache
+def _own_sha256(file: Path) -> str:
+    """`program_sha256` of a module of this package, which is not read anew: what runs is what was imported."""
+    return _closure_sha256(file)
+
+
+def _closure_sha256(file: Path) -> str:
     roots = _roots(file)
     found, todo = {file}, [file]
     while todo:
