@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/undistill demo
 
 test: $(READY)
-	$(BIN)/pytest -n 2 -m "not slow and not ray"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not ray"
 
 test-ray: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,ray]"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from typer.testing import CliRunner
 
 from tests.conftest import FAST, NASTY, TEACHER, toy_arrays
-from undistill.cli import app
+from tests.test_kill import finish
 from undistill.core.distributed import GlobalBatchNorm
 from undistill.runs.run import Run
 
@@ -43,89 +43,121 @@ def assert_close(one: Path, two: Path) -> None:
         assert ((value - theirs[name]).abs().max() / largest).item() < CLOSE, name
 
 
+PROGRAM = """
+import json, os, sys
+from pathlib import Path
+import torch
+from typer.testing import CliRunner
+from undistill.cli import app
+from undistill.core.distributed import group
+from undistill.training import answers
+
+def refuse(path, write):
+    raise OSError(28, "No space left on device", str(path))
+
+rank, world, write = os.environ["RANK"], Path.cwd(), answers.write_atomically
+said = []
+with group(torch.device("cpu")):
+    for place, full, words in json.loads(Path("commands.json").read_text()):
+        os.chdir(world / place.format(rank=rank))
+        answers.write_atomically = refuse if full else write
+        done = CliRunner().invoke(app, words)
+        said.append([done.exit_code, done.stdout, done.stderr])
+        os.chdir(world)
+Path(f"said-{rank}.json").write_text(json.dumps(said))
+"""
+"""Commands one after another in the same processes: to start them takes longer than to train a toy."""
+
+
+class World:
+    """A folder, and what each of two processes said to the commands that they carried out there."""
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        self.folder = folder
+        self.names = names
+        self.said = [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(2)]
+
+    def codes(self, name: str) -> list[int]:
+        return [said[self.names.index(name)][0] for said in self.said]
+
+    def stdout(self, name: str) -> str:
+        return "".join(said[self.names.index(name)][1] for said in self.said)
+
+    def stderr(self, name: str) -> str:
+        return "".join(said[self.names.index(name)][2] for said in self.said)
+
+
 @pytest.fixture(scope="module")
-def pair(toy_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Honest and nasty, each made by one process and by two."""
+def world(toy_file: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Honest and nasty, each made by one process and by two; and what two processes must refuse."""
     folder = tmp_path_factory.mktemp("torchrun")
-    train = ["train", "--data", toy_file, "--model", TEACHER, *SET, "--out"]
+    for rank in range(2):
+        (folder / str(rank)).mkdir()
+        np.savez(folder / str(rank) / "toy.npz", **toy_arrays(seed=rank))
+    (folder / "taken").mkdir()
+    (folder / "taken" / "thesis.txt").touch()
+    train = ["train", "--data", str(toy_file), "--model", TEACHER, *SET, "--out"]
     protect = ["protect", "one", "--defence", NASTY, "--out"]
-    for words in (train, protect):
-        suffix = "" if words is train else "-nasty"
-        with pytest.MonkeyPatch.context() as patched:
-            patched.chdir(folder)
-            alone = CliRunner().invoke(app, [*map(str, words), f"one{suffix}"])
-        assert alone.exit_code == 0, alone.stderr
-        together = torchrun(*words, f"two{suffix}", cwd=folder)
-        assert together.returncode == 0, together.stderr
-        assert together.stdout.count("validation accuracy") == 1, "one process speaks"
-    return folder
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        finish(*train, "one")
+        finish(*protect, "one-nasty")
+    other = shutil.copytree(folder / "one", folder / "other")
+    shutil.rmtree(other / "answers", ignore_errors=True)
+    commands = {  # the folder in which, whether the disk is full, the words
+        "honest": (".", False, [*train, "two"]),
+        "nasty": (".", False, [*protect, "two-nasty"]),
+        "full": (".", True, ["protect", "other", "--defence", NASTY, "--set", "seed=0", "--out", "full"]),
+        "taken": (".", False, [*train, "taken"]),
+        "not shared": ("{rank}", False, [*train, "mine"]),
+        "unequal": ("{rank}", False, ["train", "--data", "toy.npz", "--model", TEACHER, "--out", str(folder / "un")]),
+        "demo": (".", False, ["demo"]),
+        "audit": (".", False, ["audit", "two-nasty"]),
+    }
+    (folder / "commands.json").write_text(json.dumps(list(commands.values())))
+    (folder / "main.py").write_text(PROGRAM)
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "main.py", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return World(folder, list(commands))
 
 
 @pytest.mark.parametrize("suffix", ["", "-nasty"], ids=["honest", "nasty"])
-def test_two_processes_equal_one_to_rounding(pair: Path, suffix: str) -> None:
+def test_two_processes_equal_one_to_rounding(world: World, suffix: str) -> None:
     """Weights and batch-norm statistics alike: every image was seen once, in batches of the same size."""
-    assert_close(pair / f"one{suffix}", pair / f"two{suffix}")
-    one, two = Run.open(pair / f"one{suffix}").record, Run.open(pair / f"two{suffix}").record
+    name = "nasty" if suffix else "honest"
+    assert world.codes(name) == [0, 0], world.stderr(name)
+    assert world.stdout(name).count("validation accuracy") == 1, "one process speaks"
+    folders = [world.folder / f"{number}{suffix}" for number in ("one", "two")]
+    assert_close(*folders)
+    one, two = (Run.open(folder).record for folder in folders)
     assert (one["processes"], two["processes"]) == (1, 2)
     assert one["metrics"] == pytest.approx(two["metrics"], abs=0.01)
-    lines = [json.loads(line) for line in (pair / f"two{suffix}" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folders[1] / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(1, 7)), "one process writes"
 
 
-def test_unequal_data_is_refused_by_all(tmp_path: Path) -> None:
-    for rank in ("0", "1"):
-        (tmp_path / rank).mkdir()
-        np.savez(tmp_path / rank / "toy.npz", **toy_arrays(seed=int(rank)))
-    program = (
-        "import os, sys; os.chdir(os.environ['RANK']); "
-        "from undistill.cli import app; app(['train', '--data', 'toy.npz', '--model', 'ConvNet(width=2)', '--out', "
-        f"{str(tmp_path / 'out')!r}])"
-    )
-    (tmp_path / "main.py").write_text(program)
-    done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "main.py", cwd=tmp_path)
-    assert done.returncode
-    for process in ("Error: ", "Error in process 1: "):
-        assert f"{process}Process 1 has another data_sha256 than process 0" in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def script(folder: Path, program: str, *words: object) -> subprocess.CompletedProcess[str]:
-    """Two processes that run `program` before the command."""
-    command = f"from undistill.cli import app; app({[str(word) for word in words]!r})"
-    (folder / "main.py").write_text(f"import os, sys\n{program}\n{command}\n")
-    return run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "main.py", cwd=folder)
-
-
-def test_a_full_disk_ends_the_remembering_of_all(pair: Path) -> None:
+def test_a_full_disk_ends_the_remembering_of_all(world: World) -> None:
     """Only one process writes; the others must learn of it, or they wait for answers that nobody sends."""
-    program = (
-        "from undistill.training import answers\n"
-        "def refuse(path, write): raise OSError(28, 'No space left on device', str(path))\n"
-        "answers.write_atomically = refuse"
-    )
-    command = ["protect", pair / "one", "--defence", NASTY, "--set", "seed=0", "--out", pair / "full"]
-    for file in (pair / "one" / "answers").rglob("*.safetensors"):
-        file.unlink()
-    done = script(pair, program, *command)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("No space left on device") == 1
-    assert_close(pair / "full", pair / "two-nasty")
+    assert world.codes("full") == [0, 0], world.stderr("full")
+    assert world.stderr("full").count("No space left on device") == 1
+    assert_close(world.folder / "full", world.folder / "two-nasty")
 
 
-def test_out_must_be_free_and_shared(toy_file: Path, tmp_path: Path) -> None:
-    """All processes say what the first one finds, in a sentence."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").touch()
-    words = ["train", "--data", toy_file, "--model", TEACHER, *SET, "--out"]
-    done = script(tmp_path, "", *words, tmp_path / "out")
-    assert done.returncode
-    assert done.stderr.count("holds files that are no run of undistill") == 2
-    assert "StoreError" not in done.stderr, "no traceback"
-    (tmp_path / "0").mkdir()
-    (tmp_path / "1").mkdir()
-    done = script(tmp_path, "os.chdir(os.environ['RANK'])", *words, "mine")
-    assert done.returncode
-    assert done.stderr.count("is not one folder for all processes") == 2
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("taken", "holds files that are no run of undistill"),
+        ("not shared", "is not one folder for all processes"),
+        ("unequal", "Process 1 has another data_sha256 than process 0"),
+        ("demo", "torchrun is for train and protect"),
+        ("audit", "torchrun is for train and protect"),
+    ],
+)
+def test_what_one_process_finds_all_say_in_a_sentence(world: World, name: str, said: str) -> None:
+    assert world.codes(name) == [2, 2]
+    assert world.stderr(name).count(said) == 2
+    assert [line.split(":")[0] for line in world.stderr(name).splitlines()] == ["Error", "Error in process 1"]
+    assert not (world.folder / "un").exists()
 
 
 ODD = """
@@ -157,13 +189,6 @@ def test_parts_that_are_shared_or_unused_train_as_in_one_process(toy_file: Path,
     assert alone.returncode == 0, alone.stderr
     assert together.returncode == 0, together.stderr
     assert_close(tmp_path / "one", tmp_path / "two")
-
-
-@pytest.mark.parametrize("command", [["demo"], ["audit", "two-nasty"]], ids=["demo", "audit"])
-def test_what_is_not_one_training_is_refused(command: list[str], pair: Path) -> None:
-    done = torchrun(*command, cwd=pair)
-    assert done.returncode
-    assert "torchrun is for train and protect" in done.stderr
 
 
 def test_more_processes_than_images_in_a_batch_are_refused(toy_file: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """kill -9 in the middle: the same command completes the work, with the same bits as if nothing had been."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.conftest import STUDENT, TEACHER
+from tests.conftest import TEACHER
 from undistill.cli import app
 from undistill.runs.protect import protect
 from undistill.runs.run import Run
@@ -93,18 +92,3 @@ def test_protect(pair: tuple[Run, Run], tmp_path: Path) -> None:
     kill_when(start(*words), tmp_path / "run", "checkpoint-0.pt")
     finish(*words)
     assert Run.open(tmp_path / "run").digest == pair[1].digest
-
-
-def test_audit(pair: tuple[Run, Run], tmp_path: Path) -> None:
-    def words(out: str) -> list[object]:
-        return ["audit", pair[1].folder, "--student", STUDENT, "--seeds", 1, "--out", tmp_path / out]
-
-    def cells(out: str) -> list[dict[str, object]]:
-        report = json.loads((tmp_path / out / "report.json").read_text())
-        return [{name: value for name, value in cell.items() if name != "seconds"} for cell in report["cells"]]
-
-    finish(*words("whole"))
-    kill_when(start(*words("killed")), tmp_path / "killed", "cells/*/checkpoint-0.pt")
-    kill_when(start(*words("killed")), tmp_path / "killed", "cells/*.json")
-    finish(*words("killed"))
-    assert cells("killed") == cells("whole")
