@@ -4,17 +4,22 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-ray slow check bench schema clean
+.PHONY: demo test test-bare test-ray test-real slow check bench schema clean
 
 demo: $(READY)
 	$(BIN)/undistill demo
 
 test: $(READY)
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not ray"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not ray and not real and not bare"
+
+test-bare: $(READY)
+	$(BIN)/pytest -m bare
 
 test-ray: $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,ray]"
 	$(BIN)/pytest -m ray
+
+test-real: $(READY)
+	$(BIN)/pytest -m real
 
 slow: $(READY)
 	$(BIN)/pytest -m slow

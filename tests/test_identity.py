@@ -99,6 +99,35 @@ def test_a_moved_folder_has_the_same_key(program: Path) -> None:
     assert program_sha256(moved / "net.py") == before
 
 
+def test_an_installed_package_has_the_same_keys_as_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries beside it are not read, which were followed once to the bottom of torch."""
+    fit = Path("undistill/training/fit.py")
+    here = program_sha256(ROOT / fit)
+    shutil.copytree(ROOT / "undistill", tmp_path / "undistill", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "torch.py").write_text("import numpy\n")
+    monkeypatch.setattr("undistill.core.identity.ROOT", tmp_path)
+    monkeypatch.setattr("undistill.core.identity.PACKAGE", tmp_path / "undistill")
+    speaking = {tmp_path / "undistill" / "core" / name for name in ("errors.py", "progress.py")}
+    monkeypatch.setattr("undistill.core.identity.SPEAKING", speaking)
+    assert program_sha256(tmp_path / fit) == here
+
+
+def test_a_users_file_beside_this_package_does_not_follow_it(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program.write_text("import undistill\n" + PROGRAM)
+    alone = program_sha256(program)
+    (program.parent / "undistill").mkdir()
+    (program.parent / "undistill" / "__init__.py").touch()
+    monkeypatch.setattr("undistill.core.identity.PACKAGE", program.parent / "undistill")
+    assert program_sha256(program) == alone
+
+
+def test_a_sum_of_a_thousand_terms_has_a_key(program: Path) -> None:
+    program.write_text("x = " + " + ".join(["1"] * 1000))
+    one = program_sha256(program)
+    program.write_text("x = " + " + ".join(["2"] * 1000))
+    assert program_sha256(program) != one
+
+
 def test_our_own_keys_hold_the_loop_and_not_the_report() -> None:
     names = {str(file.relative_to(ROOT)) for file in closure(Path(training.__file__).with_name("fit.py"))}
     assert {"undistill/training/loop.py", "undistill/data/views.py", "undistill/core/seeds.py"} <= names

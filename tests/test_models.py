@@ -334,12 +334,20 @@ def test_networks_of_timm_go_by_their_name() -> None:
 
 
 def test_timm_builds_normalised_networks() -> None:
-    pytest.importorskip("timm", exc_type=ImportError)
     network = Model.parse("timm:resnet18").build((3, 64, 64), 7, 0)
     assert network(torch.rand(2, 3, 64, 64)).shape == (2, 7)
     assert torch.allclose(network[0](torch.full((1, 3, 1, 1), 0.485))[0, 0], torch.zeros(1))
     with pytest.raises(ModelError, match=r"timm has no network 'resnet-18'; .*resnet18"):
         Model.parse("timm:resnet-18").build((3, 64, 64), 7, 0)
+
+
+def test_a_torchvision_of_another_build_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("importlib.import_module", fails)
+    with pytest.raises(ModelError, match=r"nms does not exist.*different builds"):
+        Model.parse("timm:resnet18").build((3, 64, 64), 7, 0)
 
 
 def test_without_timm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

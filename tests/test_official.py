@@ -248,14 +248,11 @@ def test_count_takes_the_classes_in_their_proportions(root: Path, monkeypatch: p
     assert torch.bincount(few.train.labels).tolist() == [9] * 10
 
 
-REAL = os.environ.get("UNDISTILL_REAL_DATA", "")
-
-
-@pytest.mark.skipif(not REAL, reason="set UNDISTILL_REAL_DATA to a folder with the unpacked public data sets")
+@pytest.mark.real
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "FashionMNIST"])
 def test_the_real_files(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Means and first labels of the official files."""
-    monkeypatch.setenv(VARIABLE, REAL)
+    monkeypatch.setenv(VARIABLE, os.environ["UNDISTILL_REAL_DATA"])
     source = Source.parse(name)
     pool, test, classes = source.read()
     mean = {"CIFAR10": (0.4914, 0.4822, 0.4465), "CIFAR100": (0.5071, 0.4865, 0.4409), "FashionMNIST": (0.2860,)}

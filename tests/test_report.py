@@ -1,5 +1,6 @@
 import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -44,6 +45,30 @@ def test_the_page_needs_no_network(folder: Path) -> None:
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert not re.search(r"@import|url\((?!#)", html)
     assert page.tags.count("svg") == 4, "students, answers, maps, training"
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+MEASURE = """<script>
+document.title = [innerWidth, document.documentElement.scrollWidth, document.querySelectorAll("svg").length].join()
+</script>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+@pytest.mark.parametrize("width", [500, 1200])
+def test_the_page_fits_a_window(folder: Path, tmp_path: Path, width: int) -> None:
+    """In a browser: nothing to scroll sideways, and every figure is drawn."""
+    (tmp_path / "page.html").write_text((folder / "report.html").read_text().replace("</body>", f"{MEASURE}</body>"))
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += [f"--user-data-dir={tmp_path / 'browser'}", f"--window-size={width},900", "--dump-dom"]
+    shown = subprocess.run(
+        [*command, (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    found = re.search(r"<title>(\d+),(\d+),(\d+)</title>", shown)
+    assert found, shown[:300]
+    inner, needed, figures = map(int, found.groups())
+    assert abs(inner - width) < 40, "the window has about the width asked for"
+    assert needed <= inner
+    assert figures == 4
 
 
 def test_the_verdict_comes_first(folder: Path) -> None:

@@ -41,10 +41,11 @@ def _own_sha256(file: Path) -> str:
 
 
 def _closure_sha256(file: Path) -> str:
-    roots = _roots(file)
+    roots, ours = _roots(file), file.is_relative_to(PACKAGE)
     found, todo = {file}, [file]
     while todo:
-        new = {module for module in _imports(todo.pop(), roots) if module not in found | SPEAKING}
+        imported = {module for module in _imports(todo.pop(), roots) if module.is_relative_to(PACKAGE) == ours}
+        new = imported - found - SPEAKING
         found |= new
         todo += new
     return fingerprint(*sorted((_name(module, roots), _syntax(module)[0]) for module in found))
@@ -107,9 +108,9 @@ def _read(file: Path, changed: int, size: int) -> tuple[str, list[Imported]]:
     content = file.read_bytes()
     try:
         tree = ast.parse(content)
-    except (SyntaxError, ValueError):  # Python itself will refuse it, if it is ever imported
+        return hashlib.sha256(_text(tree).encode()).hexdigest(), list(_imported(tree))
+    except (SyntaxError, ValueError, RecursionError):  # no Python, or nested too deeply for us
         return hashlib.sha256(content).hexdigest(), []
-    return hashlib.sha256(_text(tree).encode()).hexdigest(), list(_imported(tree))
 
 
 def _imported(node: ast.AST) -> Iterator[Imported]:

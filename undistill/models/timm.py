@@ -54,3 +54,8 @@ def _timm() -> Any:
         return importlib.import_module("timm")
     except ImportError as error:
         raise ModelError(f"timm cannot be imported ({error}): pip install 'undistill[timm]'.") from None
+    except RuntimeError as error:  # torchvision for CUDA beside a torch for CPUs
+        raise ModelError(
+            f"timm cannot be imported ({error}); torch and the torchvision that timm needs are of different builds. "
+            "Install both from the same index."
+        ) from None
