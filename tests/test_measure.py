@@ -23,6 +23,12 @@ def test_by_hand() -> None:
     assert l1(logits([0.9, 0.1]), logits([0.6, 0.4])) == pytest.approx(0.6)
 
 
+def test_a_label_served_as_0_does_not_decide_the_likelihood_alone() -> None:
+    """Epsilon of float32 stands for 0: one of two labels at 0.5, the other at -log(2^-23)."""
+    answers = torch.tensor([[math.log(0.5), math.log(0.5)], [0.0, -1e4]])
+    assert nll(answers, torch.tensor([0, 1])) == pytest.approx((math.log(2) + 23 * math.log(2)) / 2)
+
+
 def test_ece_by_hand() -> None:
     # Four confidences in four bins: |1 - .9| + |0 - .6| + |1 - .8| + |1 - .7|, each a quarter of the samples.
     assert ece(ANSWERS, LABELS) == pytest.approx((0.1 + 0.6 + 0.2 + 0.3) / 4)

@@ -1,5 +1,6 @@
 """Metrics of logits or log-probabilities: accuracy, NLL, calibration, agreement, divergence."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from undistill.data.split import Samples
 from undistill.data.views import to_float
 from undistill.models.model import device_of
 from undistill.training.compute import EXACT, Compute
-from undistill.training.losses import cross_entropy, distillation, filled, require_finite
+from undistill.training.losses import distillation, filled, require_finite
 
 DIVERGENCE_T = 4.0
 
@@ -50,8 +51,12 @@ def fidelity(student: Tensor, victim: Tensor) -> float:
 
 
 def nll(logits: Tensor, labels: Tensor) -> float:
-    """Mean negative log-likelihood of the labels, in nats."""
-    return cross_entropy(logits, labels).item()
+    """Mean negative log-likelihood of the labels, in nats, of probabilities no smaller than float32's epsilon.
+
+    A defence that rounds or hides serves 0 for some labels, whose likelihood alone would decide the mean.
+    """
+    right = F.log_softmax(logits.float(), dim=1).gather(1, labels.unsqueeze(1))
+    return -right.clamp_min(math.log(torch.finfo(torch.float32).eps)).mean().item()
 
 
 def ece(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
