@@ -316,7 +316,7 @@ LIES = {
     "selected_on_test": lambda r: r.model_copy(update={"data": f"Leaky(of={r.data!r})"}),
     "few_seeds": lambda r: r.model_copy(update={"verdict": verdict_with(r, damage=1)}),
     "one_teacher": lambda r: r.model_copy(update={"pairs": r.pairs[:1]}),
-    "control_failed": lambda r: r.model_copy(update={"verdict": verdict_with(r, kd_gain_honest=-0.05)}),
+    "no_gain_from_honest": lambda r: r.model_copy(update={"verdict": verdict_with(r, kd_gain_honest=-0.05)}),
     "costly": lambda r: r.model_copy(update={"verdict": verdict_with(r, cost=0.1)}),
     "barely_diverged": lambda r: r.model_copy(update={"divergence": 0.2}),
     "underfitted_teacher": lambda r: pairs_with(r, honest_train_accuracy=0.9),

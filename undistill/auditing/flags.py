@@ -51,7 +51,7 @@ def one_teacher(report: Report) -> str | None:
 
 
 @check
-def control_failed(report: Report) -> str | None:
+def no_gain_from_honest(report: Report) -> str | None:
     gain = report.verdict.kd_gain_honest.mean
     if gain >= -0.01:
         return None

@@ -50,7 +50,7 @@ class Case:
     defence: Defence | None = None
     """None stands for the honest teacher."""
     adversary: Teacher | None = None
-    """Network from which a nasty teacher differs, instead of its honest twin."""
+    """The paper's word for the network from which a nasty teacher differs, instead of its honest twin."""
     attack: Attack | None = None
     """None stands for the teacher itself."""
     student: Model | None = None
@@ -95,14 +95,14 @@ class Runner:
 
     def measure(self, cases: Sequence[Case], seed: int) -> Iterator[tuple[Case, Measured]]:
         """Every case, those of one teacher together. A training that diverges is a result."""
-        for asked in dict.fromkeys(map(_subject_of, cases)):
-            together = [case for case in cases if _subject_of(case) == asked]
-            for case, measured in self._of_subject(asked, together, seed):
+        for spec in dict.fromkeys(map(_pair_spec, cases)):
+            together = [case for case in cases if _pair_spec(case) == spec]
+            for case, measured in self._measure_pair(spec, together, seed):
                 yield case, replace(measured, code=self.code(case, seed))
 
-    def _of_subject(self, asked: "Asked", cases: Sequence[Case], seed: int) -> Iterator[tuple[Case, Measured]]:
+    def _measure_pair(self, spec: "PairSpec", cases: Sequence[Case], seed: int) -> Iterator[tuple[Case, Measured]]:
         try:
-            pair = self.pair(*asked, seed)
+            pair = self.pair(*spec, seed)
         except NonFinite as error:
             lost = Measured(0.0, diverged=str(error), environment=described(environment(self.device)))
             yield from ((case, lost) for case in cases)
@@ -196,11 +196,11 @@ def _of_teacher(pair: VictimPair) -> Measured:
     )
 
 
-Asked = tuple[Teacher, Defence | None, Teacher | None, float]
+PairSpec = tuple[Teacher, Defence | None, Teacher | None, float]
 """The victim of a case: teacher, defence, adversary; and the attacker's share of the images."""
 
 
-def _subject_of(case: Case) -> Asked:
+def _pair_spec(case: Case) -> PairSpec:
     return case.teacher, case.defence, case.adversary, case.share
 
 
