@@ -1,7 +1,7 @@
 """One training step, measured in a process of its own: `python -m benchmarks.step fast nasty "ResNet(depth=18)"`.
 
 The way is `plain` (see plain.py), `exact` (our loop, fp32 and default layout), `fp32` (the best layout by
-trial), `fast` (precision too), or an compute such as `Compute(precision='bf16')`. Prints JSON.
+trial), `fast` (precision too), or settings such as `Compute(precision='bf16')`. Prints JSON.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def matrix_rate(precision: str, size: int = 4096) -> float:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("way", help="plain, exact, fp32, fast, or an compute")
+    options.add_argument("way", help="plain, exact, fp32, fast, or Compute(...)")
     options.add_argument("training", choices=["normal", "nasty", "kd"])
     options.add_argument("model")
     options.add_argument("--teacher", help="the model itself by default")
