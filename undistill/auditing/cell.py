@@ -1,4 +1,7 @@
-"""`Job`: one cell of an audit, an attack with a student and a seed against one side of a pair."""
+"""`Job`: one cell of an audit, an attack with a student and a seed against one side of a pair.
+
+Here are the key under which its result is stored, and the training of its student.
+"""
 
 import logging
 import shutil

@@ -1,4 +1,7 @@
-"""From the cells to the verdict: worst case over attacks and students, with the spread over seeds."""
+"""From the cells to the verdict: worst case over attacks and students, with the spread over seeds.
+
+`Verdict` in schema.py says what each value means, such as `leak_hard`.
+"""
 
 import math
 import statistics

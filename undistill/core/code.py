@@ -1,7 +1,7 @@
 """The user's own Python: `path/to/file.py:name` or `package.module:name`.
 
-Code runs only if the user named it in this very process (`trust`, which the command line calls for
-what was typed). A run folder may *mention* code, but opening one never executes it.
+Code runs only if the user named it in this very process (`trust`, which `Spec.from_user` calls
+for what was typed or passed to the Python API). A run folder may *mention* code, but opening one never executes it.
 """
 
 import hashlib

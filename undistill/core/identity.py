@@ -1,7 +1,8 @@
 """Identity: hashes of plain values and of program text, of which the keys of stored results are made.
 
 A key holds everything that changes a result and nothing else. So program text is hashed as its syntax tree: comments,
-docstrings, layout and the wording of errors do not count, and neither do modules that a result does not import.
+docstrings, layout and the wording of errors do not count, and neither do modules that a result does not import. The
+key of a cell is `Job.key` in auditing/cell.py.
 """
 
 import ast

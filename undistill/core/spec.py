@@ -89,7 +89,7 @@ class Spec(BaseModel):
         """The spec that `text` describes: `Name`, `Name(field=value)` or `file.py:Name(...)`.
 
         Raises `SpecError` for an unknown name or field (with the nearest valid one), for a value
-        out of range, and for code that the user did not name (see `undistill.code.trust`).
+        out of range, and for code that the user did not name (see `undistill.core.code.trust`).
         """
         origin, name, arguments = split_call(text)
         spec = cls._load(origin, name) if origin else cls._find(name)

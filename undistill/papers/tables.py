@@ -1,4 +1,7 @@
-"""Tables 1 to 3 of "Undistillable" (Ma et al., ICLR 2021). A dash is a value that is not known."""
+"""Tables 1 to 3 of "Undistillable" (Ma et al., ICLR 2021) as lists of cases, which reproduce.py measures.
+
+A dash is a value that is not known.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace

@@ -1,0 +1,1 @@
+"""Pages and figures made from report.json, whose fields are in auditing/schema.py, and tables on disk."""

@@ -1,4 +1,7 @@
-"""Run folders: one process at a time claims one, and the same request finds it again."""
+"""Run folders: one process at a time claims one, and the same request finds it again.
+
+run.py says which files lie in one.
+"""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The ledger of what an attacker asked."""
+"""The ledger of what an attacker asked; the oracle (oracle.py) writes it."""
 
 from dataclasses import dataclass, field
 from typing import Any
