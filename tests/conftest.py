@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,12 +23,6 @@ from undistill.training.recipe import Recipe
 
 pytest_plugins = "pytester"
 torch.set_num_threads(1)
-if torch.version.cuda is None:
-    # torchvision, which timm imports, comes for CUDA; beside a torch for CPUs its import fails on operators that are
-    # not there.
-    _BOXES = torch.library.Library("torchvision", "FRAGMENT")
-    for _name in ("nms", "qnms"):
-        _BOXES.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 TEACHER = "ConvNet(width=4)"
 STUDENT = "ConvNet(width=2)"
@@ -102,9 +97,19 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Under `CI=true` a skipped test is a failed one unless it needs a GPU: what is skipped there is tested nowhere."""
+def pytest_runtest_makereport() -> Iterator[None]:
     report = yield
+    return _unskipped(report)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Iterator[None]:
+    report = yield
+    return _unskipped(report)
+
+
+def _unskipped(report: Any) -> Any:
+    """Under `CI=true` a skipped test is a failed one unless it needs a GPU: what is skipped there is tested nowhere."""
     if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CI") == "true":
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         if "needs a GPU" not in reason:

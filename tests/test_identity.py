@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -121,11 +122,19 @@ def test_a_users_file_beside_this_package_does_not_follow_it(program: Path, monk
     assert program_sha256(program) == alone
 
 
-def test_a_sum_of_a_thousand_terms_has_a_key(program: Path) -> None:
-    program.write_text("x = " + " + ".join(["1"] * 1000))
-    one = program_sha256(program)
-    program.write_text("x = " + " + ".join(["2"] * 1000))
-    assert program_sha256(program) != one
+def test_a_sum_of_hundreds_of_terms_is_no_special_case(program: Path) -> None:
+    """It is nested as deeply as it has terms: its key holds neither comments nor the depth of who asks."""
+    terms = "x = " + " + ".join(["1"] * 600) + "\n"
+    program.write_text(terms + PROGRAM)
+    key = program_sha256(program)
+    program.write_text("# a comment\n" + terms + PROGRAM)
+    assert _deeper(100, lambda: program_sha256(program)) == key
+    (program.parent / "helper.py").write_text(HELPER.replace("2 *", "3 *"))
+    assert program_sha256(program) != key
+
+
+def _deeper(frames: int, call: Callable[[], str]) -> str:
+    return _deeper(frames - 1, call) if frames else call()
 
 
 def test_our_own_keys_hold_the_loop_and_not_the_report() -> None:

@@ -27,6 +27,8 @@ def test_a_label_served_as_0_does_not_decide_the_likelihood_alone() -> None:
     """Epsilon of float32 stands for 0: one of two labels at 0.5, the other at -log(2^-23)."""
     answers = torch.tensor([[math.log(0.5), math.log(0.5)], [0.0, -1e4]])
     assert nll(answers, torch.tensor([0, 1])) == pytest.approx((math.log(2) + 23 * math.log(2)) / 2)
+    assert str(nll(answers, torch.tensor([0, 0]))) != "-0.0"
+    assert str(nll(answers[1:], torch.tensor([0]))) == "0.0"
 
 
 def test_ece_by_hand() -> None:

@@ -1,3 +1,4 @@
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -333,7 +334,22 @@ def test_networks_of_timm_go_by_their_name() -> None:
     assert spec.refers() == {}, "a library's network is not the user's code"
 
 
-def test_timm_builds_normalised_networks() -> None:
+@pytest.fixture
+def boxes() -> None:
+    """Operators of torchvision, which timm imports: its wheels are for CUDA, and fail beside a torch for CPUs."""
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        KEPT.append(library)
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+KEPT: list[torch.library.Library] = []  # what it defines goes with it
+
+
+def test_timm_builds_normalised_networks(boxes: None) -> None:
     network = Model.parse("timm:resnet18").build((3, 64, 64), 7, 0)
     assert network(torch.rand(2, 3, 64, 64)).shape == (2, 7)
     assert torch.allclose(network[0](torch.full((1, 3, 1, 1), 0.485))[0, 0], torch.zeros(1))

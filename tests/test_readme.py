@@ -1,4 +1,4 @@
-"""The README's commands and code run, on a small folder of images and a small network and for few epochs."""
+"""The README's commands and code run on a small folder of images and a small network, audits for few epochs."""
 
 import re
 import shlex
@@ -48,9 +48,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def in_haste(words: list[str]) -> list[str]:
-    """The same command with four epochs for every training, if it trains and says nothing of epochs itself."""
-    says = any("recipe.epochs" in word for word in words)
-    return words if says or words[0] not in ("train", "protect", "audit") else [*words, "--set", "recipe.epochs=4"]
+    """An audit with four epochs for every student; other commands as they stand."""
+    return [*words, "--set", "recipe.epochs=4"] if words[0] == "audit" else words
 
 
 def hurried(setting: scales.Setting) -> scales.Setting:
@@ -72,7 +71,7 @@ def test_console_blocks_run(world: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "LogitMatching" in (world / "runs" / "audit" / "report.md").read_text()
     adopted, nasty = Run.open("runs/honest"), Run.open("runs/nasty")
     assert adopted.record["epochs"] == 0
-    assert nasty.record["epochs"] == 2
+    assert nasty.record["epochs"] == 20
 
 
 def test_python_block_runs(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

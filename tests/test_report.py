@@ -49,7 +49,9 @@ def test_the_page_needs_no_network(folder: Path) -> None:
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 MEASURE = """<script>
-document.title = [innerWidth, document.documentElement.scrollWidth, document.querySelectorAll("svg").length].join()
+const drawn = [...document.querySelectorAll("svg path")].filter(path => path.getBoundingClientRect().width > 0)
+const figures = new Set(drawn.map(path => path.closest("svg")))
+document.title = [innerWidth, document.documentElement.scrollWidth, figures.size].join()
 </script>"""
 
 

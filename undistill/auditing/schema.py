@@ -38,7 +38,7 @@ def plus_minus(value: Interval, times: float = 1, sign: str = "") -> str:
 
 
 class Teacher(Part):
-    """One network on the test set; `nll` in nats. Means over pairs where there are several."""
+    """One network on the test set; `nll` in nats, of probabilities of at least 1.2e-7. Means of several."""
 
     spec: Text
     accuracy: Share

@@ -37,11 +37,12 @@ def program_sha256(file: Path) -> str:
 
 @cache
 def _own_sha256(file: Path) -> str:
-    """`program_sha256` of a module of this package, which is not read anew: what runs is what was imported."""
+    """`program_sha256` of a module of this package, read once in a process: an edit changes nothing that runs."""
     return _closure_sha256(file)
 
 
 def _closure_sha256(file: Path) -> str:
+    # Our modules follow our own alone, installed beside libraries or not; the user's never follow ours.
     roots, ours = _roots(file), file.is_relative_to(PACKAGE)
     found, todo = {file}, [file]
     while todo:
@@ -110,32 +111,62 @@ def _read(file: Path, changed: int, size: int) -> tuple[str, list[Imported]]:
     try:
         tree = ast.parse(content)
         return hashlib.sha256(_text(tree).encode()).hexdigest(), list(_imported(tree))
-    except (SyntaxError, ValueError, RecursionError):  # no Python, or nested too deeply for us
+    except (SyntaxError, ValueError, RecursionError):  # Python itself will refuse it, if it is ever imported
         return hashlib.sha256(content).hexdigest(), []
 
 
-def _imported(node: ast.AST) -> Iterator[Imported]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Import):
-            for alias in child.names:
-                module, _, name = alias.name.rpartition(".")
-                yield 0, module, name
-        elif isinstance(child, ast.ImportFrom):
-            yield from ((child.level, child.module or "", alias.name) for alias in child.names)
-        elif not (isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING"):
-            yield from _imported(child)
+def _imported(tree: ast.AST) -> Iterator[Imported]:
+    todo = [tree]  # no recursion, here and below: a sum of hundreds of terms is nested as deeply
+    while todo:
+        for child in ast.iter_child_nodes(todo.pop()):
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    module, _, name = alias.name.rpartition(".")
+                    yield 0, module, name
+            elif isinstance(child, ast.ImportFrom):
+                yield from ((child.level, child.module or "", alias.name) for alias in child.names)
+            elif not _is_for_types(child):
+                todo.append(child)
 
 
-def _text(node: object) -> str:
+def _is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+class _Written(str):
+    """A piece of text that is finished, beside nodes that are still to be written."""
+
+
+def _text(tree: ast.AST) -> str:
     """A syntax tree as text that is the same in every version of Python, which add empty fields now and then."""
+    written: list[str] = []
+    todo: list[object] = [tree]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, _Written):
+            written.append(node)
+        else:
+            todo += reversed(_pieces(node))
+    return "".join(written)
+
+
+def _pieces(node: object) -> list[object]:
+    """A node as finished text and the nodes between."""
     if isinstance(node, list):
-        return f"[{' '.join(_text(one) for one in node if not _is_docstring(one))}]"
+        parts: list[object] = [_Written("[")]
+        for one in node:
+            if not _is_docstring(one):
+                parts += [one, _Written(" ")]
+        return [*parts[: max(len(parts) - 1, 1)], _Written("]")]
     if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-        return f"Raise({_text(node.exc.func)})"  # without what the error says
+        return [_Written("Raise("), node.exc.func, _Written(")")]  # without what the error says
     if isinstance(node, ast.AST):
-        fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
-        return f"{type(node).__name__}({' '.join(f'{name}={_text(value)}' for name, value in fields)})"
-    return repr(node)
+        parts = [_Written(f"{type(node).__name__}(")]
+        for name, value in ast.iter_fields(node):
+            if value is not None and value != []:
+                parts += [_Written(f"{name}="), value, _Written(" ")]
+        return [*parts[: max(len(parts) - 1, 1)], _Written(")")]
+    return [_Written(repr(node))]
 
 
 def _is_docstring(node: object) -> bool:

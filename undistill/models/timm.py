@@ -55,7 +55,9 @@ def _timm() -> Any:
     except ImportError as error:
         raise ModelError(f"timm cannot be imported ({error}): pip install 'undistill[timm]'.") from None
     except RuntimeError as error:  # torchvision for CUDA beside a torch for CPUs
+        if "torchvision" not in str(error):
+            raise
         raise ModelError(
             f"timm cannot be imported ({error}); torch and the torchvision that timm needs are of different builds. "
             "Install both from the same index."
-        ) from None
+        ) from error

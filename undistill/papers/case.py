@@ -50,7 +50,7 @@ class Case:
     defence: Defence | None = None
     """None stands for the honest teacher."""
     adversary: Teacher | None = None
-    """The paper's word for the network from which a nasty teacher differs, instead of its honest twin."""
+    """Network from which a nasty teacher is made to differ (the paper's word); None stands for its honest twin."""
     attack: Attack | None = None
     """None stands for the teacher itself."""
     student: Model | None = None
@@ -197,7 +197,7 @@ def _of_teacher(pair: VictimPair) -> Measured:
 
 
 PairSpec = tuple[Teacher, Defence | None, Teacher | None, float]
-"""The victim of a case: teacher, defence, adversary; and the attacker's share of the images."""
+"""What determines the pair of a case: teacher, defence, adversary, and the attacker's share of the images."""
 
 
 def _pair_spec(case: Case) -> PairSpec:

@@ -56,7 +56,7 @@ def nll(logits: Tensor, labels: Tensor) -> float:
     A defence that rounds or hides serves 0 for some labels, whose likelihood alone would decide the mean.
     """
     right = F.log_softmax(logits.float(), dim=1).gather(1, labels.unsqueeze(1))
-    return -right.clamp_min(math.log(torch.finfo(torch.float32).eps)).mean().item()
+    return 0.0 - right.clamp_min(math.log(torch.finfo(torch.float32).eps)).mean().item()  # 0.0, not -0.0
 
 
 def ece(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
