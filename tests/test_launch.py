@@ -20,7 +20,8 @@ from undistill.auditing.cell import Job
 from undistill.auditing.launchers import Launcher, Pool, Ray, Serial
 from undistill.auditing.pair import VictimPair
 from undistill.auditing.plan import plan
-from undistill.auditing.schema import SIDES, Side
+from undistill.auditing.schema import Side
+from undistill.auditing.summary import SIDES
 from undistill.core.errors import LaunchError, ModelError, SpecError
 from undistill.core.progress import PROGRESS_FILE, Board, Progress, Reporter
 from undistill.runs.protect import protect
