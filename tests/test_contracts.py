@@ -1,16 +1,18 @@
 """Contracts over every registered attack and defence; a new file is tested here at birth."""
 
 import statistics
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import RECIPE, STUDENT, These, students
 from undistill.attacks import Attack
@@ -20,11 +22,13 @@ from undistill.core.progress import Progress, Task
 from undistill.core.seeds import seeded
 from undistill.core.spec import Spec
 from undistill.data import Data, Samples, Split
+from undistill.data.batches import Batch
 from undistill.defences import Defence
 from undistill.models import Model
 from undistill.runs.run import Run
 from undistill.training.fit import Fit
 from undistill.training.metrics import accuracy, evaluate
+from undistill.training.objectives import Terms
 from undistill.training.recipe import Recipe
 from undistill.victims.oracle import Access, Oracle
 
@@ -265,6 +269,52 @@ def test_every_field_of_a_defence_changes_the_run(
     if field == "adversary":
         choices = iter([type(defence)(**(defence.model_dump() | {field: str(victim.folder)}))])
     assert any(not alike(plain, protected(toy, changed, honest), toy) for changed in choices)
+
+
+class NothingRead(TorchDispatchMode):
+    """Fails where a value is read from a tensor, or where the shape of a result depends on values.
+
+    Optimisers may: for GPUs they keep their counts on the CPU. So may `RememberedAnswers`, once an epoch.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        masked = func is aten.index.Tensor and any(one is not None and one.dtype == torch.bool for one in args[1])
+        if masked or func in (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default):
+            files = [Path(frame.filename).as_posix() for frame in traceback.extract_stack()]
+            assert any("torch/optim" in file or file.endswith("training/answers.py") for file in files), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("spec", [*ATTACKS, *DEFENCES], ids=str)
+def test_objectives_do_not_wait_for_a_gpu(
+    spec: Attack | Defence, toy: Data, honest: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A value that an objective reads, or branches on, stops the GPU's queue at every step."""
+    plain_fit = Fit.__call__
+
+    def watched_fit(self: Fit, network: Any, data: Any, objective: Any, **others: Any) -> nn.Module:
+        def watched(network: nn.Module, batch: Batch) -> Terms:
+            with NothingRead():
+                return objective(network, batch)
+
+        return plain_fit(self, network, data, watched, **others)
+
+    monkeypatch.setattr(Fit, "__call__", watched_fit)
+    short = RECIPE.model_copy(update={"epochs": 2})
+    if isinstance(spec, Attack):
+        student(toy, spec, honest.network(), recipe=short)
+    else:
+        protected(toy, spec, honest)
+
+
+def test_a_value_that_is_read_is_seen() -> None:
+    with NothingRead():
+        torch.ones(2).sum()
+        with pytest.raises(AssertionError, match="scalar"):
+            torch.ones(2).sum().item()
+        with pytest.raises(AssertionError, match="index"):
+            torch.ones(2)[torch.tensor([True, False])]
 
 
 @pytest.mark.parametrize("folder", ["attacks", "defences"])

@@ -67,7 +67,7 @@ def test_disagreement_has_a_gradient_however_sure_the_answers_are() -> None:
 
 
 def test_dafl_wants_sure_varied_answers_and_active_features() -> None:
-    """RememberedAnswers (1, 0) and (0, 1): one-hot 0, entropy log 2; features 1 and 3: mean 2."""
+    """Answers (1, 0) and (0, 1): one-hot 0, entropy log 2; features 1 and 3: mean 2."""
     answers, features = torch.tensor([[400.0, 0.0], [0.0, 400.0]]), torch.tensor([[1.0], [-3.0]])
     attack = DAFL(one_hot=1, entropy=5, activation=0.1)
     assert attack._loss(answers, [features]) == pytest.approx(-5 * math.log(2) - 0.2, abs=1e-5)

@@ -403,17 +403,6 @@ def test_a_resumed_ledger_knows_what_was_asked(honest: Run, toy: Data) -> None:
     assert other.ledger.distinct == 2 * len(data.train)
 
 
-@pytest.mark.parametrize("name", [name for name, spec in Attack.registry.items() if issubclass(spec, Distillation)])
-def test_objectives_do_not_wait_for_a_gpu(name: str) -> None:
-    """On the meta device there are no values: reading one, or branching on one, fails."""
-    with torch.device("meta"):
-        images, labels = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
-        student = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-        answer = Answer.of_logits(torch.rand(4, 3))
-        terms = Attack.parse(name).objective(student, Batch(images, labels, torch.arange(4), 0), answer)
-        assert terms
-
-
 # What a fresh-eyed review found
 
 

@@ -19,7 +19,6 @@ from undistill.attacks.data_free.synthesis import (
     to_bytes,
     without_images,
 )
-from undistill.core.errors import NonFinite
 from undistill.core.spec import LearningRate, Temperature, Weight
 from undistill.data.batches import Batch
 from undistill.data.sheet import COLUMNS
@@ -93,7 +92,8 @@ class Fast(Generative):
         copy = deepcopy(generator).train()
         groups: list[dict[str, Any]] = [{"params": copy.parameters()}, {"params": [noise], "lr": 5 * self.lr}]
         optimiser = torch.optim.Adam(groups, self.lr, betas=(0.5, 0.999))
-        lowest = float("inf")
+        lowest = torch.tensor(math.inf, device=device)
+        best: Tensor | None = None
         with BatchNormStatistics(victim) as norms, evaluating(student) as rival:
             for _ in range(self.inner):
                 images = copy(noise)
@@ -102,17 +102,16 @@ class Fast(Generative):
                 loss = self.one_hot * cross_entropy(answers, labels) + self.statistics * norms.distance
                 if rival is not None:
                     loss = loss - self.adversarial * agreed_divergence(answers, rival(seen))
-                reached = loss.item()
-                if not math.isfinite(reached):
-                    raise NonFinite("Fast cannot fit images: victim or student answers NaN. Lower recipe.lr.")
-                if reached < lowest:
-                    lowest, best = reached, to_bytes(images)
+                made, reached = to_bytes(images), loss.detach()  # chosen on the device: nothing waits for a GPU
+                best = made if best is None else torch.where(reached < lowest, made, best)
+                lowest = torch.minimum(lowest, reached)
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
         with torch.no_grad():
             for own, new in zip(generator.parameters(), copy.parameters(), strict=True):
                 own.lerp_(new, self.outer)
+        assert best is not None
         return best
 
 

@@ -144,7 +144,7 @@ def agreed_divergence(teacher: Tensor, student: Tensor) -> Tensor:
     What is fitted to be large here is hard for the student and not lost on the teacher (CMI, Fang et al., IJCAI 2021).
     """
     same = teacher.argmax(1) == student.argmax(1)
-    return kl(teacher[same], student[same]) * same.float().mean() if same.any() else teacher.new_zeros(())
+    return kl(teacher, torch.where(same.unsqueeze(1), student, teacher))
 
 
 def shifted(images: Tensor) -> Tensor:
