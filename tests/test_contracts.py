@@ -81,7 +81,7 @@ def thief(data: Data, attack: Attack) -> Split:
 
 @dataclass(frozen=True)
 class Plain:
-    """What an attack of small defaults did with seed 0."""
+    """One run of an attack with small defaults and seed 0."""
 
     student: nn.Module
     victim: nn.Module

@@ -197,7 +197,7 @@ def _of_teacher(pair: VictimPair) -> Measured:
 
 
 PairSpec = tuple[Teacher, Defence | None, Teacher | None, float]
-"""What determines the pair of a case: teacher, defence, adversary, and the attacker's share of the images."""
+"""Key of the pair that a case needs: teacher, defence, adversary, and the attacker's share of the images."""
 
 
 def _pair_spec(case: Case) -> PairSpec:
