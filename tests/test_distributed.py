@@ -14,9 +14,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.conftest import FAST, NASTY, TEACHER, toy_arrays
-from tests.test_kill import finish
+from tests.test_kill import DEVICE, finish
+from undistill.core import distributed
 from undistill.core.distributed import GlobalBatchNorm
+from undistill.core.errors import LaunchError, SpecError
+from undistill.data import Data
+from undistill.models import Model
 from undistill.runs.run import Run
+from undistill.training.compute import pick_device
+from undistill.training.fit import Fit
+from undistill.training.recipe import Recipe
 
 SET = [f"--set={setting}" for setting in FAST]
 CLOSE = (
@@ -24,9 +31,11 @@ CLOSE = (
 )
 
 
-def torchrun(*words: object, cwd: Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "undistill"]
-    return run(*launcher, *words, cwd=cwd)
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def torchrun(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return run(*TORCHRUN, "-m", "undistill", *words, cwd=cwd)
 
 
 def run(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -98,8 +107,8 @@ def world(toy_file: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
         np.savez(folder / str(rank) / "toy.npz", **toy_arrays(seed=rank))
     (folder / "taken").mkdir()
     (folder / "taken" / "thesis.txt").touch()
-    train = ["train", "--data", str(toy_file), "--model", TEACHER, *SET, "--out"]
-    protect = ["protect", "one", "--defence", NASTY, "--out"]
+    train = ["train", "--data", str(toy_file), "--model", TEACHER, *SET, *DEVICE, "--out"]
+    protect = ["protect", "one", "--defence", NASTY, *DEVICE, "--out"]
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
         finish(*train, "one")
@@ -109,16 +118,16 @@ def world(toy_file: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     commands = {  # the folder in which, whether the disk is full, the words
         "honest": (".", False, [*train, "two"]),
         "nasty": (".", False, [*protect, "two-nasty"]),
-        "full": (".", True, ["protect", "other", "--defence", NASTY, "--set", "seed=0", "--out", "full"]),
+        "full": (".", True, ["protect", "other", "--defence", NASTY, "--set", "seed=0", *DEVICE, "--out", "full"]),
         "taken": (".", False, [*train, "taken"]),
         "not shared": ("{rank}", False, [*train, "mine"]),
-        "unequal": ("{rank}", False, ["train", "--data", "toy.npz", "--model", TEACHER, "--out", str(folder / "un")]),
+        "unequal": ("{rank}", False, [*train, str(folder / "un"), "--data", "toy.npz"]),
         "demo": (".", False, ["demo"]),
         "audit": (".", False, ["audit", "two-nasty"]),
     }
     (folder / "commands.json").write_text(json.dumps(list(commands.values())))
     (folder / "main.py").write_text(PROGRAM)
-    done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "main.py", cwd=folder)
+    done = run(*TORCHRUN, "main.py", cwd=folder)
     assert done.returncode == 0, done.stderr
     return World(folder, list(commands))
 
@@ -189,21 +198,31 @@ def test_parts_that_are_shared_or_unused_train_as_in_one_process(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(ODD)
-    words = ["train", "--data", toy_file, "--model", "net.py:make", *SET[1:], "--set=recipe.epochs=2", "--out"]
+    words = ["train", "--data", toy_file, "--model", "net.py:make", *SET[1:], "--set=recipe.epochs=2", *DEVICE, "--out"]
     together = torchrun(*words, "two", cwd=tmp_path)
     assert together.returncode == 0, together.stderr
     finish(*words, "one")
     assert_close(tmp_path / "one", tmp_path / "two")
-    protected = torchrun("protect", "two", "--model", "net.py:make", "--defence", NASTY, "--out", "nasty", cwd=tmp_path)
+    protected = torchrun(
+        "protect", "two", "--model", "net.py:make", "--defence", NASTY, *DEVICE, "--out", "nasty", cwd=tmp_path
+    )
     assert protected.returncode == 0, protected.stderr
     assert Run.open(tmp_path / "nasty").record["processes"] == 2
 
 
-def test_more_processes_than_images_in_a_batch_are_refused(toy_file: Path, tmp_path: Path) -> None:
-    words = ["train", "--data", toy_file, "--model", TEACHER, "--set=recipe.batch_size=2", "--out", "out"]
-    done = torchrun(*words, cwd=tmp_path, processes=3)
-    assert done.returncode
-    assert done.stderr.count("3 processes cannot share batches of 2 images") == 3, "all say it"
+def test_more_processes_than_images_in_a_batch_are_refused(toy: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    network = Model.parse(TEACHER).build(toy.shape, toy.num_classes, 0)
+    with pytest.raises(SpecError, match="3 processes cannot share batches of 2 images"):
+        Fit(Recipe(batch_size=2), 0, torch.device("cpu"))(network, toy, lambda network, batch: {})
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match=r"started 2 processes.*has 1 GPU.*--nproc-per-node=1.*--device cpu"):
+        pick_device("cuda")
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])

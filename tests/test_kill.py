@@ -53,6 +53,7 @@ def finish(*words: object) -> None:
     assert result.exit_code == 0, result.stderr
 
 
+DEVICE = ["--device", "cpu"]
 SET = [f"--set=recipe.{field}" for field in (f"epochs={RECIPE.epochs}", f"batch_size={RECIPE.batch_size}")]
 
 
@@ -65,7 +66,7 @@ def pair(toy_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run,
 
 
 def test_train(pair: tuple[Run, Run], toy_file: Path, tmp_path: Path) -> None:
-    words = ["train", "--data", toy_file, "--model", TEACHER, "--out", tmp_path / "run", *SET]
+    words = ["train", "--data", toy_file, "--model", TEACHER, "--out", tmp_path / "run", *SET, *DEVICE]
     assert kill_when(start(*words), tmp_path / "run", "checkpoint-0.pt") == -signal.SIGKILL
     assert not (tmp_path / "run" / "run.json").exists()
     finish(*words)
@@ -76,8 +77,10 @@ ENDINGS = {signal.SIGTERM: (143, "Terminated"), signal.SIGINT: (130, "Interrupte
 
 
 @pytest.mark.parametrize("number", ENDINGS, ids=lambda number: number.name)
-def test_a_signal_ends_it_in_a_sentence(number: signal.Signals, toy_file: Path, tmp_path: Path) -> None:
-    words = ["train", "--data", toy_file, "--model", TEACHER, "--out", tmp_path / "run", *SET]
+def test_protect_ends_at_a_signal_in_a_sentence_and_goes_on(
+    number: signal.Signals, pair: tuple[Run, Run], tmp_path: Path
+) -> None:
+    words = ["protect", pair[0].folder, "--defence", "Nasty", "--out", tmp_path / "run", *DEVICE]
     process = start(*words, stderr=subprocess.PIPE)
     code, said = ENDINGS[number]
     assert kill_when(process, tmp_path / "run", "checkpoint-0.pt", number) == code
@@ -85,10 +88,5 @@ def test_a_signal_ends_it_in_a_sentence(number: signal.Signals, toy_file: Path, 
     *_, last = process.stderr.read().decode().strip().splitlines()
     assert last == f"Error: {said}. The same command goes on from here."
     assert (tmp_path / "run" / "checkpoint-0.pt").exists()
-
-
-def test_protect(pair: tuple[Run, Run], tmp_path: Path) -> None:
-    words = ["protect", pair[0].folder, "--defence", "Nasty", "--out", tmp_path / "run"]
-    kill_when(start(*words), tmp_path / "run", "checkpoint-0.pt")
     finish(*words)
     assert Run.open(tmp_path / "run").digest == pair[1].digest

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tests.conftest import NASTY, RECIPE, STUDENT, TEACHER
 from tests.test_kill import ENDINGS, ENVIRONMENT, finish, kill_when, start, wait_for
 from undistill.api import audit
 from undistill.auditing.cell import Job
-from undistill.auditing.launchers import Launcher, Pool, Ray, Serial
+from undistill.auditing.launchers import Death, Launcher, Order, Pool, Ray, Serial
 from undistill.auditing.pair import VictimPair
 from undistill.auditing.plan import plan
 from undistill.auditing.schema import Side
@@ -55,8 +56,6 @@ class Marked(Attack):
             os.kill(os.getpid(), signal.SIGSEGV)
         if self.deed == "exit":
             raise SystemExit(3)
-        if self.deed == "crash":
-            os.kill(os.getpid(), signal.SIGABRT)
         if self.deed in ("die", "die once", "refuse") and not marker.exists():
             if self.deed == "die once":
                 marker.touch()
@@ -129,10 +128,13 @@ def test_a_fault_in_native_code_is_named_and_the_exact_engine_tried(
     (sheet,) = place.glob("*.png")
     assert [path.stem for path in place.glob("*.json")] == [sheet.stem], "found by the cell's name"
     assert not list(place.glob("*/")), "finished cells leave no folder behind"
+    order = Order.of(*job("none"), place, 1)
+    again = Pool()._again(order, Death(-signal.SIGABRT), lost=1)
+    assert again == replace(order, exact=True)
     with pytest.raises(
         LaunchError, match=r"SIGABRT, a fault in native code, with exact compute settings as well.*Try others"
     ):
-        Pool(workers=1).run(job("crash"), tmp_path / "b" / "cells", Progress.silent())
+        Pool()._again(again, Death(-signal.SIGABRT), lost=2)
 
 
 def test_an_error_in_a_cell_is_the_same_error(victim: Run, tmp_path: Path, mine) -> None:
@@ -201,14 +203,14 @@ def test_an_audit_that_is_killed_within_its_first_cell_and_a_later_one_ends_alik
 def test_a_killed_pool_leaves_no_workers_and_is_resumed(
     slow_pair: Run, whole: dict[str, object], tmp_path: Path
 ) -> None:
-    pool = ("--launcher", "pool", "--workers", 2)
-    process = start(*words(slow_pair, tmp_path / "killed", *pool))
+    """By a launcher of another kind: what is done, and what is half done, is the same to all."""
+    process = start(*words(slow_pair, tmp_path / "killed", "--launcher", "pool", "--workers", 2))
     wait_for(process, tmp_path / "killed", "cells/*/checkpoint-0.pt")
     workers = workers_of(process)
     assert len(workers) >= 2
     kill_when(process, tmp_path / "killed", "cells/*.json")
     assert_gone(workers)
-    finish(*words(slow_pair, tmp_path / "killed", *pool))
+    finish(*words(slow_pair, tmp_path / "killed"))
     assert report_of(tmp_path / "killed") == whole
 
 

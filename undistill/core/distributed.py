@@ -62,8 +62,16 @@ def group(device: torch.device) -> Iterator[None]:
 
 
 def local_device(name: str) -> str:
-    """`cuda` means this process's own GPU."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and launched() else name
+    """`cuda` means this process's own GPU; `LaunchError` where there are fewer GPUs than processes."""
+    if name != "cuda" or not launched():
+        return name
+    rank, processes, gpus = os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"], torch.cuda.device_count()
+    if int(rank) >= gpus > 0:
+        raise LaunchError(
+            f"torchrun started {processes} processes on a machine that has {gpus} GPU{'s' * (gpus > 1)}. Start one "
+            f"for each GPU (--nproc-per-node={gpus}), or compute on processors (--device cpu)."
+        )
+    return f"cuda:{rank}"
 
 
 def barrier() -> None:

@@ -138,7 +138,7 @@ class _Trial:
         for network in (self.network, *self.beside):
             if why := known_fault(network, compute):
                 return why
-        return in_child(lambda: self._check(compute)) if _may_fork() else self._check(compute)
+        return in_child(lambda: self._check(compute)) if may_fork() else self._check(compute)
 
     def _check(self, compute: Compute) -> str:
         """First one step of training, which must not crash; then loss and gradients are compared."""
@@ -222,7 +222,7 @@ class _Step:
         return logits, loss
 
 
-def _may_fork() -> bool:
+def may_fork() -> bool:
     """Whether a child may compute gradients: not where there is a GPU, whose threads of autograd a fork breaks."""
     return FORKS and not torch.cuda.is_available()
 
