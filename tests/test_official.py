@@ -256,7 +256,8 @@ def test_the_real_files(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("set UNDISTILL_REAL_DATA to the folder of the unpacked public data sets")
     monkeypatch.setenv(VARIABLE, os.environ["UNDISTILL_REAL_DATA"])
     source = Source.parse(name)
-    pool, test, classes = source.read()
+    parts = source.read()
+    pool, test, classes = parts.train, parts.test, parts.classes
     mean = {"CIFAR10": (0.4914, 0.4822, 0.4465), "CIFAR100": (0.5071, 0.4865, 0.4409), "FashionMNIST": (0.2860,)}
     assert np.allclose(pool.pixels.double().mean((0, 2, 3)) / 255, mean[name], atol=2e-4)
     first = {"CIFAR10": "frog", "CIFAR100": "cattle", "FashionMNIST": "ankle boot"}

@@ -3,7 +3,10 @@
 import logging
 from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import cache
 from typing import TypeGuard
+
+log = logging.getLogger(__name__)
 
 
 class UndistillError(Exception):
@@ -54,6 +57,12 @@ def legible(text: str) -> str:
 def _escape(character: str) -> str:
     byte = ord(character) - 0xDC00  # where Python puts the bytes of a file name that are not UTF-8
     return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode("ascii")
+
+
+@cache
+def remark(text: str) -> None:
+    """Tell the user what he should know of what he gave, once in a process."""
+    log.warning(text)
 
 
 def short_of_memory(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ import ast
 import inspect
 import re
 import reprlib
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
@@ -50,6 +51,8 @@ class Spec(BaseModel):
     origin: ClassVar[str] = ""
     listed: ClassVar[bool] = True
     """A common base of specs says False in its own body."""
+    quiet: ClassVar[Sequence[str]] = ()
+    """Fields that the text leaves out at their defaults: those that were added later, and would change stored texts."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -66,10 +69,15 @@ class Spec(BaseModel):
             raise SpecError(_explain(type(self), error)) from None
 
     def __str__(self) -> str:
-        fields = ", ".join(f"{name}={_text(value)}" for name, value in self)
+        said = [(name, value) for name, value in self if name not in self.quiet or value != self._default(name)]
+        fields = ", ".join(f"{name}={_text(value)}" for name, value in said)
         return f"{self.origin + ':' if self.origin else ''}{type(self).__name__}({fields})"
 
     __repr__ = __str__
+
+    @classmethod
+    def _default(cls, name: str) -> object:
+        return cls.model_fields[name].default
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process reads the text, and so runs only code that it was told to trust."""

@@ -5,15 +5,17 @@ from pydantic import Field
 from sklearn.datasets import load_digits
 
 from undistill.data.source import Source
-from undistill.data.split import Samples
+from undistill.data.split import Parts, Samples
 
 
 class Digits(Source):
     """Optical recognition of handwritten digits (UCI; Alpaydin and Kaynak 1998)."""
 
+    published = True
+
     test: float | None = Field(1 / 3, gt=0, lt=1)
 
-    def read(self) -> tuple[Samples, None, list[str]]:
+    def read(self) -> Parts:
         raw = load_digits()
         images = torch.from_numpy(raw.images * (255 / 16)).round().to(torch.uint8)
-        return Samples(images[:, None], torch.from_numpy(raw.target).long()), None, [str(k) for k in range(10)]
+        return Parts(Samples(images[:, None], torch.from_numpy(raw.target).long()), [str(k) for k in range(10)])

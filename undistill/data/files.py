@@ -2,32 +2,24 @@
 
 import hashlib
 import os
-import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from undistill.core.errors import DataError, FileError, UndistillError, refused
-from undistill.core.files import GIB, inside, open_regular, sha256
+from undistill.core.errors import DataError
+from undistill.core.files import inside, sha256
+from undistill.data.pictures import LARGEST, PLAIN, Reading, read_picture
 
 T = TypeVar("T")
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
-"""Formats that are read. Other readers of Pillow start programs (EPS), or are hardly maintained."""
-LARGEST = GIB  # of one file
-LARGEST_SHEET = 2**24  # pixels
-GREY = {"1", "L", "LA"}
-COLOUR = {"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB"}
+SERVICE = {"@eadir", "__macosx", "$recycle.bin", "#recycle", "lost+found", "system volume information"}
+"""Folders that systems put among those of people."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,87 +29,44 @@ class ImageFiles:
     files: Sequence[Path]
     shape: tuple[int, int, int, int]
     """N, C, H, W."""
+    reading: Reading = PLAIN
+    known: dict[Path, bytes] = field(default_factory=dict)
+    """SHA-256 of the files that were read whole before."""
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: Tensor) -> Tensor:
         _, channels, height, width = self.shape
-        pictures = [read_picture(self.files[int(number)], channels, (width, height)) for number in index]
+        size = width, height
+        pictures = [read_picture(self.files[int(number)], channels, size, self.reading) for number in index]
         return torch.stack(pictures) if pictures else torch.empty(0, channels, height, width, dtype=torch.uint8)
 
     def subset(self, index: Tensor) -> "ImageFiles":
-        return ImageFiles([self.files[int(number)] for number in index], (len(index), *self.shape[1:]))
+        files = [self.files[int(number)] for number in index]
+        return replace(self, files=files, shape=(len(index), *self.shape[1:]))
+
+    def hashes(self) -> list[bytes]:
+        """SHA-256 of each file."""
+        for file in self.files:
+            if file not in self.known:
+                self.known[file] = bytes.fromhex(sha256(file, LARGEST))
+        return [self.known[file] for file in self.files]
 
     def digest(self) -> bytes:
         """SHA-256 over what the files hold and the shape to which it is read."""
-        sha = hashlib.sha256(repr(self.shape).encode())
-        for file in self.files:
-            sha.update(bytes.fromhex(sha256(file, LARGEST)))
-        return sha.digest()
-
-
-def read_header(file: Path) -> tuple[str, tuple[int, int]]:
-    """Mode and size (width, height), without decoding; `DataError` if it is no image that can be used."""
-    with _readable(file) as picture:
-        return picture.mode, picture.size
-
-
-def read_picture(file: Path, channels: int, size: tuple[int, int]) -> Tensor:
-    """uint8 (C, H, W), resized to `size` (width, height) where it differs; `DataError` if it is no readable image."""
-    with _readable(file) as opened:
-        plain = opened.convert("L" if opened.mode in GREY else "RGB")
-    picture = plain.convert("L" if channels == 1 else "RGB")
-    if picture.size != size:
-        picture = picture.resize(size, Image.Resampling.BILINEAR)
-    pixels = torch.from_numpy(np.array(picture)).reshape(size[1], size[0], -1)
-    return pixels.permute(2, 0, 1).contiguous()
-
-
-def read_sheet(file: Path) -> NDArray[np.uint8]:
-    """The pixels of a picture as it is, (H, W) grey or (H, W, 3) colour; `DataError` if it is no readable one."""
-    with _readable(file) as picture:
-        if picture.width * picture.height > LARGEST_SHEET:
-            raise DataError(f"{file} has more than {LARGEST_SHEET:,} pixels, and is no sheet of small images.")
-        return np.array(picture.convert("L" if picture.mode in GREY else "RGB"))
-
-
-@contextmanager
-def _readable(file: Path) -> Iterator[Image.Image]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with open_regular(file, LARGEST) as content, Image.open(content, formats=_formats()) as opened:
-                if opened.mode not in GREY | COLOUR:
-                    raise DataError(f"{file} has mode {opened.mode}; convert it to 8-bit grey or colour.")
-                yield opened
-    except UnidentifiedImageError:
-        raise DataError(f"{file} is no readable image; {', '.join(FORMATS)} are. Convert or remove it.") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(f"{file} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller.") from None
-    except (DataError, FileError, MemoryError):
-        raise
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        if refused(error):
-            raise DataError(f"{file} cannot be read: {error.strerror}.") from None
-        raise DataError(f"{file} is not a readable image ({error}); repair or remove it.") from None
-
-
-@cache
-def _formats() -> list[str]:
-    """The formats among `FORMATS` that this Pillow can read."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
+        return hashlib.sha256(repr(self.shape).encode() + b"".join(self.hashes())).digest()
 
 
 def entries(folder: Path, root: Path) -> list[os.DirEntry[str]]:
-    """Entries of `folder` by name, without hidden ones.
+    """Entries of `folder` by name, without hidden ones and those of the system.
 
     Raises `DataError` for what would be read from elsewhere, or never end: a link to a folder, a link out of `root`, a
     dead link, a FIFO or device.
     """
     with os.scandir(folder) as found:
-        visible = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+        seen = [entry for entry in found if not entry.name.startswith(".") and entry.name.casefold() not in SERVICE]
+    visible = sorted(seen, key=lambda entry: entry.name)
     for entry in visible:
         if entry.is_symlink():
             if not os.path.exists(entry.path) or entry.is_dir():
@@ -140,33 +89,23 @@ def files_below(folder: Path, root: Path) -> list[Path]:
 
 
 def fetched(images: Tensor | ImageFiles, fetch: Callable[[Tensor], T], parts: Sequence[Tensor]) -> Iterator[T]:
-    """`fetch` of each part in turn; where images lie in files, worker processes fetch ahead."""
+    """`fetch` of each part in turn; where images lie in files, threads fetch ahead, one for each core.
+
+    Threads, since decoding releases Python's lock, and processes would send images through /dev/shm, of which
+    containers have little.
+    """
     if isinstance(images, Tensor):
         yield from map(fetch, parts)
         return
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(parts))
-    loader = DataLoader(
-        _Fetching(fetch),
-        sampler=parts,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else it draws from the caller's, who then drops out other units
-    )
-    for result in loader:
-        if isinstance(result, UndistillError):
-            raise result
-        yield result
-
-
-class _Fetching(Dataset[T | UndistillError]):
-    """An error travels as a result, since DataLoader would wrap it into a traceback."""
-
-    def __init__(self, fetch: Callable[[Tensor], T]) -> None:
-        self.fetch = fetch
-
-    def __getitem__(self, index: Tensor) -> T | UndistillError:
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ahead: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
         try:
-            return self.fetch(index)
-        except UndistillError as error:
-            return error
+            for part in parts:
+                ahead.append(pool.submit(fetch, part))
+                if len(ahead) > 2 * threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -6,7 +6,7 @@ from typing import Self
 from pydantic import model_validator
 
 from undistill.data.source import Source
-from undistill.data.split import Data, Samples, Split
+from undistill.data.split import Data, Parts, Split
 
 
 class Leaky(Source):
@@ -27,7 +27,7 @@ class Leaky(Source):
             raise ValueError("the seed belongs to Leaky, not to the source in 'of': Leaky(of='...', seed=5)")
         return self
 
-    def read(self) -> tuple[Samples, Samples | None, list[str]]:
+    def read(self) -> Parts:
         return self._source.read()
 
     def load(self) -> Data:

@@ -9,32 +9,27 @@ from pydantic import Field
 from undistill.core.errors import DataError
 from undistill.core.tensors import LARGEST, read_arrays
 from undistill.data.source import ResolvedPath, Source
-from undistill.data.split import Samples
+from undistill.data.split import Parts, Samples
 
 
 class Npz(Source):
-    """An `.npz` with `images` and `labels`, or `x_train`, `y_train`, `x_test`, `y_test`.
+    """An `.npz` with `images` and `labels`, or `x_train`, `y_train`, `x_test`, `y_test` (and `x_val`, `y_val`).
 
     Images are uint8, (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3; labels are whole
     numbers from 0, (N,). An optional `classes` array names them.
     """
 
+    quiet = ("max_bytes",)
+
     path: ResolvedPath
     max_bytes: int = Field(LARGEST, ge=1)
     """Largest size of all arrays together; an archive of a few megabytes can unpack to more than fits into memory."""
-
-    def __str__(self) -> str:
-        """Without the limit where it is the usual one: it changes no image."""
-        usual = self.max_bytes == LARGEST
-        return super().__str__().replace(f", max_bytes={LARGEST}", "") if usual else super().__str__()
-
-    __repr__ = __str__
 
     @property
     def title(self) -> str:
         return Path(self.path).stem
 
-    def read(self) -> tuple[Samples, Samples | None, list[str]]:
+    def read(self) -> Parts:
         try:
             arrays = read_arrays(Path(self.path), self.max_bytes)
         except FileNotFoundError:
@@ -42,10 +37,12 @@ class Npz(Source):
         except (OSError, ValueError) as error:
             raise DataError(f"{self.path} is not a readable .npz archive of plain arrays: {error}") from None
         if {"images", "labels"} <= arrays.keys():
-            pool, test = self._samples(arrays, "images", "labels"), None
+            pool, validation, test = self._samples(arrays, "images", "labels"), None, None
         elif {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
             pool = self._samples(arrays, "x_train", "y_train")
             test = self._samples(arrays, "x_test", "y_test")
+            supplied = {"x_val", "y_val"} <= arrays.keys()
+            validation = self._samples(arrays, "x_val", "y_val") if supplied else None
         else:
             raise DataError(
                 f"{self.path} holds {sorted(arrays) or 'nothing'}; it needs images and labels, "
@@ -63,8 +60,7 @@ class Npz(Source):
             )
         if len(names) > len(pool):
             raise DataError(f"{Path(self.path).name}: {len(names):,} classes, and only {len(pool):,} images.")
-        classes = [str(name) for name in names]
-        return pool, test, classes
+        return Parts(pool, [str(name) for name in names], validation, test)
 
     def _samples(self, arrays: dict[str, np.ndarray], x: str, y: str) -> Samples:
         images, labels = arrays[x], arrays[y]

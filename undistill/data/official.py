@@ -1,7 +1,6 @@
 """Public data sets from the files that their authors publish: found where they lie, or downloaded and checked."""
 
 import hashlib
-import logging
 import os
 import shutil
 import tarfile
@@ -10,18 +9,15 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
 from filelock import FileLock
 
-from undistill.core.errors import DataError, FileError, refused
+from undistill.core.errors import DataError, FileError, refused, remark
 from undistill.core.files import GIB, fresh_name, inside, open_regular, sweep
 from undistill.data.source import Source
-from undistill.data.split import Samples
-
-log = logging.getLogger(__name__)
+from undistill.data.split import Parts, Samples
 
 LARGEST = GIB  # of a published file
 VARIABLE = "UNDISTILL_DATA"
@@ -53,6 +49,8 @@ class File:
 class Official(Source):
     """A data set with published training and test images."""
 
+    published = True
+
     home: ClassVar[str]
     """The address of its files."""
     folders: ClassVar[Sequence[str]]
@@ -64,7 +62,7 @@ class Official(Source):
     counts: ClassVar[tuple[Sequence[int], Sequence[int]]]
     """Published numbers of training and of test images, for each class."""
 
-    def read(self) -> tuple[Samples, Samples, list[str]]:
+    def read(self) -> Parts:
         folder = self.find()
         with reading(self._what(folder), self._again):
             pool, test, classes = self.read_from(folder)
@@ -72,14 +70,14 @@ class Official(Source):
             if differs := _difference(kind, samples, classes, published):
                 raise DataError(f"{self._what(folder)} holds {differs}. {self._again}")
         self._remark(folder)
-        return pool, test, classes
+        return Parts(pool, classes, test=test)
 
     def _remark(self, folder: Path) -> None:
         """Say which files are others than published: repacked or damaged, which is told apart by looking."""
         others = [file.name for file in self.files if file.md5 and not file.matches(folder / file.name)]
         if others:
             name = type(self).__name__
-            _warn(
+            remark(
                 f"{name} in {folder}: other bytes than published in {', '.join(others)}. They are used, since form and "
                 f"counts are right; look at them with 'undistill data check {name}'."
             )
@@ -175,12 +173,6 @@ def reading(what: object, again: str = AGAIN.format("it")) -> Iterator[None]:
         raise DataError(
             f"{what} is damaged, or not the published one ({type(error).__name__}: {error}). {again}"
         ) from None
-
-
-@cache
-def _warn(remark: str) -> None:
-    """Once in a process."""
-    log.warning(remark)
 
 
 def fetch(home: str, file: File, folder: Path) -> Path:

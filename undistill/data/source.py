@@ -3,13 +3,14 @@
 import os
 from abc import abstractmethod
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import AfterValidator, Field
 
 from undistill.core.errors import DataError
 from undistill.core.spec import Spec
-from undistill.data.split import Data, Samples, divide
+from undistill.data.copies import without_copies
+from undistill.data.split import Data, Parts, divide
 
 ResolvedPath = Annotated[str, AfterValidator(lambda text: os.path.realpath(os.path.expanduser(text)))]
 """A path that means the same from every working directory."""
@@ -18,8 +19,11 @@ ResolvedPath = Annotated[str, AfterValidator(lambda text: os.path.realpath(os.pa
 class Source(Spec):
     """A data set: `digits`, `Folder(path='photos')`, or simply a path on the command line."""
 
+    published: ClassVar[bool] = False
+    """Whether others have measured on these images, so that none is left out, not even a copy of another."""
+
     validation: float = Field(0.1, gt=0, lt=1)
-    """Share of the training images kept for choices: model selection, omega, tuning."""
+    """Share of the training images kept for choices (model selection, omega, tuning), unless the source brings some."""
     test: float | None = Field(None, gt=0, lt=1)
     """Share of all images kept for the final measurement, where the source brings no test images (0.2)."""
     count: int | None = Field(None, ge=2)
@@ -47,25 +51,26 @@ class Source(Spec):
         return type(self).__name__.lower()
 
     @abstractmethod
-    def read(self) -> tuple[Samples, Samples | None, list[str]]:
-        """All training images, the source's own test images if it has them, the class names."""
+    def read(self) -> Parts:
+        """Everything that the source holds."""
 
     def load(self) -> Data:
         """The data, divided by `seed`. `DataError` says what cannot be used and why."""
-        pool, test, classes = self.read()
-        if test is not None and self.test is not None:
-            raise DataError(f"{self} has its own test images; leave out test={self.test}.")
-        if test is not None and pool.images.shape[1:] != test.images.shape[1:]:
-            raise DataError(
-                f"Training images are {tuple(pool.images.shape[1:])}, test images "
-                f"{tuple(test.images.shape[1:])} (channels, height, width); they must agree."
-            )
-        share = 0.2 if self.test is None else self.test
+        parts = self.read() if self.published else without_copies(self.read(), self.title)
+        for name, own in (("validation", parts.validation), ("test", parts.test)):
+            if own is None:
+                continue
+            asked = getattr(self, name)
+            if asked != type(self).model_fields[name].default:
+                raise DataError(f"{self} has its own {name} images; leave out {name}={asked}.")
+            if parts.train.images.shape[1:] != own.images.shape[1:]:
+                raise DataError(
+                    f"Training images are {tuple(parts.train.images.shape[1:])}, {name} images "
+                    f"{tuple(own.images.shape[1:])} (channels, height, width); they must agree."
+                )
         return divide(
-            pool,
-            test,
-            classes,
-            test_share=share,
+            parts,
+            test_share=0.2 if self.test is None else self.test,
             validation_share=self.validation,
             count=self.count,
             seed=self.seed,

@@ -1,6 +1,7 @@
 """Samples, and how they are divided. What trains never holds test data: its type has no such field."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,7 +11,7 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from undistill.core.errors import DataError, legible
+from undistill.core.errors import DataError, legible, remark
 from undistill.data.files import ImageFiles
 
 LONGEST = 200  # characters of a class name
@@ -40,6 +41,13 @@ class Samples:
     def pixels(self) -> Tensor:
         """All images in memory, (N, C, H, W) uint8."""
         return self.images if isinstance(self.images, Tensor) else self.images[torch.arange(len(self))]
+
+    @property
+    def hashes(self) -> list[bytes]:
+        """SHA-256 of each image: of its pixels, or of its file where it stays in one."""
+        if not isinstance(self.images, Tensor):
+            return self.images.hashes()
+        return [hashlib.sha256(image.tobytes()).digest() for image in self.images.cpu().numpy()]
 
     @cached_property
     def digest(self) -> bytes:
@@ -141,41 +149,76 @@ class Data(Split):
         return Split(self.classes, *pool.carve(validation, seed))
 
 
-def divide(
-    pool: Samples,
-    test: Samples | None,
-    classes: Sequence[str],
-    *,
-    test_share: float,
-    validation_share: float,
-    count: int | None,
-    seed: int,
-) -> Data:
-    """Carve validation (and test, where the source has none) out of `pool`, then keep `count`; by seed, stratified."""
-    classes = [legible(str(name))[:LONGEST] for name in classes]
-    for samples in filter(None, (pool, test)):
-        _check(samples, classes)
-    if test is None:
-        pool, test = pool.carve(test_share, seed)
-    if count is not None and count < len(pool):
-        if len(pool) - count < len(classes):
-            raise DataError(
-                f"count={count} leaves out {len(pool) - count} of {len(pool)} images, fewer than there are classes "
-                f"({len(classes)}). Leave count out to take all, or ask for at most {len(pool) - len(classes)}."
-            )
-        _, pool = pool.carve(count, seed)
-    train, validation = pool.carve(validation_share, seed)
-    return Data(tuple(classes), train, validation, test)
+@dataclass(frozen=True)
+class Parts:
+    """The images that a source holds. `validation` and `test` are None unless it brings its own."""
+
+    train: Samples
+    classes: Sequence[str]
+    validation: Samples | None = None
+    test: Samples | None = None
 
 
-def _check(samples: Samples, classes: Sequence[str]) -> None:
+def divide(parts: Parts, *, test_share: float, validation_share: float, count: int | None, seed: int) -> Data:
+    """Carve what the source does not bring, test and validation images, out of its training images; keep `count`.
+
+    By seed, and stratified.
+    """
+    classes = [legible(str(name))[:LONGEST] for name in parts.classes]
+    pool, validation, test = parts.train, parts.validation, parts.test
     if len(classes) < 2:
         raise DataError(f"A classifier needs at least two classes; found {len(classes)}: {list(classes)}.")
+    if absent := _absent(pool, classes):
+        raise DataError(f"No image of class {classes[absent[0]]} (label {absent[0]}); every class needs some.")
+    for name, own in (("validation", validation), ("test", test)):
+        if own is not None and (absent := _absent(own, classes)):
+            remark(f"No {name} image of {_listed([classes[label] for label in absent])}: nothing is measured on it.")
+    if test is None:
+        pool, test = _carve(pool, test_share, seed, "test", classes)
+    if count is not None and count < len(pool):
+        if not len(classes) <= count <= len(pool) - len(classes):
+            raise DataError(
+                f"count={count} keeps {count} of {len(pool)} images and leaves out {len(pool) - count}, and there are "
+                f"{len(classes)} classes, each of which must be among both. Leave count out to take all, or ask for "
+                f"{len(classes)} to {len(pool) - len(classes)}."
+            )
+        _, pool = pool.carve(count, seed)
+    if validation is None:
+        pool, validation = _carve(pool, validation_share, seed, "validation", classes)
+    return Data(tuple(classes), pool, validation, test)
+
+
+def _absent(samples: Samples, classes: Sequence[str]) -> list[int]:
+    """Labels of which there is no image; `DataError` for labels that are none."""
     low, high = int(samples.labels.min()), int(samples.labels.max())
     if low < 0 or high >= len(classes):
         raise DataError(
             f"Labels run from {low} to {high}; with {len(classes)} classes they must lie in 0 to {len(classes) - 1}."
         )
-    empty = set(range(len(classes))) - set(samples.labels.tolist())
-    if empty:
-        raise DataError(f"No image of class {classes[min(empty)]} (label {min(empty)}); every class needs some.")
+    return (torch.bincount(samples.labels, minlength=len(classes)) == 0).nonzero().flatten().tolist()
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more classes" if names[10:] else "")
+
+
+def _carve(pool: Samples, share: float, seed: int, setting: str, classes: Sequence[str]) -> tuple[Samples, Samples]:
+    """(rest, carved), see `Samples.carve`; the `DataError` names the class, the setting and a value that works."""
+    counts = torch.bincount(pool.labels, minlength=len(classes))
+    rarest, total, least = int(counts.argmin()), len(pool), len(classes)
+    if counts[rarest] < 2:
+        raise DataError(
+            f"Class {classes[rarest]} has a single image from which {setting} images could be taken. Every class needs "
+            f"two; add images of it, leave it out, or bring {setting} images of your own."
+        )
+    if least <= math.ceil(share * total) <= total - least:
+        return pool.carve(share, seed)
+    works = [
+        value for value in (math.ceil(100 * least / total) / 100, 0.5) if math.ceil(value * total) <= total - least
+    ]
+    advice = f"ask for {setting}={works[0]:g}, or add images" if works else f"at least {2 * least} images are needed"
+    raise DataError(
+        f"{setting}={share:g} takes {math.ceil(share * total)} of {total} images, and each of {least} classes must be "
+        f"among those that are taken and among the rest; {advice}. The rarest class is {classes[rarest]}, with "
+        f"{int(counts[rarest])} images."
+    )

@@ -7,8 +7,9 @@ import torch
 
 from undistill.core.errors import DataError
 from undistill.core.files import inside, read_text
-from undistill.data.files import files_below, read_header, read_picture
+from undistill.data.files import files_below
 from undistill.data.official import File, Official
+from undistill.data.pictures import read_header, read_picture
 from undistill.data.split import Samples
 
 SIDE = 64
@@ -82,7 +83,7 @@ def _samples(found: Sequence[tuple[Path, str]], ids: Sequence[str]) -> Samples:
     labels = torch.tensor([label[name] for _, name in found])
     pixels = torch.empty(len(found), 3, SIDE, SIDE, dtype=torch.uint8)
     for row, (file, _) in zip(pixels, found, strict=True):
-        _, (width, height) = read_header(file)
+        width, height = read_header(file).size
         if (width, height) != (SIDE, SIDE):
             raise DataError(f"{file} has {width} x {height} pixels, and is none of Tiny-ImageNet's: they are 64 x 64.")
         row.copy_(read_picture(file, 3, (SIDE, SIDE)))

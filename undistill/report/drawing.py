@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from undistill.auditing.pair import VictimPair
 from undistill.core.errors import SpecError, StoreError, unknown
 from undistill.core.files import inside
-from undistill.data.files import read_sheet
+from undistill.data.pictures import read_sheet
 from undistill.models.model import Model
 from undistill.report import figures
 from undistill.report.curves import ablation, of_runs, training

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from undistill.core.errors import StoreError, UndistillError, legible
 from undistill.core.files import LARGEST_TEXT, parse_json, read_text, require_plain, sha256, write_atomically
 from undistill.core.tensors import LARGEST, read_arrays
-from undistill.data.files import read_sheet
+from undistill.data.pictures import read_sheet
 from undistill.data.split import LONGEST, Data, Samples
 from undistill.data.views import to_float
 from undistill.models.model import Model, device_of, features
