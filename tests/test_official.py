@@ -263,3 +263,18 @@ def test_the_real_files(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = {"CIFAR10": "frog", "CIFAR100": "cattle", "FashionMNIST": "ankle boot"}
     assert classes[int(pool.labels[0])] == first[name]
     assert (len(pool), len(test)) == tuple(map(sum, source.counts))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_idx_files_may_lie_unpacked(kept: bool, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, MNIST, 100, 20)
+    write_idx(root / "mnist", MNIST, (100, 20))
+    before = MNIST().load().digest
+    for file in MNIST.files:
+        packed = root / "mnist" / file.name
+        packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+        if not kept:
+            packed.unlink()
+    assert MNIST().load().digest == before
+    files = check(MNIST()).files
+    assert ("train-images-idx3-ubyte" in files) != kept

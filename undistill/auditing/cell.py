@@ -24,7 +24,8 @@ from undistill.core.identity import fingerprint, program_sha256, source_sha256
 from undistill.core.progress import Progress
 from undistill.core.seeds import derive, seeded
 from undistill.data.split import Split
-from undistill.models.model import Model, returned
+from undistill.models.model import Model
+from undistill.models.trial import returned
 from undistill.runs.environment import described, environment
 from undistill.training import metrics
 from undistill.training.compute import EXACT

@@ -57,10 +57,11 @@ def check(source: Source) -> Check:
     if not isinstance(source, Official):
         return Check(None, {}, data)
     folder = source.find()
-    return Check(folder, {file.name: _compare(file, folder / file.name) for file in source.files}, data)
+    return Check(folder, {source.path(folder, file).name: _state(source, folder, file) for file in source.files}, data)
 
 
-def _compare(file: File, path: Path) -> str:
-    if not file.md5:
-        return "read whole and counted; only the archive it came in has a published hash, checked at download"
-    return "as published" if file.matches(path) else OTHER
+def _state(source: Official, folder: Path, file: File) -> str:
+    published = source.compare(folder, file)
+    if published is None:
+        return "read whole and counted; only the archive it came in has a published hash"
+    return "as published" if published else OTHER

@@ -20,10 +20,10 @@ LARGEST = 16 + 60_000 * 28 * 28  # bytes; a small archive may hold far more than
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """The array in a gzipped IDX file of unsigned bytes; `DataError` if it is not a whole one."""
+    """The array in an IDX file of unsigned bytes, gzipped or not; `DataError` if it is not a whole one."""
     with reading(path):
-        with open_regular(path, LARGEST) as packed, gzip.open(packed) as file:
-            content = file.read(LARGEST + 1)
+        with open_regular(path, LARGEST) as file, gzip.open(file) if path.suffix == ".gz" else file as unpacked:
+            content = unpacked.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise ValueError(f"it holds more than {LARGEST:,} bytes")
         zeros, kind, dimensions = struct.unpack_from(">HBB", content)
@@ -45,14 +45,19 @@ class Idx(Official):
 
     def read_from(self, folder: Path) -> tuple[Samples, Samples, list[str]]:
         self._refuse_namesakes(folder)
-        arrays = [read_idx(folder / file.name) for file in self.files]
+        arrays = [read_idx(self.path(folder, file)) for file in self.files]
         return self._samples(*arrays[:2]), self._samples(*arrays[2:]), list(self.names)
+
+    def path(self, folder: Path, file: File) -> Path:
+        """Many tools leave the files unpacked."""
+        packed = super().path(folder, file)
+        return packed if packed.exists() or not packed.with_suffix("").exists() else packed.with_suffix("")
 
     def _refuse_namesakes(self, folder: Path) -> None:
         """All these data sets have files of the same names, and arrays of the same shapes."""
         for other in set(Idx.__subclasses__()) - {type(self)}:
             for file in other.files:
-                if file.matches(folder / file.name):
+                if other().compare(folder, file):
                     raise DataError(
                         f"{folder / file.name} is a file of {other.__name__}, not of {type(self).__name__}. "
                         f"It is not used. {AGAIN.format('it')}"

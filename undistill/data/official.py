@@ -74,7 +74,7 @@ class Official(Source):
 
     def _remark(self, folder: Path) -> None:
         """Say which files are others than published: repacked or damaged, which is told apart by looking."""
-        others = [file.name for file in self.files if file.md5 and not file.matches(folder / file.name)]
+        others = [file.name for file in self.files if self.compare(folder, file) is False]
         if others:
             name = type(self).__name__
             remark(
@@ -85,6 +85,15 @@ class Official(Source):
     @abstractmethod
     def read_from(self, folder: Path) -> tuple[Samples, Samples, list[str]]:
         """Training images, test images and class names, from the files in `folder`."""
+
+    def path(self, folder: Path, file: File) -> Path:
+        """Where `file` lies in `folder`, or would lie."""
+        return folder / file.name
+
+    def compare(self, folder: Path, file: File) -> bool | None:
+        """Whether `file` holds the published bytes; None where no hash of what lies there is published."""
+        path = self.path(folder, file)
+        return file.matches(path) if file.md5 and path.name == file.name else None
 
     def find(self) -> Path:
         """The folder in which the files lie; they are downloaded where there is none."""
@@ -107,12 +116,13 @@ class Official(Source):
         """`FileError` for a link in `root` by which we would read, or write, elsewhere."""
         for folder in self.folders:
             for file in self.files:
-                inside(root, str(Path(folder, file.name)))
+                inside(root, os.path.relpath(self.path(root / folder, file), root))
 
     def _folder(self, root: Path) -> Path:
         """Folder in which some of the files lie already, or else the folder to put them."""
-        found = [root / folder for folder in self.folders if any((root / folder / f.name).exists() for f in self.files)]
-        return (found or [root / self.folders[0]])[0]
+        places = [root / folder for folder in self.folders]
+        found = [place for place in places if any(self.path(place, file).exists() for file in self.files)]
+        return (found or places)[0]
 
     def _refuse_inside(self, root: Path) -> None:
         """Refuse the data set's own folder as the data directory."""
@@ -124,7 +134,7 @@ class Official(Source):
             )
 
     def _missing(self, folder: Path) -> list[File]:
-        return [file for file in self.files if not (folder / file.name).exists()]
+        return [file for file in self.files if not self.path(folder, file).exists()]
 
     def _fetch(self, root: Path) -> None:
         """Whatever is missing by now."""

@@ -9,10 +9,7 @@ from undistill.models.model import (
     device_of,
     features,
     frozen,
-    largest_weights,
     last_features,
-    load_weights,
-    returned,
 )
 from undistill.models.plaincnn import PlainCNN
 from undistill.models.resnet import ResNet
@@ -20,7 +17,9 @@ from undistill.models.resnetc import ResNetC
 from undistill.models.resnext import ResNeXt
 from undistill.models.shufflenetv2 import ShuffleNetV2
 from undistill.models.timm import Timm
+from undistill.models.trial import returned
 from undistill.models.vgg import VGG
+from undistill.models.weights import largest_weights, load_weights
 from undistill.models.wrn import WRN
 
 __all__ = [

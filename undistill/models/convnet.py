@@ -3,8 +3,9 @@
 from pydantic import Field
 from torch import nn
 
-from undistill.models.model import Model, Shape
+from undistill.models.model import Model
 from undistill.models.parts import staged
+from undistill.models.trial import Shape
 
 
 class ConvNet(Model):

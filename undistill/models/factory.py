@@ -8,7 +8,8 @@ from torch import nn
 from undistill.core.code import load_code
 from undistill.core.errors import ModelError
 from undistill.core.spec import split_call
-from undistill.models.model import Model, Shape
+from undistill.models.model import Model
+from undistill.models.trial import Shape, require_copyable
 
 
 class Factory(Model):
@@ -31,7 +32,11 @@ class Factory(Model):
         try:
             taken = inspect.signature(make).parameters
             # a copy, so that a part which the user's module keeps is not shared by two networks
-            network: nn.Module = deepcopy(make(**{key: known[key] for key in known if key in taken} | arguments))
+            network: nn.Module = make(**{key: known[key] for key in known if key in taken} | arguments)
+            if isinstance(network, nn.Module):
+                require_copyable(network, self.call)
+            return deepcopy(network)
+        except ModelError:
+            raise
         except (Exception, SystemExit) as error:
             raise ModelError(f"{self.call} raised {type(error).__name__}: {error}") from error
-        return network

@@ -3,8 +3,9 @@
 from pydantic import Field
 from torch import Tensor, nn
 
-from undistill.models.model import Model, Shape
+from undistill.models.model import Model
 from undistill.models.parts import conv_norm, he_normal, is_small, staged
+from undistill.models.trial import Shape
 
 # expansion, channels, blocks, stride (table 2)
 STAGES = (

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from undistill.models.model import Shape
+from undistill.models.trial import Shape
 
 SMALL = 64  # pixels of the shorter side, up to which a network keeps the resolution at first
 

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from undistill.models.model import Model, Shape
+from undistill.models.model import Model
 from undistill.models.parts import conv_norm, he_normal, is_small, staged
+from undistill.models.trial import Shape
 
 LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 

@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from undistill.models.model import Model, Shape
+from undistill.models.model import Model
 from undistill.models.parts import he_normal, staged
+from undistill.models.trial import Shape
 
 
 class ResNetC(Model):

@@ -3,9 +3,10 @@
 from pydantic import Field, field_validator
 from torch import nn
 
-from undistill.models.model import Model, Shape
+from undistill.models.model import Model
 from undistill.models.parts import conv_norm, he_normal, staged
 from undistill.models.resnet import Residual
+from undistill.models.trial import Shape
 
 
 class ResNeXt(Model):

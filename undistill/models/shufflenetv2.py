@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from undistill.models.model import Model, Shape
+from undistill.models.model import Model
 from undistill.models.parts import conv_norm, he_normal, is_small, staged
+from undistill.models.trial import Shape
 
 STAGES = ((116, 4), (232, 8), (464, 4))  # channels, units (table 5, 1x)
 

@@ -4,11 +4,12 @@ import importlib
 from difflib import get_close_matches
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from undistill.core.errors import ModelError
-from undistill.models.model import Model, Shape
+from undistill.models.adapter import Normalise
+from undistill.models.model import Model
+from undistill.models.trial import Shape
 
 
 class Timm(Model):
@@ -30,23 +31,6 @@ class Timm(Model):
             )
         network = timm.create_model(self.name, num_classes=num_classes, in_chans=shape[0])
         return nn.Sequential(Normalise(network.pretrained_cfg, shape[0]), network)
-
-
-class Normalise(nn.Module):
-    """(x - mean) / std of the images for which the network was designed; grey images take the mean over colours."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, config: dict[str, Any], channels: int) -> None:
-        super().__init__()
-        for name in ("mean", "std"):
-            colours = torch.tensor(config.get(name) or (0.5, 0.5, 0.5))
-            values = colours if channels == len(colours) else colours.mean().expand(channels)
-            self.register_buffer(name, values.view(-1, 1, 1).clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
 
 
 def _timm() -> Any:

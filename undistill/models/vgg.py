@@ -3,8 +3,9 @@
 from pydantic import Field
 from torch import nn
 
-from undistill.models.model import Model, Shape
+from undistill.models.model import Model
 from undistill.models.parts import conv_norm, he_normal, staged
+from undistill.models.trial import Shape
 
 LAYERS = ((1,), (2,), (4, 4), (8, 8), (8, 8))  # times the width
 

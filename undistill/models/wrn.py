@@ -3,8 +3,9 @@
 from pydantic import Field, field_validator
 from torch import nn
 
-from undistill.models.model import Model, Shape
+from undistill.models.model import Model
 from undistill.models.resnetc import preactivation
+from undistill.models.trial import Shape
 
 
 class WRN(Model):

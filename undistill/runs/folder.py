@@ -19,11 +19,16 @@ from undistill.core.code import is_code, is_current
 from undistill.core.errors import DataError, NonFinite, StoreError, UndistillError
 from undistill.core.files import PART, parse_json, read_json, read_text, require_plain, sha256, sweep, write_json
 from undistill.core.tensors import write_weights
+from undistill.data.split import Samples
+from undistill.data.views import to_float
 from undistill.models.model import device_of
+from undistill.models.trial import require_as_measured
+from undistill.models.weights import load_weights
 from undistill.runs.environment import environment
 from undistill.training.autotune import TRIAL_LOCK
 
 Record = dict[str, Any]
+COMPARED = 64  # images whose answers are compared with those of the network that was measured
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,19 @@ class Claim:
             for path in small:
                 path.unlink(missing_ok=True)
 
-    def finish(self, network: nn.Module, record: Record) -> None:
-        """Write weights, then the record, then clear the checkpoints away."""
+    def finish(self, network: nn.Module, record: Record, again: nn.Module, samples: Samples) -> None:
+        """Write weights, then the record, then clear the checkpoints away.
+
+        The weights are read into `again`, a new network of the same kind, which must answer `samples` as `network`
+        does.
+        """
         if distributed.rank() > 0:
             return
-        hashes = {"weights_sha256": write_weights(self.folder / "weights.safetensors", network.state_dict())}
+        weights = self.folder / "weights.safetensors"
+        hashes = {"weights_sha256": write_weights(weights, network.state_dict())}
+        load_weights(again, weights)
+        images = to_float(samples[torch.arange(min(len(samples), COMPARED))].pixels.to(device_of(network)))
+        require_as_measured(network, again, images, str(record["model"]))
         if (metrics := self.folder / "metrics.jsonl").exists():
             hashes["metrics_sha256"] = sha256(metrics)
         write_json(self.folder / "run.json", record | hashes | {"environment": environment(device_of(network))})

@@ -12,7 +12,8 @@ from undistill.core.progress import Progress
 from undistill.core.seeds import derive, seeded
 from undistill.data.split import Data, Split
 from undistill.defences.defence import Defence, Fresh, ResponseDefence
-from undistill.models.model import Model, returned
+from undistill.models.model import Model
+from undistill.models.trial import returned
 from undistill.runs.folder import claim, together
 from undistill.runs.run import Run
 from undistill.runs.settings import Settings, recorded_settings
@@ -89,11 +90,11 @@ def protect(
                     )
             record = record_of(request, data, fit, victim, ", ".join(map(str, defences)))
             record["responses"] = [str(one) for one in defences if _restructures(one, teacher, data)]
-            _require_rebuilt(honest.fresh(seed, model), victim, defences, data)
+            again = _rebuilt(honest.fresh(seed, model), victim, defences, data)
             record["metrics"]["divergence"] = metrics.divergence(
                 evaluate(victim, data.validation), evaluate(teacher, data.validation)
             )
-            place.finish(victim, record)
+            place.finish(victim, record, again, data.validation)
     return Run.open(out)
 
 
@@ -102,8 +103,8 @@ def _restructures(defence: Defence, network: nn.Module, data: Data) -> bool:
     return defence.wrap(network, data.shape, data.num_classes) is not network
 
 
-def _require_rebuilt(network: nn.Module, victim: nn.Module, defences: Sequence[Defence], data: Data) -> None:
-    """Raise `ModelError` for a victim that loading its run could not rebuild."""
+def _rebuilt(network: nn.Module, victim: nn.Module, defences: Sequence[Defence], data: Data) -> nn.Module:
+    """`network` in the structure of `victim`; `ModelError` for one that loading its run could not rebuild."""
     for one in defences:
         network = one.wrap(network, data.shape, data.num_classes)
     if network.state_dict().keys() != victim.state_dict().keys():
@@ -111,6 +112,7 @@ def _require_rebuilt(network: nn.Module, victim: nn.Module, defences: Sequence[D
             f"{', '.join(map(str, defences))} gave the network another structure, with which it could not be opened "
             "again. A defence says by its method wrap(current, shape, num_classes) how it builds it."
         )
+    return network
 
 
 class _Fresh:

@@ -25,7 +25,8 @@ from undistill.core.spec import Spec
 from undistill.data.source import Source
 from undistill.data.split import Data
 from undistill.defences.defence import Defence
-from undistill.models.model import Model, largest_weights, load_weights
+from undistill.models.model import Model
+from undistill.models.weights import largest_weights, load_weights
 from undistill.runs.folder import Record, read_record
 
 Finite = Annotated[float, Field(ge=-1e18, le=1e18, allow_inf_nan=False)]

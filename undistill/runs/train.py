@@ -12,7 +12,9 @@ from undistill.core.seeds import derive
 from undistill.data.batches import Batch
 from undistill.data.source import Source
 from undistill.data.split import Data
-from undistill.models.model import Model, largest_weights, load_weights
+from undistill.models.model import Model
+from undistill.models.trial import require_whole
+from undistill.models.weights import largest_weights, load_weights
 from undistill.runs.folder import Record, claim, together
 from undistill.runs.run import Run
 from undistill.runs.settings import TrainSettings
@@ -52,6 +54,8 @@ def train(
         "refers": model.refers(),
         "settings": settings.model_dump(mode="json"),
     }
+    other = model.build(loaded.shape, loaded.num_classes, seed + 1)
+    require_whole(network, other, loaded.shape, str(model))
     if weights:
         load_weights(network, Path(weights))
         network.eval()
@@ -64,7 +68,8 @@ def train(
         if not place.finished:
             fit = Fit(settings.recipe, seed, chosen, place.folder, progress or Progress.silent(), "honest teacher")
             network = fit(network, loaded.split, objective)
-            place.finish(network, record_of(request, loaded, fit, network, str(weights or model)))
+            record = record_of(request, loaded, fit, network, str(weights or model))
+            place.finish(network, record, other, loaded.validation)
     return Run.open(out)
 
 
