@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from undistill.api import audit, protect, train
+    from undistill.api import adopt, audit, protect, train
     from undistill.attacks.attack import Attack, Buying, Distillation, Fresh, Role, ThiefData
     from undistill.data.batches import Batch
     from undistill.data.source import Source
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from undistill.victims.victim import Victim
 
 _HOMES = {
-    "api": ["audit", "protect", "train"],
+    "api": ["adopt", "audit", "protect", "train"],
     "attacks.attack": ["Attack", "Buying", "Distillation", "Fresh", "Role", "ThiefData"],
     "data": ["Data", "Samples", "Source", "Split"],
     "data.batches": ["Batch"],
@@ -49,7 +49,8 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Access", "Answer", "Attack", "Batch", "Buying", "Data", "Defence", "Distillation", "Extra", "Fit", "Form", "Fresh",
     "Ledger", "Model", "Oracle", "Protected", "Recipe", "Response", "ResponseDefence", "Role", "Run", "Samples",
-    "Settings", "Source", "Split", "ThiefData", "TrainSettings", "Victim", "Weighted", "audit", "protect", "train",
+    "Settings", "Source", "Split", "ThiefData", "TrainSettings", "Victim", "Weighted", "adopt", "audit", "protect",
+    "train",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`train`, `protect` and `audit`: what the command line and the README call."""
+"""`train`, `adopt`, `protect` and `audit`: what the command line and the README call."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +20,7 @@ from undistill.models.model import Model
 from undistill.report.evidence import read_curve, write_evidence
 from undistill.report.figures import label
 from undistill.report.page import write_report
+from undistill.runs.adopt import adopt
 from undistill.runs.folder import claim
 from undistill.runs.protect import protect
 from undistill.runs.run import Run
@@ -29,7 +30,7 @@ from undistill.training.answers import REMEMBER
 from undistill.training.compute import pick_device
 from undistill.training.recipe import Recipe
 
-__all__ = ["audit", "protect", "train"]
+__all__ = ["adopt", "audit", "protect", "train"]
 
 
 def audit(

@@ -88,6 +88,53 @@ def train(
 
 
 @app.command()
+def adopt(
+    data: Annotated[str, typer.Option(help="Images of the kind that it was trained on.")],
+    model: Annotated[str, typer.Option(help="A listed network, or your own: path/to/file.py:factory.")],
+    weights: Annotated[
+        Path | None, typer.Argument(help="A checkpoint or safetensors file; none if the factory loads it.")
+    ] = None,
+    test: Annotated[str | None, typer.Option(help="Images that it has not seen, on which it is measured.")] = None,
+    preprocess: Annotated[
+        str, typer.Option(help="How it wants images: none, imagenet, half, cifar10, mnist, 255 or timm.")
+    ] = "none",
+    mean: Annotated[str | None, typer.Option(help="Or the mean of each channel, such as 0.485,0.456,0.406.")] = None,
+    std: Annotated[str | None, typer.Option(help="With the standard deviation of each.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Class names in the order of its outputs: cat,dog,eel; by name otherwise.")
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="Where the checkpoint keeps them, if it holds several.")] = None,
+    out: Out = None,
+    device: Device = "auto",
+    data_dir: DataDir = None,
+) -> None:
+    """Take a trained classifier as it is, to protect and audit it."""
+    from undistill.core.errors import SpecError
+    from undistill.models.adapter import Adapter
+    from undistill.runs.adopt import adopt as run
+
+    def numbers(text: str | None) -> tuple[float, ...]:
+        try:
+            return tuple(float(part) for part in text.split(",")) if text else ()
+        except ValueError:
+            raise SpecError(f"'{text}' is no list of numbers, such as 0.485,0.456,0.406.") from None
+
+    how = Adapter(mean=numbers(mean), std=numbers(std)) if mean or std else preprocess
+    named = [name.strip() for name in classes.split(",")] if classes else ()
+    out = out or Path("runs") / f"{Path(data.split('(')[0]).stem}-{Path(model.split('(')[0]).stem}"
+    with working():
+        result = run(
+            model, data, out, weights=weights, key=key, preprocess=how, classes=named, test=test, device=device
+        )
+    metrics = result.record["metrics"]
+    kept = "that it has not seen" if test else "of which it may have seen any"
+    say(
+        f"{result.folder}: accuracy {metrics['train_accuracy']:.1%} on training images, "
+        f"{metrics['test_accuracy']:.1%} on test images, {kept}"
+    )
+
+
+@app.command()
 def protect(
     run: Annotated[Path, typer.Argument(help="The run folder of the honest teacher.")],
     defence: Annotated[

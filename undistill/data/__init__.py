@@ -1,5 +1,6 @@
 """Images as uint8 tensors, and the sources they come from (one file each)."""
 
+from undistill.data.apart import Apart
 from undistill.data.cifar import CIFAR10, CIFAR100
 from undistill.data.digits import Digits
 from undistill.data.files import ImageFiles, fetched
@@ -19,6 +20,7 @@ __all__ = [
     "KMNIST",
     "MNIST",
     "SVHN",
+    "Apart",
     "Data",
     "Digits",
     "FashionMNIST",

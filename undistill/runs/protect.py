@@ -70,6 +70,7 @@ def protect(
         "data": honest.record["data"],
         "data_sha256": honest.record["data_sha256"],
         "model": str(model),
+        **{name: honest.record[name] for name in ("adapter", "unseen") if honest.record.get(name)},
         "defences": list(map(str, defences)),
         "refers": refers,
         "settings": settings.model_dump(mode="json"),

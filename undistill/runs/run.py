@@ -25,6 +25,7 @@ from undistill.core.spec import Spec
 from undistill.data.source import Source
 from undistill.data.split import Data
 from undistill.defences.defence import Defence
+from undistill.models.adapter import Adapter
 from undistill.models.model import Model
 from undistill.models.weights import largest_weights, load_weights
 from undistill.runs.folder import Record, read_record
@@ -51,10 +52,14 @@ class Parent(BaseModel):
 class Recorded(BaseModel):
     """Fields that every run.json must have; others are allowed."""
 
-    command: Literal["train", "protect"]
+    command: Literal["train", "adopt", "protect"]
     data: str
     data_sha256: str
     model: str
+    adapter: str = str(Adapter())
+    """How a network that was trained elsewhere is asked."""
+    unseen: Literal["test"] | None = None
+    """Which images adopted weights have certainly not been trained on."""
     defences: list[str] = Field(default_factory=list)
     """Defences that were applied, in order."""
     responses: list[str] = Field(default_factory=list)
@@ -129,7 +134,13 @@ class Run:
         """The same architecture, newly initialised by `seed`."""
         spec = self.model(model)
         self._require_unchanged(spec)
-        return spec.build(self.shape, len(self.record["classes"]), seed).eval()
+        network = spec.build(self.shape, len(self.record["classes"]), seed)
+        return self.adapter.wrap(network, self.shape[0]).eval()
+
+    @property
+    def adapter(self) -> Adapter:
+        """How its network is asked."""
+        return Adapter.parse(self.record.get("adapter", str(Adapter())))
 
     def _defence(self, text: str) -> Defence:
         spec = Defence.parse(text)
@@ -179,7 +190,7 @@ class Run:
     @property
     def identity(self) -> str:
         """Hash of everything on which answers depend: two responses may have the same weights under them."""
-        changing = [name for name in ("model", "defences", "responses") if self.record.get(name)]
+        changing = [name for name in ("model", "adapter", "defences", "responses") if self.record.get(name)]
         return fingerprint(self.digest, self.record["refers"], [self.record[name] for name in changing])
 
 
@@ -188,7 +199,7 @@ def _unfinished(folder: Path) -> str:
     if not (folder / "request.json").exists():
         return "no run of undistill"
     command = read_record(folder / "request.json").get("command")
-    if command in ("train", "protect"):
+    if command in ("train", "adopt", "protect"):
         return "unfinished: run the command that made it again"
     return f"the folder of another command ({command}), not of a model"
 
