@@ -58,10 +58,19 @@ class Pair(Part):
     test_images: Annotated[int, Field(ge=1)]
     adopted_weights: bool
     """The honest teacher started from weights made elsewhere."""
+    unseen: bool = False
+    """Whoever adopted them named the test images as such on which they were not trained."""
+    membership_gap: Number = 0.0
+    """Mean confidence of the honest teacher on training images minus that on test images; a memory of both has none."""
     same_origin: bool
     """The victim was protected from this honest teacher."""
     responses: list[Text] = Field(default_factory=list)
     """Defences of the victim that change answers only."""
+
+    @property
+    def may_be_memory(self) -> bool:
+        """Whether the test images may have been among those on which the model was trained."""
+        return self.adopted_weights and not self.unseen
 
 
 class Cell(Part):

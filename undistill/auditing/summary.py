@@ -60,7 +60,9 @@ def measure_pair(pair: VictimPair) -> Pair:
         divergence=metrics.divergence(victim, honest),
         honest_train_accuracy=metrics.accuracy(train, data.train.labels),
         test_images=len(data.test),
-        adopted_weights=bool(pair.honest.record.get("start_sha256")),
+        adopted_weights=pair.honest.has_history,
+        unseen=pair.honest.record.get("unseen") == "test",
+        membership_gap=metrics.confidence(train) - metrics.confidence(logits["honest"]),
         same_origin=made_from == pair.honest.digest,
         responses=pair.victim.record.get("responses", []),
     )

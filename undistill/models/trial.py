@@ -138,6 +138,13 @@ def _outside(network: nn.Module) -> set[str]:
     return found
 
 
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether networks that two seeds initialised have the same weights, as where a factory loads them from a file."""
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    drawn = [(ours, theirs) for ours, theirs in pairs if ours.ndim > 1]  # others begin as zeros or ones
+    return bool(drawn) and all(torch.equal(ours, theirs) for ours, theirs in drawn)
+
+
 def varies(network: nn.Module, shape: Shape) -> bool:
     """Whether a network in eval mode answers the same images in different ways."""
     trial = deepcopy(network).eval()

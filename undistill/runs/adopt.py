@@ -23,7 +23,7 @@ from undistill.runs.settings import TrainSettings
 from undistill.runs.train import record_of
 from undistill.training.compute import pick_device
 from undistill.training.fit import Fit
-from undistill.training.metrics import accuracy, evaluate
+from undistill.training.metrics import accuracy, confidence, evaluate
 from undistill.training.recipe import Recipe
 
 NORMALISATIONS: dict[str, Adapter] = {
@@ -144,7 +144,7 @@ def _measured(network: nn.Module, data: Data) -> dict[str, float]:
     for name, samples in (("train", _some(data.train)), ("test", data.test)):
         logits = evaluate(network, samples)
         found[f"{name}_accuracy"] = accuracy(logits, samples.labels.to(logits.device))
-        found[f"{name}_confidence"] = float(logits.softmax(1).max(1).values.double().mean())
+        found[f"{name}_confidence"] = confidence(logits)
     return found
 
 

@@ -177,6 +177,13 @@ class Run:
         return channels, height, width
 
     @property
+    def has_history(self) -> bool:
+        """Whether its weights come from elsewhere, so that nobody here knows on which images they were trained."""
+        return self.record["command"] == "adopt" or bool(
+            self.record.get("start_sha256") or self.record.get("pretrained")
+        )
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the weights."""
         return str(self.record["weights_sha256"])

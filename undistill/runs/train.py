@@ -13,7 +13,7 @@ from undistill.data.batches import Batch
 from undistill.data.source import Source
 from undistill.data.split import Data
 from undistill.models.model import Model
-from undistill.models.trial import require_whole
+from undistill.models.trial import require_whole, same_weights
 from undistill.models.weights import largest_weights, load_weights
 from undistill.runs.folder import Record, claim, together
 from undistill.runs.run import Run
@@ -56,6 +56,7 @@ def train(
     }
     other = model.build(loaded.shape, loaded.num_classes, seed + 1)
     require_whole(network, other, loaded.shape, str(model))
+    pretrained = same_weights(network, other)
     if weights:
         load_weights(network, Path(weights))
         network.eval()
@@ -68,7 +69,7 @@ def train(
         if not place.finished:
             fit = Fit(settings.recipe, seed, chosen, place.folder, progress or Progress.silent(), "honest teacher")
             network = fit(network, loaded.split, objective)
-            record = record_of(request, loaded, fit, network, str(weights or model))
+            record = record_of(request, loaded, fit, network, str(weights or model)) | {"pretrained": pretrained}
             place.finish(network, record, other, loaded.validation)
     return Run.open(out)
 

@@ -45,6 +45,11 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(1) == labels).double().mean().item()
 
 
+def confidence(logits: Tensor) -> float:
+    """Mean probability of the highest answer."""
+    return logits.softmax(1).amax(1).double().mean().item()
+
+
 def fidelity(student: Tensor, victim: Tensor) -> float:
     """Top-1 agreement of two answers (N, K) to the same images."""
     return accuracy(student, victim.argmax(1))

@@ -1,0 +1,174 @@
+"""A classifier that was trained elsewhere, with its own normalisation, order of classes and kind of answers."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner
+
+from tests.conftest import STUDENT
+from undistill import Run, adopt, audit, protect
+from undistill.cli import app
+from undistill.core.errors import DataError, ModelError, SpecError, remark
+from undistill.data import Source
+from undistill.models import Model
+from undistill.models.weights import read_state
+from undistill.runs.settings import Settings
+from undistill.training.metrics import accuracy, evaluate
+from undistill.training.recipe import Recipe
+
+COLOURS = {"cat": (40, 200, 40), "dog": (200, 40, 40), "eel": (40, 40, 200), "fox": (180, 180, 40)}
+THEIRS = ("dog", "cat", "fox", "eel")
+"""The classes in the order of the network's outputs."""
+MEAN, STD = (torch.tensor(values).view(-1, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+NET = """
+import torch
+from pathlib import Path
+from torch import nn
+
+def make(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(8, num_classes))
+
+def soft(num_classes):
+    return nn.Sequential(*make(num_classes), nn.Softmax(1))
+
+def loaded(num_classes):
+    network = make(num_classes)
+    network.load_state_dict(torch.load(Path(__file__).with_name("plain.pt"), weights_only=True))
+    return network
+"""
+
+
+def photos(folder: Path, count: int, seed: int) -> Path:
+    random = np.random.default_rng(seed)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = np.array(colour) + random.normal(0, 60, (12, 12, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """net.py, photos, other photos, and weights that were trained outside of this project."""
+    root = tmp_path_factory.mktemp("adopt")
+    (root / "net.py").write_text(NET)
+    photos(root / "other", 20, 1)
+    data = Source.parse(str(photos(root / "photos", 40, 0))).load()
+    names: dict[str, object] = {"__file__": str(root / "net.py")}
+    exec(NET, names)
+    torch.manual_seed(0)
+    network: nn.Module = names["make"](4)  # type: ignore[operator]
+    images = (data.train.pixels / 255 - MEAN) / STD
+    labels = torch.tensor([THEIRS.index(name) for name in data.classes])[data.train.labels]
+    optimiser = torch.optim.Adam(network.parameters(), 0.02)
+    for _ in range(80):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(network(images), labels).backward()
+        optimiser.step()
+    torch.save(network.state_dict(), root / "plain.pt")
+    state = {f"module.{name}": value for name, value in network.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 80}, root / "best.pth.tar")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    remark.cache_clear()
+    caplog.set_level(logging.WARNING)
+    return caplog
+
+
+def taken(world: Path, out: Path, factory: str = "make", **options: object) -> Run:
+    options = {"weights": world / "best.pth.tar", "device": "cpu"} | options
+    return adopt(f"{world / 'net.py'}:{factory}", str(world / "photos"), out, **options)  # type: ignore[arg-type]
+
+
+RIGHT = {"preprocess": "imagenet", "classes": THEIRS}
+
+
+def test_a_network_with_its_normalisation_and_order(world: Path, tmp_path: Path) -> None:
+    run = taken(world, tmp_path / "run", **RIGHT)
+    assert run.record["metrics"]["test_accuracy"] > 0.9
+    assert run.record["metrics"]["train_accuracy"] > 0.9
+    network, data = run.network(Model.from_user(f"{world / 'net.py'}:make")), run.data()
+    assert accuracy(evaluate(network, data.test), data.test.labels) == run.record["metrics"]["test_accuracy"]
+    kept, given = read_state(tmp_path / "run" / "weights.safetensors"), read_state(world / "plain.pt")
+    assert kept.keys() == given.keys()
+    assert all(torch.equal(kept[name], given[name]) for name in given)
+
+
+def test_what_is_lacking_is_named(world: Path, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    taken(world, tmp_path / "run")
+    assert "Accuracy is near chance" in said.text
+    assert "With --preprocess imagenet --classes dog,cat,fox,eel it is" in said.text
+
+
+def test_probabilities_are_read_as_such(world: Path, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    runs = [taken(world, tmp_path / name, name, **RIGHT) for name in ("make", "soft")]
+    assert "soft answers probabilities" in said.text
+    names = [f"{world / 'net.py'}:{name}" for name in ("make", "soft")]
+    data = runs[0].data()
+    logits, logs = (
+        evaluate(run.network(Model.from_user(name)), data.test) for run, name in zip(runs, names, strict=True)
+    )
+    assert torch.allclose(logits.log_softmax(1), logs, atol=1e-4)
+    assert runs[0].record["metrics"]["validation_nll"] == pytest.approx(runs[1].record["metrics"]["validation_nll"])
+
+
+@pytest.mark.parametrize("test", [False, True], ids=["unknown", "named"])
+def test_the_report_says_whether_test_images_may_be_memory(test: bool, world: Path, tmp_path: Path) -> None:
+    model = f"{world / 'net.py'}:loaded"
+    chosen = {"test": str(world / "other")} if test else {}
+    honest = taken(world, tmp_path / "run", "loaded", weights=None, **RIGHT, **chosen)
+    victim = protect(
+        honest,
+        "Rounding(digits=1)",
+        tmp_path / "victim",
+        model=model,
+        settings=Settings(recipe=Recipe(epochs=1)),
+        device="cpu",
+    )
+    report = audit(
+        victim, tmp_path / "audit", model=model, students=[STUDENT], seeds=1, recipe=Recipe(epochs=1), device="cpu"
+    )
+    page = (tmp_path / "audit" / "report.html").read_text()
+    assert ("adopted_weights" in {flag.name for flag in report.flags}) != test
+    assert ("kept apart from training" in page) == test
+    assert ("on which the model may have been trained" in page) != test
+    assert report.pairs[0].test_images == (80 if test else 32)
+
+
+def test_bad_words_are_explained(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SpecError, match=r"No preprocessing named 'imagnet'. Valid: none, imagenet"):
+        taken(world, tmp_path / "a", preprocess="imagnet")
+    with pytest.raises(SpecError, match="must name all 4 classes of the data once; see bird, dog"):
+        taken(world, tmp_path / "a", classes=("bird", "cat", "eel", "fox"))
+    with pytest.raises(ModelError, match="no pretrained_cfg of timm"):
+        taken(world, tmp_path / "a", preprocess="timm")
+    with monkeypatch.context() as patched, pytest.raises(ModelError, match="There is no weights file"):
+        patched.setattr(Source, "load", lambda _: pytest.fail("images were read first"))
+        taken(world, tmp_path / "a", weights="nowhere.pt")
+    photos(tmp_path / "three", 9, 3)
+    (tmp_path / "three" / "fox").rename(tmp_path / "three" / "wolf")
+    with pytest.raises(DataError, match=r"wolf \.\.\.; test images must be of the same classes|called the same"):
+        taken(world, tmp_path / "a", test=str(tmp_path / "three"))
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_command(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+    words = ["adopt", "best.pth.tar", "--model", "net.py:make", "--data", "photos", "--out", str(tmp_path / "run")]
+    how = ["--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225", "--classes", "dog, cat, fox, eel"]
+    done = CliRunner().invoke(app, [*words, *how, "--test", "other", "--device", "cpu"])
+    assert done.exit_code == 0, done.stderr
+    assert "on test images, that it has not seen" in done.stdout
+    assert CliRunner().invoke(app, [*words, *how, "--test", "other", "--device", "cpu"]).exit_code == 0, "instant"
+    done = CliRunner().invoke(app, [*words, "--mean", "a,b"])
+    assert (done.exit_code, "'a,b' is no list of numbers" in done.stderr) == (2, True)
