@@ -152,9 +152,10 @@ def test_bad_words_are_explained(world: Path, tmp_path: Path, monkeypatch: pytes
         taken(world, tmp_path / "a", classes=("bird", "cat", "eel", "fox"))
     with pytest.raises(ModelError, match="no pretrained_cfg of timm"):
         taken(world, tmp_path / "a", preprocess="timm")
-    with monkeypatch.context() as patched, pytest.raises(ModelError, match="There is no weights file"):
+    with monkeypatch.context() as patched:
         patched.setattr(Source, "load", lambda _: pytest.fail("images were read first"))
-        taken(world, tmp_path / "a", weights="nowhere.pt")
+        with pytest.raises(ModelError, match="There is no weights file"):
+            taken(world, tmp_path / "a", weights="nowhere.pt")
     photos(tmp_path / "three", 9, 3)
     (tmp_path / "three" / "fox").rename(tmp_path / "three" / "wolf")
     with pytest.raises(DataError, match=r"wolf \.\.\.; test images must be of the same classes|called the same"):

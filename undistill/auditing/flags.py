@@ -63,8 +63,10 @@ def no_gain_from_honest(report: Report) -> str | None:
 
 @check
 def costly(report: Report) -> str | None:
-    cost = report.verdict.cost.mean
-    return f"The protection costs {cost * 100:.1f} points of accuracy; its users will notice." if cost > 0.02 else None
+    cost = report.verdict.cost
+    if cost.low is None or cost.low <= 0.02:
+        return None
+    return f"The protection costs at least {cost.low * 100:.1f} points of accuracy; its users will notice."
 
 
 @check
@@ -159,4 +161,8 @@ def small_test_set(report: Report) -> str | None:
     n = min(pair.test_images for pair in report.pairs)
     if n >= 500:
         return None
-    return f"With {n} test images an accuracy may be off by {0.5 / n**0.5:.1%}; differences below that say little."
+    half = 100 * 1.96 * 0.5 / n**0.5
+    return (
+        f"With {n} test images an accuracy is uncertain by up to {half:.1f} points either way (95 %); differences "
+        "below that say little."
+    )

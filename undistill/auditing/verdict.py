@@ -6,12 +6,11 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-
-from scipy.stats import t as student_t
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from undistill.attacks.attack import FLOORS, Role
 from undistill.auditing.schema import Cell, Interval, Side, Verdict
+from undistill.auditing.wording import quantile, sentence
 from undistill.core.errors import SpecError
 
 Column = tuple[Side, str, str]  # side, attack, student
@@ -29,7 +28,7 @@ def interval(values: Sequence[float]) -> Interval:
     mean, n = statistics.fmean(values), len(values)
     if n < 2:
         return Interval(mean=mean, low=None, high=None, n=n)
-    half = float(student_t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    half = quantile(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n)
     return Interval(mean=mean, low=mean - half, high=mean + half, n=n)
 
 
@@ -93,38 +92,20 @@ def judge(cells: Sequence[Cell], cost: Interval, data: str) -> Verdict:
         worst_attack=worst_attack,
         worst_student=worst_student,
     )
-    thief = max(statistics.fmean(hard(who).values()) for who in students)
-    return verdict.model_copy(update={"sentence": sentence(verdict, data, thief)})
+    words = sentence(verdict, data, best_thief(table, roles), len(attacks))
+    return verdict.model_copy(update={"sentence": words})
+
+
+def best_thief(table: Mapping[Column, Accuracies], roles: Mapping[Column, Role]) -> str:
+    """The attack on the victim, the copying of top answers among them, that made the best student."""
+    asked = {column: found for column, found in table.items() if column[0] == "victim"}
+    column, found = max(asked.items(), key=lambda entry: statistics.fmean(entry[1].values()))
+    kinds = len({attack for _, attack, _ in asked})
+    how = "copying only the top answers" if roles[column] == Role.TOP_ANSWERS else column[1]
+    accuracy = statistics.fmean(found.values())
+    return f"the best thief of {kinds} that were tried ({how}) gets a {column[2]} of {accuracy:.1%}"
 
 
 def minus(a: Accuracies, b: Accuracies) -> Interval:
     """a - b, paired by seed."""
     return interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
-
-
-def sentence(verdict: Verdict, data: str, hard_label_accuracy: float) -> str:
-    """The verdict in words, for someone outside the field."""
-    damage, cost = verdict.damage, verdict.cost
-    spoils = damage.mean > 0 and (damage.low is None or damage.low > 0)
-    effect = (
-        f"makes a student that imitates its answers {points(damage.mean)} worse than one that imitates "
-        "the unprotected model"
-        if spoils
-        else "does not measurably spoil the students that imitate its answers"
-    )
-    price = f"costs {points(cost.mean)} of accuracy" if cost.mean > 0 else "costs no accuracy"
-    leak = verdict.leak_hard
-    best = (
-        "does not measurably gain over"
-        if leak.mean <= 0 or (leak.low is not None and leak.low <= 0)
-        else f"gains {points(leak.mean)} over"
-    )
-    return (
-        f"On {data}, the protection {price} and {effect}; the strongest attack tried here {best} copying "
-        f"only the top answers, a way that stays open and gives a student of {hard_label_accuracy:.1%}."
-    )
-
-
-def points(share: float) -> str:
-    """0.023 -> '2.3 points'."""
-    return f"{abs(share) * 100:.1f} points"

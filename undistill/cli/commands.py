@@ -7,19 +7,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from undistill import __version__
 from undistill.auditing.suites import MOST_SEEDS
 from undistill.cli.options import (
     Address,
+    AuditOut,
     Code,
     Commands,
     Config,
     DataDir,
     Device,
     Fast,
-    Out,
     OwnDefence,
+    ProtectOut,
     Remember,
     Set,
+    TrainOut,
     Where,
     Workers,
     beside,
@@ -42,6 +45,21 @@ app = typer.Typer(
 )
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        say(f"undistill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None:
+    """Protect a classifier against distillation, audit it, and show the evidence."""
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("runs/demo"),
@@ -62,7 +80,7 @@ def demo(
 def train(
     data: Annotated[str, typer.Option(help="digits, a folder of images by class, an .npz file, or a spec.")],
     model: Annotated[str, typer.Option(help="A listed network, or your own: path/to/file.py:factory.")],
-    out: Out = None,
+    out: TrainOut = None,
     weights: Annotated[
         Path | None,
         typer.Option(
@@ -104,7 +122,7 @@ def adopt(
         str | None, typer.Option(help="Class names in the order of its outputs: cat,dog,eel; by name otherwise.")
     ] = None,
     key: Annotated[str | None, typer.Option(help="Where the checkpoint keeps them, if it holds several.")] = None,
-    out: Out = None,
+    out: TrainOut = None,
     device: Device = "auto",
     data_dir: DataDir = None,
 ) -> None:
@@ -140,7 +158,7 @@ def protect(
     defence: Annotated[
         list[str], typer.Option(help='A listed defence, such as "Nasty(omega=0.04, T=4)"; several apply in this order.')
     ],
-    out: Out = None,
+    out: ProtectOut = None,
     model: Code = None,
     config: Config = None,
     settings: Set = None,
@@ -185,7 +203,7 @@ def audit(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=MOST_SEEDS, help="Students of each kind.")] = 3,
     budget: Annotated[int | None, typer.Option(min=1, help="The most queries of each thief.")] = None,
-    out: Out = None,
+    out: AuditOut = None,
     model: Code = None,
     defence: OwnDefence = None,
     config: Config = None,

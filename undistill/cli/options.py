@@ -137,7 +137,10 @@ def working() -> Iterator["Progress"]:
         yield progress
 
 
-Out = Annotated[Path | None, typer.Option(help="Where the result goes; the same command resumes there.")]
+_OUT = "Where the result goes; the same command resumes there."
+TrainOut = Annotated[Path | None, typer.Option(help=_OUT, show_default="runs/DATA-MODEL")]
+ProtectOut = Annotated[Path | None, typer.Option(help=_OUT, show_default="RUN-DEFENCE")]
+AuditOut = Annotated[Path | None, typer.Option(help=_OUT, show_default="RUN-audit")]
 Config = Annotated[Path | None, typer.Option(help="A YAML file of settings.")]
 Set = Annotated[
     list[str] | None,

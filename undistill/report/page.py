@@ -98,7 +98,7 @@ def table(report: Report) -> list[dict[str, str]]:
                 "attack": figures.label(column),
                 "student": column[2],
                 "accuracy": percent(interval(list(accuracies.values()))),
-                "fidelity": percent(interval([cell.fidelity for cell in cells])),
+                "fidelity": percent(interval([cell.fidelity for cell in cells])) if column[0] != "none" else "–",
                 "queries": f"{max(cell.queries for cell in cells):,}",
                 "n": str(len(cells)),
             }
