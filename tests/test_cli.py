@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from tests.conftest import FAST, NASTY, STUDENT, TEACHER, toy_arrays
 from tests.test_official import write_idx
+from undistill import __version__
 from undistill.auditing.schema import Report
 from undistill.cli import app
 from undistill.data import MNIST
@@ -45,8 +46,12 @@ def test_help_does_not_wait_for_torch() -> None:
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    for command in ("demo", "train", "protect", "audit", "report", "list", "data", "figure", "reproduce"):
+    for command in ("demo", "train", "adopt", "protect", "audit", "report", "list", "data", "figure", "reproduce"):
         assert command in found.stdout
+
+
+def test_version() -> None:
+    assert call("--version").stdout.strip() == f"undistill {__version__}"
 
 
 def test_from_train_to_report(toy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,7 +236,8 @@ def test_every_field_of_a_source_changes_the_data(source: str, field: str, value
 
 def test_every_field_of_every_source_is_tried() -> None:
     folder = {"path", "size", "stream", "shaping", "background", "max_pixels", "nested"}  # see test_folders.py
-    own = {"Digits": set(), "Npz": {"path", "max_bytes"}, "Folder": folder}
+    apart = {"of", "test_on"}  # see test_adopt.py
+    own = {"Digits": set(), "Npz": {"path", "max_bytes"}, "Folder": folder, "Apart": apart}
     for name, source in Source.registry.items():
         if name == "Leaky":  # which refuses all but the seed
             continue

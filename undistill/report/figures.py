@@ -59,21 +59,26 @@ def save(figure: Figure, path: Path) -> list[Path]:
     return files
 
 
-def students(report: Report) -> Figure:
-    """Accuracy of every student with its spread over seeds, beside both floors; a panel for each architecture."""
+def students(report: Report, *, narrow: bool = False) -> Figure:
+    """Accuracy of every student with its spread over seeds, beside both floors; a panel for each architecture.
+
+    `narrow` draws it for the width of a phone.
+    """
     found = columns(report.cells)
     with matplotlib.rc_context(STYLE):
-        names = {column: fill(label(column), 42) for column in found}
+        names = {column: fill(label(column), 18 if narrow else 42) for column in found}
         lines = max(name.count("\n") + 1 for name in names.values())
         panels = list(dict.fromkeys(student for _, _, student in found))
         height = (0.28 + 0.14 * lines) * len(found) + 1.1 * len(panels)
-        figure = Figure(figsize=(8.5, height), layout="constrained")
+        figure = Figure(figsize=(4 if narrow else 8.5, height), layout="constrained")
         for axes, student in zip(figure.subplots(len(panels), 1, squeeze=False).flat, panels, strict=True):
             rows = {column: found[column] for column in reversed(found) if column[2] == student}
             _panel(axes, rows, {(c.side, c.attack, c.student): c.role for c in report.cells})
             axes.set_yticks(range(len(rows)), [names[column] for column in rows], fontsize=10 if lines == 1 else 8)
+            floors = "\n" if narrow else "   "
             axes.set_xlabel(
-                f"test accuracy of the student {legible(student)}, %   (· · · no teacher, - - - top answers only)"
+                f"test accuracy of the student {legible(student)}, %{floors}(· · · no teacher, - - - top answers only)",
+                fontsize=8 if narrow else 10,
             )
     return figure
 
@@ -94,7 +99,8 @@ def _row(axes: Axes, height: int, column: Column, values: Sequence[float]) -> No
     axes.plot(values, [height] * len(values), "|", color=colour, markersize=9, alpha=0.5)
     axes.plot([spread.mean], [height], marker, color=colour, markersize=7)
     if spread.low is not None and spread.high is not None:
-        axes.plot([spread.low, spread.high], [height, height], color=colour, linewidth=1.5)
+        ends = [max(spread.low, 0), min(spread.high, 100)]
+        axes.plot(ends, [height, height], color=colour, linewidth=1.5)
     axes.annotate(
         f"{spread.mean:.1f}", (spread.mean, height), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8
     )

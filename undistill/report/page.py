@@ -14,6 +14,7 @@ from undistill.auditing.verdict import columns, interval
 from undistill.core.errors import StoreError, legible
 from undistill.core.files import parse_json, read_text, require_plain, write_json, write_text
 from undistill.report import figures
+from undistill.report.advice import GLOSSARY, advice
 from undistill.report.curves import training
 from undistill.report.evidence import read_evidence
 
@@ -63,6 +64,7 @@ def render(folder: Path) -> Path:
     report, evidence = read_report(folder), read_evidence(folder / "evidence.npz")
     pictures = {
         "students": draw(figures.students(report)),
+        "students_narrow": draw(figures.students(report, narrow=True)),
         "answers": draw(figures.answers(evidence)),
         "maps": draw(figures.maps(evidence)),
         "training": draw(training(evidence.curves)) if evidence.curves else None,
@@ -73,6 +75,8 @@ def render(folder: Path) -> Path:
     context = {
         "report": report,
         "budget": budget,
+        "advice": advice(report),
+        "glossary": GLOSSARY,
         "rows": table(report),
         "agreement": agreement,
         "percent": percent,

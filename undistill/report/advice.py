@@ -1,0 +1,47 @@
+"""The first box of the page: what a reader who knows no machine learning takes away."""
+
+from undistill.auditing.schema import Report
+from undistill.auditing.wording import is_above_zero, price
+
+FEW = 3  # seeds below which nothing is claimed, or little
+
+
+def advice(report: Report) -> dict[str, str]:
+    """What was protected, what that costs, what stays open, and what to do next, one sentence each."""
+    verdict = report.verdict
+    return {
+        "Protected": f"A model that tells {report.classes} classes apart, so that its imitators learn less from it.",
+        "Price": price(verdict.cost),
+        "What stays open": (
+            "Whoever may query the model often enough can train a copy from its top answers alone; the table below "
+            "says how good such copies were."
+        ),
+        "What to do": _next(report),
+    }
+
+
+def _next(report: Report) -> str:
+    verdict = report.verdict
+    if any(pair.may_be_memory for pair in report.pairs):
+        return "Measure again on images that the model has not seen (undistill adopt --test DATA)."
+    if verdict.damage.n < FEW:
+        return f"Measure again with at least {FEW} seeds (--seeds {FEW}) before you rely on any difference here."
+    if not is_above_zero(verdict.damage):
+        return "Do not rely on this protection: it was not shown to work here. Strengthen it, or limit queries."
+    if report.flags:
+        return "Read the warnings below first; then limit how often each client may query the model."
+    return "Limit how often each client may query the model, and keep this report with the model that you ship."
+
+
+GLOSSARY = {
+    "student": "A network that a thief trains; its teacher is the model whose answers it imitates.",
+    "scratch": "Training on true labels alone, without anybody's answers.",
+    "top answer": "The class to which the model gives the highest probability.",
+    "distillation": "Training a network to give the same probabilities as another one.",
+    "seed": "The number from which all randomness of a training is drawn; other seeds show the spread by luck.",
+    "floor": "A student that no such protection can stop, beside which others are read.",
+    "ECE": "Expected calibration error: by how much the stated confidence differs from the share of right answers.",
+    "NLL": "Negative log-likelihood: how surprised the model is by the true class; lower is better.",
+    "nats": "Unit of difference between two sets of probabilities; 0 means that they are equal.",
+    "95 % interval": "A range that holds the true value in 95 of 100 such measurements.",
+}
