@@ -366,6 +366,19 @@ def test_a_torchvision_of_another_build_is_named(monkeypatch: pytest.MonkeyPatch
         Model.parse("timm:resnet18").build((3, 64, 64), 7, 0)
 
 
+def test_timm_takes_its_own_arguments_and_files(boxes: None, tmp_path: Path) -> None:
+    spec = Model.parse("timm:vit_tiny_patch16_224(img_size=32, patch_size=8, depth=2)")
+    assert Model.parse(str(spec)) == spec
+    network = spec.build((3, 32, 32), 7, 0)
+    assert network(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+    torch.save(network[1].state_dict(), tmp_path / "theirs.pt")
+    other = spec.build((3, 32, 32), 7, 1)
+    load_weights(other, tmp_path / "theirs.pt")
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in network.state_dict().items())
+    with pytest.raises(ModelError, match=r"cannot be built: .*unexpected keyword argument 'depht'"):
+        Model.parse("timm:vit_tiny_patch16_224(depht=2)").build((3, 32, 32), 7, 0)
+
+
 def test_without_timm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ModelError, match=r"undistill\[timm\]"):

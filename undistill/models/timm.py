@@ -7,13 +7,17 @@ from typing import Any
 from torch import nn
 
 from undistill.core.errors import ModelError
+from undistill.core.spec import split_call
 from undistill.models.adapter import Normalise
 from undistill.models.model import Model
 from undistill.models.trial import Shape
 
 
 class Timm(Model):
-    """`timm:NAME`, untrained, with its own normalisation; needs `pip install undistill[timm]`."""
+    """`timm:NAME`, untrained, with its own normalisation; needs `pip install undistill[timm]`.
+
+    `timm:NAME(img_size=32)` passes arguments of timm's own.
+    """
 
     name: str
 
@@ -24,12 +28,12 @@ class Timm(Model):
 
     def network(self, shape: Shape, num_classes: int) -> nn.Module:
         timm = _timm()
-        if not timm.is_model(self.name):
-            near = get_close_matches(self.name, timm.list_models(), n=3) or timm.list_models()[:3]
-            raise ModelError(
-                f"timm has no network '{self.name}'; {', '.join(near)} ... (timm.list_models() names all)."
-            )
-        network = timm.create_model(self.name, num_classes=num_classes, in_chans=shape[0])
+        name, _, arguments = self.name.partition("(")
+        if not timm.is_model(name):
+            near = get_close_matches(name, timm.list_models(), n=3) or timm.list_models()[:3]
+            raise ModelError(f"timm has no network '{name}'; {', '.join(near)} ... (timm.list_models() names all).")
+        given = split_call(f"{type(self).__name__}({arguments}")[2] if arguments else {}
+        network = timm.create_model(name, **{"num_classes": num_classes, "in_chans": shape[0]} | given)
         return nn.Sequential(Normalise(network.pretrained_cfg, shape[0]), network)
 
 
