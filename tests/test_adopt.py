@@ -1,5 +1,6 @@
 """A classifier that was trained elsewhere, with its own normalisation, order of classes and kind of answers."""
 
+import importlib
 import logging
 from pathlib import Path
 
@@ -161,6 +162,18 @@ def test_bad_words_are_explained(world: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(DataError, match=r"wolf \.\.\.; test images must be of the same classes|called the same"):
         taken(world, tmp_path / "a", test=str(tmp_path / "three"))
     assert not (tmp_path / "a").exists()
+
+
+def test_a_function_may_be_given_itself(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(world))
+    net = importlib.import_module("net")
+    run = adopt(
+        net.make, str(world / "photos"), tmp_path / "run", weights=world / "best.pth.tar", device="cpu", **RIGHT
+    )
+    assert run.record["model"] == f"{world / 'net.py'}:make"
+    for unknown in (net.make(4), lambda: net.make(4)):
+        with pytest.raises(ModelError, match="cannot be found again by a later process"):
+            adopt(unknown, str(world / "photos"), tmp_path / "other")
 
 
 def test_the_command(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,10 @@ for what was typed or passed to the Python API). A run folder may *mention* code
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +36,21 @@ def trust(text: str) -> None:
 def trusted() -> list[str]:
     """Code that the user allowed, to be allowed in a worker process as well."""
     return sorted(_trusted)
+
+
+def reference(function: Callable[..., Any]) -> str:
+    """`file.py:name` of a function or class of the user's own; `ModelError` where another process could not find it."""
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    try:
+        file = inspect.getsourcefile(function)
+    except TypeError:
+        file = None
+    if file is None or not os.path.isfile(file) or not name.isidentifier():
+        raise ModelError(
+            f"{name} cannot be found again by a later process, which has to build the network anew. Put a function "
+            "that makes it into a file, at the top level, and pass that function, or 'file.py:name'."
+        )
+    return f"{file}:{name}"
 
 
 def load_code(text: str) -> Any:

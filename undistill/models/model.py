@@ -2,13 +2,13 @@
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from undistill.core.code import is_code
+from undistill.core.code import is_code, reference
 from undistill.core.errors import ModelError, unknown
 from undistill.core.seeds import seeded
 from undistill.core.spec import Spec
@@ -24,6 +24,11 @@ class Model(Spec):
         if text.strip().startswith("timm:"):
             return cls._find("Timm")(name=text.strip().removeprefix("timm:"))  # type: ignore[call-arg]
         return cls._find("Factory")(call=text) if is_code(text) else super().parse(text)  # type: ignore[call-arg]
+
+    @classmethod
+    def from_user(cls, spec: "str | Self | Callable[..., nn.Module]") -> Self:
+        """A spec that the user typed or made himself, or a function of his that makes a network: its code may run."""
+        return super().from_user(spec if isinstance(spec, str | Model) else reference(spec))  # type: ignore[arg-type]
 
     @abstractmethod
     def network(self, shape: Shape, num_classes: int) -> nn.Module:

@@ -1,6 +1,6 @@
 """`adopt`: from weights that were trained elsewhere to a run folder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ MEMORY = 0.1  # by which accuracy on training images may exceed that on others w
 
 
 def adopt(
-    model: str | Model,
+    model: str | Model | Callable[..., nn.Module],
     data: str | Source,
     out: str | Path,
     *,
@@ -55,7 +55,7 @@ def adopt(
     """Take a trained classifier as it is; its run folder is that of an honest teacher.
 
     Args:
-        model: a listed network, or the user's own as `file.py:factory`.
+        model: a listed network, or the user's own: a function that makes it, or `file.py:factory`.
         data: images of the kind that it was trained on. Which of them it has seen is not known.
         out: the run folder. It keeps the weights under the network's own names.
         weights: safetensors, or a checkpoint of torch; None where the factory loads them by itself.

@@ -1,5 +1,6 @@
 """`train`: from data and a network to a run folder."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from undistill.training.metrics import evaluate
 
 def train(
     data: str | Source,
-    model: str | Model,
+    model: str | Model | Callable[..., nn.Module],
     out: str | Path,
     *,
     weights: str | Path | None = None,
@@ -40,22 +41,22 @@ def train(
     `weights` is where training starts; with `recipe.epochs=0` they are adopted as they are.
     """
     settings = settings or TrainSettings()
-    source, model = Source.from_user(data), Model.from_user(model)
+    source, spec = Source.from_user(data), Model.from_user(model)
     loaded = source.load()
     seed = derive(settings.seed, "honest")
-    network = model.build(loaded.shape, loaded.num_classes, seed)
+    network = spec.build(loaded.shape, loaded.num_classes, seed)
     start = sha256(Path(weights), largest_weights(network)) if weights and Path(weights).is_file() else None
     request = {
         "command": "train",
         "data": str(source),
         "data_sha256": loaded.digest,
-        "model": str(model),
+        "model": str(spec),
         "start_sha256": start,
-        "refers": model.refers(),
+        "refers": spec.refers(),
         "settings": settings.model_dump(mode="json"),
     }
-    other = model.build(loaded.shape, loaded.num_classes, seed + 1)
-    require_whole(network, other, loaded.shape, str(model))
+    other = spec.build(loaded.shape, loaded.num_classes, seed + 1)
+    require_whole(network, other, loaded.shape, str(spec))
     pretrained = same_weights(network, other)
     if weights:
         load_weights(network, Path(weights))
@@ -69,7 +70,7 @@ def train(
         if not place.finished:
             fit = Fit(settings.recipe, seed, chosen, place.folder, progress or Progress.silent(), "honest teacher")
             network = fit(network, loaded.split, objective)
-            record = record_of(request, loaded, fit, network, str(weights or model)) | {"pretrained": pretrained}
+            record = record_of(request, loaded, fit, network, str(weights or spec)) | {"pretrained": pretrained}
             place.finish(network, record, other, loaded.validation)
     return Run.open(out)
 
