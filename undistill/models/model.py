@@ -28,7 +28,7 @@ class Model(Spec):
     @classmethod
     def from_user(cls, spec: "str | Self | Callable[..., nn.Module]") -> Self:
         """A spec that the user typed or made himself, or a function of his that makes a network: its code may run."""
-        return super().from_user(spec if isinstance(spec, str | Model) else reference(spec))  # type: ignore[arg-type]
+        return super().from_user(spec if isinstance(spec, str | Model) else reference(spec))
 
     @abstractmethod
     def network(self, shape: Shape, num_classes: int) -> nn.Module:
