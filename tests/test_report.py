@@ -148,3 +148,17 @@ def test_numbers_are_written_for_people() -> None:
     assert percent(0.9123) == "91.2 %"
     assert percent(Interval(mean=0.9, low=0.88, high=0.92, n=3)) == "90.0 ± 2.0 %"
     assert points(Interval(mean=-0.021, low=None, high=None, n=1)) == "-2.1"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.9123, "91.2 %"),
+        (Interval(mean=0.9, low=0.85, high=0.95, n=3), "90.0 ± 5.0 %"),
+        (Interval(mean=0.9, low=0.75, high=1.05, n=3), "90.0 % (75 to 100)"),
+        (Interval(mean=0.4, low=-1.0, high=1.8, n=2), "40.0 % (0 to 100)"),
+        (Interval(mean=0.4, low=None, high=None, n=1), "40.0 %"),
+    ],
+)
+def test_shares_stay_between_0_and_100(value: float | Interval, shown: str) -> None:
+    assert percent(value) == shown

@@ -111,8 +111,15 @@ def table(report: Report) -> list[dict[str, str]]:
 
 
 def percent(value: Interval | float) -> str:
-    """0.9123 -> '91.2 %', with half the width of the interval where there is one."""
-    return f"{100 * value:.1f} %" if isinstance(value, float) else f"{plus_minus(value, 100)} %"
+    """0.9123 -> '91.2 %', with half the width of the interval where there is one.
+
+    An interval that reaches beyond 0 or 100 % is cut there, and shown by its ends.
+    """
+    if isinstance(value, float):
+        return f"{100 * value:.1f} %"
+    if value.low is None or value.high is None or (value.low >= 0 and value.high <= 1):
+        return f"{plus_minus(value, 100)} %"
+    return f"{100 * value.mean:.1f} % ({100 * max(value.low, 0):.0f} to {100 * min(value.high, 1):.0f})"
 
 
 def points(value: Interval) -> str:
