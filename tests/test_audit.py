@@ -324,6 +324,7 @@ LIES = {
     "student_at_chance": lambda r: cells_with(r, accuracy=1 / 3),
     "adopted_weights": lambda r: pairs_with(r, adopted_weights=True),
     "stripped_with_the_weights": lambda r: pairs_with(r, responses=["TopK(k=1)"]),
+    "answers_vary": lambda r: pairs_with(r, answers_vary=True),
     "another_twin": lambda r: pairs_with(r, same_origin=False),
     "small_test_set": lambda r: pairs_with(r, test_images=100),
 }

@@ -10,7 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from undistill.api import audit
+from undistill.auditing.pair import VictimPair
 from undistill.core.errors import ModelError, remark
+from undistill.data.batches import Batch, ViewDataset
+from undistill.data.views import Views, to_float
 from undistill.models import Model
 from undistill.models.adapter import Adapter
 from undistill.models.trial import varies
@@ -167,6 +171,30 @@ def test_answers_that_vary_are_recognised(nets: Path) -> None:
 
     assert varies(network("noisy()"), SHAPE)
     assert not varies(network("base()"), SHAPE)
+
+
+def test_answers_that_vary_are_asked_anew_and_flagged(nets: Path) -> None:
+    run, name = trained(nets, "noisy()"), f"{nets / 'net.py'}:noisy()"
+    pair = VictimPair.of(run, run, [0], Model.from_user(name))
+    victim = pair.victims["victim"]
+    assert not victim.repeatable
+    dataset = ViewDataset(pair.data.train, Views(), 0, 3)
+    index = torch.arange(4)
+    views, labels = dataset.show(0, index)
+    batch = Batch.of(dataset, 0, index, to_float(views), labels)
+    assert not torch.equal(victim.answer_views(batch).log_p, victim.answer_views(batch).log_p)
+    report = audit(
+        run,
+        nets / "audit",
+        honest=run,
+        model=name,
+        students=["ConvNet(width=2)"],
+        seeds=1,
+        recipe=Recipe(epochs=1),
+        device="cpu",
+    )
+    assert "answers_vary" in {flag.name for flag in report.flags}
+    assert not list((run.folder / "answers").glob("*/*"))
 
 
 def own(seed: int = 1) -> nn.Module:

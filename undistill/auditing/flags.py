@@ -147,6 +147,16 @@ def stripped_with_the_weights(report: Report) -> str | None:
 
 
 @check
+def answers_vary(report: Report) -> str | None:
+    if not any(pair.answers_vary for pair in report.pairs):
+        return None
+    return (
+        "The victim answers one image differently each time. Every answer was asked anew here and none was remembered; "
+        "a thief who asks several times and averages may gain more than these did."
+    )
+
+
+@check
 def another_twin(report: Report) -> str | None:
     if all(pair.same_origin for pair in report.pairs):
         return None

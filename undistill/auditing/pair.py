@@ -15,6 +15,7 @@ from undistill.core.files import GIB
 from undistill.core.seeds import derive
 from undistill.data.split import Data, Split
 from undistill.models.model import Model
+from undistill.models.trial import varies
 from undistill.runs.run import Run, parent
 from undistill.training.answers import REMEMBER, AnswerStore, RememberedAnswers
 from undistill.training.compute import EXACT, Compute
@@ -36,7 +37,9 @@ class QueryOptions:
     def victim(self, run: Run, network: nn.Module) -> NetworkVictim:
         """The network, answering each view once; its answers are kept in its run folder."""
         store = AnswerStore(run.folder / "answers", self.remember * GIB)
-        answers = RememberedAnswers(network.to(self.device), self.compute, store)
+        network = network.to(self.device)
+        repeatable = not varies(network, run.shape)
+        answers = RememberedAnswers(network, self.compute, store, repeatable=repeatable)
         return NetworkVictim(answers, tuple(run.record["classes"]))
 
 

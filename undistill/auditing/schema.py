@@ -66,6 +66,8 @@ class Pair(Part):
     """The victim was protected from this honest teacher."""
     responses: list[Text] = Field(default_factory=list)
     """Defences of the victim that change answers only."""
+    answers_vary: bool = False
+    """The victim answers one image differently each time."""
 
     @property
     def may_be_memory(self) -> bool:

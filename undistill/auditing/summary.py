@@ -61,6 +61,7 @@ def measure_pair(pair: VictimPair) -> Pair:
         honest_train_accuracy=metrics.accuracy(train, data.train.labels),
         test_images=len(data.test),
         adopted_weights=pair.honest.has_history,
+        answers_vary=not pair.victims["victim"].repeatable,
         unseen=pair.honest.record.get("unseen") == "test",
         membership_gap=metrics.confidence(train) - metrics.confidence(logits["honest"]),
         same_origin=made_from == pair.honest.digest,

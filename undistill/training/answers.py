@@ -131,9 +131,18 @@ def _about(key: str, epoch: int, answers: Tensor) -> dict[str, str]:
 class RememberedAnswers:
     """`answers(batch)`: the logits (B, K) of a frozen network, without gradient, each view computed once."""
 
-    def __init__(self, network: nn.Module, compute: Compute = EXACT, store: AnswerStore | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        compute: Compute = EXACT,
+        store: AnswerStore | None = None,
+        *,
+        repeatable: bool = True,
+    ) -> None:
+        """`repeatable=False` is for a network that answers an image differently each time: it is asked anew."""
         self.network = frozen(network)
-        self.store = store or AnswerStore()
+        self.repeatable = repeatable
+        self.store = (store if repeatable else None) or AnswerStore()
         self.computed = 0
         """Number of images on which the network was run."""
         self._asked = compute
@@ -148,7 +157,7 @@ class RememberedAnswers:
     def __call__(self, batch: Batch) -> Tensor:
         """Views as they were shown are looked up; other images are computed."""
         shown = batch.shown
-        if shown is None:
+        if shown is None or not self.repeatable:
             return self.compute(batch.images)
         whole = self.epoch(shown.dataset, shown.epoch)
         return whole[shown.index.to(whole.device)].to(batch.images.device)
@@ -179,7 +188,9 @@ class RememberedAnswers:
     @cached_property
     def _exact(self) -> "RememberedAnswers":
         """The same network for measurements: bf16 rounds the two highest answers of a nasty one to equal numbers."""
-        return self if self._asked == EXACT else RememberedAnswers(self.network, EXACT, self.store)
+        if self._asked == EXACT:
+            return self
+        return RememberedAnswers(self.network, EXACT, self.store, repeatable=self.repeatable)
 
     def _found_or_made(self, dataset: ViewDataset, epoch: int) -> Tensor:
         parts = dataset.samples.parts(PART)

@@ -65,7 +65,7 @@ class NetworkVictim:
 
     @property
     def repeatable(self) -> bool:
-        return True  # its networks are in eval mode, and responses work row by row
+        return self.answers.repeatable
 
     def answer(self, inputs: Tensor) -> Answer:
         return self._answer(self.answers.compute(inputs))
