@@ -14,11 +14,13 @@ from undistill import core, training
 from undistill.api import train
 from undistill.attacks import Attack
 from undistill.cli import app
+from undistill.cli.demo import DEFENCE, REQUEST
 from undistill.core.code import code_sha256, trust
 from undistill.core.errors import StoreError
 from undistill.core.identity import ROOT, program_sha256, source_sha256
 from undistill.report.page import read_report, render
 from undistill.report.table import Row
+from undistill.runs.folder import claim
 from undistill.runs.run import Run
 from undistill.runs.settings import TrainSettings
 from undistill.training.recipe import Recipe
@@ -245,3 +247,14 @@ def test_old_option_names_say_the_new_ones(toy_file: Path, tmp_path: Path, caplo
         call("reproduce", "list", "--as-authors")
     assert "--as-authors is now called --select-on-test" in caplog.text
     assert Run.open(tmp_path / "a").record["settings"]["recipe"]["compute"]["layout"] == "channels_last"
+
+
+def test_a_demo_is_taken_up_again(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    earlier = {name: value for name, value in REQUEST.items() if name != "defences"} | {"defence": DEFENCE}
+    (tmp_path / "old" / "request.json").write_text(json.dumps(earlier))
+    with claim(tmp_path / "old", REQUEST):
+        pass
+    for _ in range(2):
+        with claim(tmp_path / "new", REQUEST):
+            pass

@@ -26,12 +26,11 @@ def sentence(verdict: Verdict, data: str, thief: str, attempts: int) -> str:
         if is_above_zero(verdict.leak_hard, attempts)
         else "no attack gains measurably over copying only the top answers"
     )
-    damage = (
-        f"gives a student {points(verdict.damage.mean)} worse than from the unprotected one"
-        if is_above_zero(verdict.damage)
-        else "is not measurably hurt"
+    damage = f"{points(verdict.damage.mean)} worse" if is_above_zero(verdict.damage) else "not measurably worse"
+    return (
+        f"On {data}, {thief}; {leak}. Plain distillation from the protected model gives a student {damage} than from "
+        f"the unprotected one. {price(verdict.cost)}"
     )
-    return f"On {data}, {thief}; {leak}. Plain distillation from the protected model {damage}. {price(verdict.cost)}"
 
 
 def is_above_zero(difference: Interval, attempts: int = 1) -> bool:

@@ -21,14 +21,14 @@ MODEL = "ConvNet(width=16)"
 STUDENT = "ConvNet(width=2)"
 DEFENCE = "Nasty(omega=0.03, T=4)"
 STUDENT_EPOCHS = 60
+REQUEST = {"command": "demo", "model": MODEL, "defences": [DEFENCE], "recipe": Recipe().model_dump(mode="json")}
 
 
 def demo(out: Path, seeds: int, progress: Progress, device: str = "auto") -> Report:
     """Train, protect and audit on `seeds` different splits of the digits; one report over all of them."""
-    request = {"command": "demo", "model": MODEL, "defence": DEFENCE, "recipe": Recipe().model_dump(mode="json")}
     distributed.require_one("demo")
     pick_device(device)
-    with claim(out, request):
+    with claim(out, REQUEST):
         pairs = [pair(out / f"seed-{seed}", seed, progress, device) for seed in range(seeds)]
         jobs = list(plan(pairs, "quick", (), [STUDENT], Recipe(epochs=STUDENT_EPOCHS)))
         return perform(jobs, out, "quick", Serial(), progress)
