@@ -84,7 +84,7 @@ def test_training_answers_and_evaluation_are_the_same_bits(memory: Data, files: 
 
 
 def test_streaming_and_remembering_leave_the_dropout_alone(memory: Data, files: Data, tmp_path: Path) -> None:
-    """Worker processes are started or not, according to what is remembered; a student must not notice."""
+    """Threads read ahead or not, according to what is remembered; a student must not notice."""
     network = Model.parse(STUDENT).build(memory.shape, 3, 2)
 
     def student(data: Data, store: AnswerStore) -> Tensor:

@@ -26,7 +26,7 @@ class ViewDataset:
         return self.views(self.samples, self.seed, epoch, index, self.num_classes)
 
     def shows(self, epoch: int, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """`show` of each part in turn; samples that do not lie in memory are read ahead by worker processes."""
+        """`show` of each part in turn; samples that do not lie in memory are read ahead by threads."""
         return fetched(self.samples.images, partial(self.show, epoch), parts)
 
     @cached_property
