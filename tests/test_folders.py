@@ -19,7 +19,7 @@ UPRIGHT[:8] = 255
 
 @pytest.fixture(autouse=True)
 def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """What is said of the data, anew in every test."""
+    """Log of what is said of the data, anew in every test."""
     remark.cache_clear()
     caplog.set_level(logging.WARNING)
     return caplog

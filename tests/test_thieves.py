@@ -1,4 +1,4 @@
-"""What attacks get: answers that are counted, budgets that end, what they train beside a student, second views."""
+"""Attacks get answers that are counted, budgets that end, what they train beside a student, second views."""
 
 import json
 from dataclasses import replace

@@ -11,7 +11,7 @@ NOTHING = 0.005  # accuracy lost that counts as none
 
 
 def sentence(verdict: Verdict, data: str, thief: str, attempts: int) -> str:
-    """What the best `thief` got, what plain imitation lost, and what the protection costs.
+    """Say what the best `thief` got, what plain imitation lost, and what the protection costs.
 
     `attempts` is the number of attacks among which the worst was picked: the more are tried, the more one of them gains
     by luck. One seed claims nothing.

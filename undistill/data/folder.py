@@ -45,7 +45,7 @@ class Folder(Source):
     stream: bool | None = None
     """Read images from their files whenever they are needed; None does so above 2 GiB of pixels."""
     shaping: Shaping = "squash"
-    """What `size` does to an image that is not square: squash it, crop its middle, or pad it with `background`."""
+    """How `size` treats an image that is not square: squash it, crop its middle, or pad it with `background`."""
     background: str = "white"
     """Colour behind transparent images and beside padded ones: a name, or #rrggbb."""
     max_pixels: int = Field(MAX_PIXELS, ge=1)

@@ -42,7 +42,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What shows a picture upright, by its EXIF orientation."""
+"""Turns that bring a picture upright, by its EXIF orientation."""
 SIDEWAYS = (5, 6, 7, 8)
 
 Shaping = Literal["squash", "crop", "pad"]
@@ -63,7 +63,7 @@ class Reading:
 
 
 class Header(NamedTuple):
-    """What can be told of a picture without decoding it."""
+    """Facts of a picture that need no decoding."""
 
     is_grey: bool
     is_transparent: bool

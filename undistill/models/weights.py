@@ -81,7 +81,7 @@ def _matched(state: Mapping[str, Tensor], own: Mapping[str, Tensor], optional: s
 
 
 def _prefixes(state: Mapping[str, Tensor], needed: set[str]) -> Iterator[tuple[str, str]]:
-    """What the names in a file may begin with, and what the network's names may begin with in their stead."""
+    """Beginnings of the names in a file, each with what the network's names begin with in its stead."""
     yield "", ""
     if not needed:
         return

@@ -7,7 +7,7 @@ FEW = 3  # seeds below which nothing is claimed, or little
 
 
 def advice(report: Report) -> dict[str, str]:
-    """What was protected, what that costs, what stays open, and what to do next, one sentence each."""
+    """One sentence each: what was protected, what that costs, what stays open, and what to do next."""
     verdict = report.verdict
     return {
         "Protected": f"A model that tells {report.classes} classes apart, so that its imitators learn less from it.",
