@@ -6,7 +6,6 @@ from undistill.models.factory import Factory
 from undistill.models.mobilenetv2 import MobileNetV2
 from undistill.models.model import (
     Model,
-    device_of,
     features,
     frozen,
     last_features,
@@ -17,7 +16,7 @@ from undistill.models.resnetc import ResNetC
 from undistill.models.resnext import ResNeXt
 from undistill.models.shufflenetv2 import ShuffleNetV2
 from undistill.models.timm import Timm
-from undistill.models.trial import returned
+from undistill.models.trial import device_of, returned
 from undistill.models.vgg import VGG
 from undistill.models.weights import largest_weights, load_weights
 from undistill.models.wrn import WRN

@@ -76,11 +76,6 @@ def frozen(network: nn.Module) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def device_of(network: nn.Module) -> torch.device:
-    """Device of the network's weights; the CPU if it has none."""
-    return next((tensor.device for tensor in (*network.parameters(), *network.buffers())), torch.device("cpu"))
-
-
 @contextlib.contextmanager
 def last_features(network: nn.Module) -> Iterator[list[Tensor]]:
     """A list that holds, after each call of the network, the inputs of its last linear layer, if it has one."""

@@ -38,7 +38,7 @@ def check(network: nn.Module, shape: Shape, num_classes: int, name: str, *, fini
     if not isinstance(network, nn.Module):
         raise ModelError(f"{name} returned {type(network).__name__}; a factory must return a torch.nn.Module.")
     _require_tensors(network, name)
-    blank = torch.zeros(2, *shape, device=_device(network))
+    blank = torch.zeros(2, *shape, device=device_of(network))
     try:
         trial = deepcopy(network)  # a forward pass in training mode changes batch-norm statistics
         with torch.no_grad():
@@ -76,7 +76,7 @@ def _require_tensors(network: nn.Module, name: str) -> None:
 
 def _require_gradients(trial: nn.Module, shape: Shape, name: str) -> None:
     """Attacks and defences need gradients, with respect to weights, or to images."""
-    images = torch.full((2, *shape), 0.5, device=_device(trial), requires_grad=True)
+    images = torch.full((2, *shape), 0.5, device=device_of(trial), requires_grad=True)
     try:
         with torch.enable_grad():
             answers = trial.eval()(images)
@@ -98,7 +98,7 @@ def require_whole(network: nn.Module, other: nn.Module, shape: Shape, name: str)
     if varies(network, shape):
         return
     trained, again = deepcopy(network), deepcopy(other)
-    device = _device(network)
+    device = device_of(network)
     with torch.no_grad(), seeded(0), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trained.train()(torch.rand(8, *shape, device=device))
@@ -117,7 +117,7 @@ def require_whole(network: nn.Module, other: nn.Module, shape: Shape, name: str)
 def require_as_measured(network: nn.Module, opened: nn.Module, images: Tensor, name: str) -> None:
     """Raise `ModelError` unless `opened`, read again from its run, answers `images` as `network` does."""
     with torch.no_grad():
-        ours, theirs = network.eval()(images), opened.to(_device(network)).eval()(images)
+        ours, theirs = network.eval()(images), opened.to(device_of(network)).eval()(images)
         if agree(ours, theirs) or not agree(ours, network(images)):
             return
     raise ModelError(
@@ -148,7 +148,7 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 def varies(network: nn.Module, shape: Shape) -> bool:
     """Whether a network in eval mode answers the same images in different ways."""
     trial = deepcopy(network).eval()
-    images = torch.rand(4, *shape, generator=torch.Generator().manual_seed(0)).to(_device(network))
+    images = torch.rand(4, *shape, generator=torch.Generator().manual_seed(0)).to(device_of(network))
     with torch.no_grad():
         return not agree(trial(images), trial(images))
 
@@ -167,5 +167,6 @@ def returned(network: object, by: Spec, shape: Shape, num_classes: int) -> nn.Mo
     return network
 
 
-def _device(network: nn.Module) -> torch.device:
+def device_of(network: nn.Module) -> torch.device:
+    """Device of the network's weights; the CPU if it has none."""
     return next((tensor.device for tensor in (*network.parameters(), *network.buffers())), torch.device("cpu"))

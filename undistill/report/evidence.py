@@ -20,7 +20,8 @@ from undistill.core.tensors import LARGEST, read_arrays
 from undistill.data.pictures import read_sheet
 from undistill.data.split import LONGEST, Data, Samples
 from undistill.data.views import to_float
-from undistill.models.model import Model, device_of, features
+from undistill.models.model import Model, features
+from undistill.models.trial import device_of
 from undistill.runs.run import Run
 from undistill.training.metrics import DIVERGENCE_T as T
 from undistill.training.metrics import evaluate

@@ -127,7 +127,6 @@ def _order(named: Sequence[str], classes: Sequence[str]) -> tuple[int, ...]:
     return tuple(named.index(name) for name in classes)
 
 
-@torch.no_grad()
 def _answers_probabilities(network: nn.Module, adapter: Adapter, data: Data) -> bool:
     answers = evaluate(adapter.wrap(network, data.shape[0]), _some(data.validation))
     return bool((answers >= 0).all() and ((answers.sum(1) - 1).abs() < 1e-3).all())

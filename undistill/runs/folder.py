@@ -21,8 +21,7 @@ from undistill.core.files import PART, parse_json, read_json, read_text, require
 from undistill.core.tensors import write_weights
 from undistill.data.split import Samples
 from undistill.data.views import to_float
-from undistill.models.model import device_of
-from undistill.models.trial import require_as_measured
+from undistill.models.trial import device_of, require_as_measured
 from undistill.models.weights import load_weights
 from undistill.runs.environment import environment
 from undistill.training.autotune import TRIAL_LOCK

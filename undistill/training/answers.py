@@ -30,7 +30,8 @@ from undistill.core.identity import fingerprint, program_sha256
 from undistill.data.batches import Batch, ViewDataset
 from undistill.data.split import Samples
 from undistill.data.views import Views, to_float
-from undistill.models.model import device_of, frozen
+from undistill.models.model import frozen
+from undistill.models.trial import device_of
 from undistill.training.autotune import autotune
 from undistill.training.compute import EXACT, Compute, machine
 from undistill.training.losses import filled, require_finite

@@ -11,7 +11,7 @@ from undistill.core import distributed
 from undistill.data.files import fetched
 from undistill.data.split import Samples
 from undistill.data.views import to_float
-from undistill.models.model import device_of
+from undistill.models.trial import device_of
 from undistill.training.compute import EXACT, Compute
 from undistill.training.losses import distillation, filled, require_finite
 
