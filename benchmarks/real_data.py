@@ -17,7 +17,7 @@ from undistill.api import perform
 from undistill.auditing.launchers import Serial
 from undistill.auditing.pair import QueryOptions, VictimPair
 from undistill.auditing.plan import plan
-from undistill.cli.commands import show
+from undistill.cli.audits import show
 from undistill.cli.config import read_settings
 from undistill.core.progress import Progress
 from undistill.runs.folder import claim

@@ -228,7 +228,7 @@ def test_a_signal_ends_a_pool_and_its_workers(number: signal.Signals, slow_pair:
     assert process.stderr is not None
     lines = process.stderr.read().decode().strip().splitlines()
     assert lines[-1] == f"Error: {said}. The same command goes on from here."
-    assert not [line for line in lines[:-1] if not re.match(r"\w+ on \w+, seed 0: |audit: ", line)], lines
+    assert not [line for line in lines[:-1] if not re.match(r"\w+ on \w+, seed 0: |audit: |Plan: ", line)], lines
     assert process.wait() == code
     assert_gone(workers)
 

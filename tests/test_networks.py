@@ -215,7 +215,7 @@ CHECKPOINTS = {
     "compiled DDP": (prefixed("module._orig_mod.", STATE), "begin with 'module._orig_mod.'"),
     "Lightning": (
         {"state_dict": prefixed("model.", STATE) | {"loss.weight": torch.ones(3)}, "epoch": 3},
-        "begin with 'model.'.*1 tensors beside the network's are not used .loss.weight",
+        "begin with 'model.'.*1 tensors beside the network's are unused .loss.weight",
     ),
     "backbone": (prefixed("backbone.", STATE), "begin with 'backbone.'"),
     "best": ({"state_dict": STATE, "best_acc1": 93.0, "optimizer": {"state": {}}}, "under 'state_dict' are taken"),

@@ -1,8 +1,11 @@
 import re
 import shutil
 import subprocess
+from collections import defaultdict
+from datetime import UTC, date, datetime
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from tests.conftest import STUDENT
 from undistill.api import audit
 from undistill.auditing.schema import Interval
 from undistill.core.errors import StoreError
+from undistill.report.advice import GLOSSARY, explained
 from undistill.report.evidence import read_evidence, write_evidence
 from undistill.report.page import percent, points, read_report, render
 from undistill.runs.run import Run
@@ -20,7 +24,7 @@ from undistill.runs.run import Run
 @pytest.fixture(scope="module")
 def folder(victim: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("reports") / "audit"
-    audit(victim, out, students=[STUDENT], seeds=2, device="cpu")
+    audit(victim, out, students=[STUDENT], seeds=2, device="cpu", by="the owner")
     return out
 
 
@@ -51,26 +55,75 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 MEASURE = """<script>
 const drawn = [...document.querySelectorAll("svg path")].filter(path => path.getBoundingClientRect().width > 0)
 const figures = new Set(drawn.map(path => path.closest("svg")))
-document.title = [innerWidth, document.documentElement.scrollWidth, figures.size].join()
+const reached = [...document.querySelectorAll("a[href], [tabindex='0']")].filter(one => one.checkVisibility())
+const stuck = reached.filter(one => { one.focus(); return document.activeElement !== one })
+const lost = reached.filter(one => one.hash && !document.getElementById(one.hash.slice(1)))
+const wide = [...document.querySelectorAll("[role=img]")].filter(one => one.scrollWidth > one.clientWidth + 1)
+const unreachable = wide.filter(one => one.tabIndex !== 0)
+parent.postMessage([innerWidth, document.documentElement.scrollWidth, figures.size, reached.length, stuck.length,
+                    lost.length, unreachable.length].join(), "*")
 </script>"""
+HOST = """<body><script>onmessage = event => document.title = event.data</script>
+<iframe src="page.html" style="border: 0; height: 800px; width: WIDTHpx"></iframe></body>"""
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
-@pytest.mark.parametrize("width", [500, 1200])
+@pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_a_window(folder: Path, tmp_path: Path, width: int) -> None:
-    """In a browser: nothing to scroll sideways, and every figure is drawn."""
+    """In a browser: nothing to scroll sideways, every figure is drawn, and a keyboard reaches what can be reached.
+
+    The page stands in a frame, since windows of Chromium are at least 500 pixels wide.
+    """
     (tmp_path / "page.html").write_text((folder / "report.html").read_text().replace("</body>", f"{MEASURE}</body>"))
+    (tmp_path / "host.html").write_text(HOST.replace("WIDTH", str(width)))
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    command += [f"--user-data-dir={tmp_path / 'browser'}", f"--window-size={width},900", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'browser'}", "--window-size=1400,900", "--virtual-time-budget=9000"]
     shown = subprocess.run(
-        [*command, (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=60, check=True
+        [*command, "--dump-dom", (tmp_path / "host.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     ).stdout
-    found = re.search(r"<title>(\d+),(\d+),(\d+)</title>", shown)
+    found = re.search(r"<title>([\d,]+)</title>", shown)
     assert found, shown[:300]
-    inner, needed, figures = map(int, found.groups())
-    assert abs(inner - width) < 40, "the window has about the width asked for"
+    inner, needed, figures, reached, stuck, lost, unreachable = map(int, found[1].split(","))
+    assert inner == width
     assert needed <= inner
     assert figures == 4
+    assert reached > 8, "words, the table, figures that scroll"
+    assert (stuck, lost, unreachable) == (0, 0, 0)
+
+
+def test_words_are_explained_where_they_come_first() -> None:
+    html = explained("ECE and <b> of a seed; ECE again, reseeded")
+    assert html == (
+        f'<a class="word" href="#word-ECE" title="{GLOSSARY["ECE"]}">ECE</a> and &lt;b&gt; of a '
+        f'<a class="word" href="#word-seed" title="{GLOSSARY["seed"]}">seed</a>; ECE again, reseeded'
+    )
+
+
+def test_the_page_says_who_when_and_of_what(folder: Path) -> None:
+    report, html = read_report(folder), (folder / "report.html").read_text()
+    assert report.by == "the owner"
+    assert date.fromisoformat(report.made) <= datetime.now(UTC).date()
+    assert report.class_names == ["0", "1", "2"]
+    pair = report.pairs[0]
+    for said in (report.by, report.made, "0, 1, 2", pair.victim_sha256, pair.honest_sha256, pair.data_sha256):
+        assert said in html
+    assert len({pair.victim_sha256, pair.honest_sha256, pair.data_sha256}) == 3
+
+
+def test_the_best_thief_comes_before_the_damage(folder: Path) -> None:
+    report, html = read_report(folder), (folder / "report.html").read_text()
+    asked: dict[str, list[float]] = defaultdict(list)
+    for cell in report.cells:
+        if cell.side == "victim":
+            asked[cell.attack].append(cell.accuracy)
+    highest = max(fmean(values) for values in asked.values())
+    cards = re.findall(r'<div class="card"><b>([^<]*)</b>', html)
+    assert cards[1].startswith(f"{100 * highest:.1f}")
+    assert cards[2] == points(report.verdict.damage)
 
 
 def test_the_verdict_comes_first(folder: Path) -> None:

@@ -1,11 +1,15 @@
 """`train`, `adopt`, `protect` and `audit`: what the command line and the README call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+
+from torch import nn
 
 from undistill.attacks.attack import Attack
 from undistill.auditing.cell import Job
+from undistill.auditing.forecast import describe
 from undistill.auditing.launchers import Launcher
 from undistill.auditing.pair import QueryOptions, VictimPair
 from undistill.auditing.plan import plan
@@ -42,14 +46,15 @@ def audit(
     attacks: Sequence[str | Attack] = (),
     students: Sequence[str | Model] = (),
     seeds: int = 3,
+    by: str = "",
     recipe: Recipe | None = None,
-    model: str | Model | None = None,
+    model: str | Model | nn.Module | Callable[..., nn.Module] | None = None,
     defences: Sequence[str | Defence] = (),
     budget: int | None = None,
     device: str = "auto",
     launcher: str | Launcher = "Serial",
     remember: float = REMEMBER,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Report:
     """Audit one victim; writes report.json, report.html and report.md into `out`.
 
@@ -61,6 +66,7 @@ def audit(
         attacks: more attacks, beside the suite's.
         students: networks of the thief, instead of the suite's.
         seeds: students of each kind.
+        by: whoever audits, for the page.
         recipe: how students are trained, by default as the honest network was.
         model: the user's own network, named again, since a stored run may not execute code by itself.
         defences: responses of the user's own, named again for the same reason.
@@ -69,35 +75,75 @@ def audit(
         device: auto, cpu, cuda or cuda:N.
         launcher: where cells are done: `Serial`, `Pool(workers=2)`, `Ray(address='auto')`.
         remember: GiB of disk that the answers of each network may fill, in its run folder.
-        progress: where progress is shown.
+        progress: True shows it on standard error, False nowhere; None shows it in a notebook.
+    """
+    launcher = Launcher.from_user(launcher)
+    jobs = plan_audit(
+        victim,
+        honest=honest,
+        suite=suite,
+        attacks=attacks,
+        students=students,
+        seeds=seeds,
+        recipe=recipe,
+        model=model,
+        defences=defences,
+        budget=budget,
+        device=device,
+        remember=remember,
+    )
+    pair = jobs[0].pair
+    pair.require_finite()
+    request = {"command": "audit", "victim": pair.victim.digest, "honest": pair.honest.digest}
+    if pair.victim.record.get("responses"):  # over the same weights there may be others
+        request["victim_identity"] = pair.victim.identity
+    with claim(Path(out), request), Progress.of(progress) as shown:
+        shown.say(describe(jobs, Path(out) / "cells"))
+        return perform(jobs, Path(out), suite, launcher, shown, by)
+
+
+def plan_audit(
+    victim: str | Path | Run,
+    *,
+    honest: str | Path | Run | None = None,
+    suite: str = "quick",
+    attacks: Sequence[str | Attack] = (),
+    students: Sequence[str | Model] = (),
+    seeds: int = 3,
+    recipe: Recipe | None = None,
+    model: str | Model | nn.Module | Callable[..., nn.Module] | None = None,
+    defences: Sequence[str | Defence] = (),
+    budget: int | None = None,
+    device: str = "auto",
+    remember: float = REMEMBER,
+) -> list[Job]:
+    """The cells of an audit, none of them done yet; the arguments are those of `audit`.
+
+    What cannot be loaded, or attacked, is said here, before work is done.
     """
     distributed.require_one("audit")
     if not 1 <= seeds <= MOST_SEEDS:
         raise SpecError(f"An audit takes 1 to {MOST_SEEDS} seeds; seeds = {seeds}.")
     if budget is not None and budget < 1:
         raise SpecError(f"A budget is at least one query; budget = {budget}. Leave it out for as many as are asked.")
-    launcher = Launcher.from_user(launcher)
     for defence in defences:
         Defence.from_user(defence)
     pair = VictimPair.of(victim, honest, range(seeds), model)
     recipe = recipe or recorded_settings(pair.honest).recipe
     pair = replace(pair, options=QueryOptions(pick_device(device), recipe.compute, remember))
     jobs = list(plan([pair], suite, attacks, students, recipe, budget))
-    for job in jobs:  # what cannot be loaded, or attacked, is said before work is done
+    for job in jobs:
         job.check()
-    pair.require_finite()
-    request = {"command": "audit", "victim": pair.victim.digest, "honest": pair.honest.digest}
-    if pair.victim.record.get("responses"):  # over the same weights there may be others
-        request["victim_identity"] = pair.victim.identity
-    with claim(Path(out), request):
-        return perform(jobs, Path(out), suite, launcher, progress or Progress.silent())
+    return jobs
 
 
-def perform(jobs: Sequence[Job], out: Path, suite: str, launcher: Launcher, progress: Progress) -> Report:
+def perform(jobs: Sequence[Job], out: Path, suite: str, launcher: Launcher, progress: Progress, by: str = "") -> Report:
     """Do what is not done yet, then write one report over all cells."""
     cells = launcher.run(jobs, out / "cells", progress)
     pairs = list(dict.fromkeys(job.pair for job in jobs))
-    report = summarise(pairs, cells, suite, jobs[0].recipe)
+    last = max((out / "cells" / f"{job.key}.json").stat().st_mtime for job in jobs)
+    made = datetime.fromtimestamp(last, UTC).date().isoformat()
+    report = summarise(pairs, cells, suite, jobs[0].recipe, made=made, by=by)
     first = pairs[0]
     sheets: dict[str, Path] = {}
     for job in jobs:

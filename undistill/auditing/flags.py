@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from statistics import fmean
 
 from undistill.auditing.schema import Flag, Report
+from undistill.training.answers import ASKED
 
 Check = Callable[[Report], str | None]
 CHECKS: dict[str, Check] = {}
@@ -148,11 +149,13 @@ def stripped_with_the_weights(report: Report) -> str | None:
 
 @check
 def answers_vary(report: Report) -> str | None:
-    if not any(pair.answers_vary for pair in report.pairs):
+    varying = [pair.self_agreement for pair in report.pairs if pair.answers_vary]
+    if not varying:
         return None
     return (
-        "The victim answers one image differently each time. Every answer was asked anew here and none was remembered; "
-        "a thief who asks several times and averages may gain more than these did."
+        f"The victim answers one image differently each time: asked {ASKED} times, it kept its top answer for "
+        f"{min(varying):.1%} of the test images. Its accuracy is the mean over these. None of its answers was "
+        "remembered; a thief who asks several times and averages may gain more than these did."
     )
 
 

@@ -38,6 +38,11 @@ STOP = 5.0  # seconds that a worker has to end
 PATIENCE = 3  # how many workers may be lost in a row without a cell in between
 
 
+def unfinished(jobs: Sequence[Job], cells: Path) -> set[str]:
+    """Keys of the cells that are still to be done."""
+    return {job.key for job in jobs if not (cells / f"{job.key}.json").exists()}
+
+
 class Launcher(Spec):
     """Lost workers' cells are done again; a cell that fails ends the audit, and finished cells are kept."""
 
@@ -50,11 +55,13 @@ class Serial(Launcher):
     """In this process, one after the other."""
 
     def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Cell]:
-        done = []
-        with progress.task("audit", len(jobs)) as task:
+        todo, done = unfinished(jobs, cells), []
+        with progress.task("audit", len(jobs), done=len(jobs) - len(todo)) as task:
             for job in jobs:
                 done.append(job.run(cells, progress))
-                task.advance()
+                if job.key in todo:
+                    todo.remove(job.key)
+                    task.advance()
         return done
 
 
@@ -67,11 +74,11 @@ class Pool(Launcher):
 
     def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Cell]:
         orders = {job.key: Order.of(job, cells, self._threads()) for job in jobs}
-        todo = deque(orders)
+        todo, new = deque(orders), unfinished(jobs, cells)
         done: dict[str, Cell] = {}
         lost = 0  # deaths without a cell in between
         with (
-            progress.task("audit", len(orders)) as task,
+            progress.task("audit", len(orders), done=len(orders) - len(new)) as task,
             Board(progress, cells) as board,
             Crew(min(self.workers, len(orders))) as crew,
         ):
@@ -86,7 +93,8 @@ class Pool(Launcher):
                     if isinstance(result, Exception):
                         raise result
                     done[key], lost = result, 0
-                    task.advance()
+                    if key in new:
+                        task.advance()
                 board.look()
         return [done[job.key] for job in jobs]
 
@@ -233,8 +241,10 @@ class Ray(Launcher):
         remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=PATIENCE)(perform)
         orders = {job.key: Order.of(job, cells, max(int(self.cpus), 1)) for job in jobs}
         done: dict[str, Cell] = {}
+        new = unfinished(jobs, cells)
+        known = len(orders) - len(new)
         try:
-            with progress.task("audit", len(orders)) as task, Board(progress, cells) as board:
+            with progress.task("audit", len(orders), done=known) as task, Board(progress, cells) as board:
                 todo = {remote.remote(order): key for key, order in orders.items()}
                 while todo:
                     finished, _ = ray.wait(list(todo), timeout=POLL)
@@ -246,7 +256,8 @@ class Ray(Launcher):
                             orders[key] = self._again(orders[key], error)
                             todo[remote.remote(orders[key])] = key
                         else:
-                            task.advance()
+                            if key in new:
+                                task.advance()
                     board.look()
         finally:
             ray.shutdown()

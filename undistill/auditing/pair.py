@@ -1,6 +1,6 @@
 """`VictimPair`: a victim beside its honest twin, as an audit asks them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -68,7 +68,7 @@ class VictimPair:
         victim: str | Path | Run,
         honest: str | Path | Run | None,
         seeds: Sequence[int],
-        model: str | Model | None,
+        model: str | Model | nn.Module | Callable[..., nn.Module] | None,
     ) -> "VictimPair":
         """`honest` defaults to the run from which the victim was protected."""
         run = victim if isinstance(victim, Run) else Run.open(victim)
@@ -110,8 +110,12 @@ class VictimPair:
                 raise NonFinite(f"{run.folder}: {error}") from None
 
     def test_logits(self, side: Side) -> Tensor:
-        """Answers (N, K) of a side to the test images, in main memory."""
+        """Answers (N, K) of a side to the test images, in main memory; their mean where they vary."""
         return self.victims[side].answers.plain(self.data.test, self.data.num_classes)
+
+    def asked(self, side: Side) -> list[Tensor]:
+        """The same answers, once for each time that the side was asked: several times if they vary."""
+        return self.victims[side].answers.asked(self.data.test, self.data.num_classes)
 
 
 _pairs: dict[tuple[object, ...], VictimPair] = {}

@@ -68,6 +68,14 @@ class Pair(Part):
     """Defences of the victim that change answers only."""
     answers_vary: bool = False
     """The victim answers one image differently each time."""
+    self_agreement: Share = 1.0
+    """Share of test images that get the same top answer from the victim however often it is asked."""
+    victim_sha256: Text = ""
+    """Hash of the victim's weights."""
+    honest_sha256: Text = ""
+    """Hash of the honest teacher's weights."""
+    data_sha256: Text = ""
+    """Hash of every image and label, in order."""
 
     @property
     def may_be_memory(self) -> bool:
@@ -149,8 +157,13 @@ class Report(Part):
 
     format: Literal[2] = 2
     title: Text
+    by: Text = ""
+    """Whoever audited."""
+    made: Annotated[str, Field(max_length=10)] = ""
+    """Date (UTC) on which the last student was finished."""
     data: Text
     classes: Annotated[int, Field(ge=2)]
+    class_names: Annotated[list[Text], Field(max_length=100_000)] = Field(default_factory=list)
     suite: Text
     recipe: Text
     victim: Teacher

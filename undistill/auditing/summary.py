@@ -22,15 +22,20 @@ from undistill.training.recipe import Recipe
 SIDES: tuple[Side, Side] = ("victim", "honest")
 
 
-def summarise(pairs: Sequence[VictimPair], cells: Sequence[Cell], suite: str, recipe: Recipe) -> Report:
-    """The report over finished cells, with the flags that apply to it."""
+def summarise(
+    pairs: Sequence[VictimPair], cells: Sequence[Cell], suite: str, recipe: Recipe, *, made: str = "", by: str = ""
+) -> Report:
+    """The report over finished cells, with the flags that apply to it, `made` on a date `by` somebody."""
     measured = [measure_pair(pair) for pair in pairs]
     first = pairs[0].victim.record
     protection = ", ".join(first.get("defences", ())) or "an unprotected model"
     report = Report(
         title=f"Audit of {protection}",
+        by=by,
+        made=made,
         data=first["data"],
         classes=len(first["classes"]),
+        class_names=first["classes"],
         suite=suite,
         recipe=str(recipe),
         victim=average([pair.victim for pair in measured]),
@@ -54,29 +59,33 @@ def measure_pair(pair: VictimPair) -> Pair:
     parent = pair.victim.record.get("parent")
     made_from = parent["weights_sha256"] if parent else pair.honest.digest
     return Pair(
-        victim=measure_teacher(pair.victim, logits["victim"], data),
-        honest=measure_teacher(pair.honest, logits["honest"], data),
+        victim=measure_teacher(pair.victim, pair.asked("victim"), data),
+        honest=measure_teacher(pair.honest, pair.asked("honest"), data),
         agreement=metrics.fidelity(logits["victim"], logits["honest"]),
         divergence=metrics.divergence(victim, honest),
         honest_train_accuracy=metrics.accuracy(train, data.train.labels),
         test_images=len(data.test),
         adopted_weights=pair.honest.has_history,
         answers_vary=not pair.victims["victim"].repeatable,
+        self_agreement=metrics.self_agreement(pair.asked("victim")),
         unseen=pair.honest.record.get("unseen") == "test",
         membership_gap=metrics.confidence(train) - metrics.confidence(logits["honest"]),
         same_origin=made_from == pair.honest.digest,
         responses=pair.victim.record.get("responses", []),
+        victim_sha256=pair.victim.digest,
+        honest_sha256=pair.honest.digest,
+        data_sha256=pair.victim.record["data_sha256"],
     )
 
 
-def measure_teacher(run: Run, logits: Tensor, data: Data) -> Teacher:
-    """A network on the test images, from its `logits` (N, K)."""
+def measure_teacher(run: Run, asked: Sequence[Tensor], data: Data) -> Teacher:
+    """A network on the test images, from its answers (N, K); means over them where it was asked several times."""
     labels = data.test.labels
     return Teacher(
         spec=" ".join([run.record["model"], *run.record.get("defences", ())]),
-        accuracy=metrics.accuracy(logits, labels),
-        nll=metrics.nll(logits, labels),
-        ece=metrics.ece(logits, labels),
+        accuracy=statistics.fmean(metrics.accuracy(logits, labels) for logits in asked),
+        nll=statistics.fmean(metrics.nll(logits, labels) for logits in asked),
+        ece=statistics.fmean(metrics.ece(logits, labels) for logits in asked),
     )
 
 
@@ -92,7 +101,10 @@ def accuracy_cost(pairs: Sequence[VictimPair], measured: Sequence[Pair]) -> Inte
     if len(measured) > 1:
         return interval([pair.honest.accuracy - pair.victim.accuracy for pair in measured])
     labels = pairs[0].data.test.labels
-    right = {side: (pairs[0].test_logits(side).argmax(1) == labels).double() for side in SIDES}
+    right = {
+        side: torch.stack([(logits.argmax(1) == labels).double() for logits in pairs[0].asked(side)]).mean(0)
+        for side in SIDES
+    }
     return interval((right["honest"] - right["victim"]).tolist())
 
 

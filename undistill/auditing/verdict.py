@@ -92,17 +92,21 @@ def judge(cells: Sequence[Cell], cost: Interval, data: str) -> Verdict:
         worst_attack=worst_attack,
         worst_student=worst_student,
     )
-    words = sentence(verdict, data, best_thief(table, roles), len(attacks))
+    words = sentence(verdict, data, _thief_in_words(table, roles), len(attacks))
     return verdict.model_copy(update={"sentence": words})
 
 
-def best_thief(table: Mapping[Column, Accuracies], roles: Mapping[Column, Role]) -> str:
+def best_thief(table: Mapping[Column, Accuracies]) -> Column:
     """The attack on the victim, the copying of top answers among them, that made the best student."""
-    asked = {column: found for column, found in table.items() if column[0] == "victim"}
-    column, found = max(asked.items(), key=lambda entry: statistics.fmean(entry[1].values()))
-    kinds = len({attack for _, attack, _ in asked})
+    asked = [column for column in table if column[0] == "victim"]
+    return max(asked, key=lambda column: statistics.fmean(table[column].values()))
+
+
+def _thief_in_words(table: Mapping[Column, Accuracies], roles: Mapping[Column, Role]) -> str:
+    column = best_thief(table)
+    kinds = len({attack for side, attack, _ in table if side == "victim"})
     how = "copying only the top answers" if roles[column] == Role.TOP_ANSWERS else column[1]
-    accuracy = statistics.fmean(found.values())
+    accuracy = statistics.fmean(table[column].values())
     return f"the best thief of {kinds} that were tried ({how}) gets a {column[2]} of {accuracy:.1%}"
 
 

@@ -25,7 +25,8 @@ FAMILIES: dict[str, type[Spec]] = {
 def catalogue(kind: str | None = None) -> dict[str, list[Entry]]:
     """Entries by kind: name, spec with defaults, one sentence. `SpecError` for an unknown kind."""
     everything = {
-        name: [_entry(spec) for _, spec in sorted(family.registry.items())] for name, family in FAMILIES.items()
+        name: [_entry(spec) for _, spec in sorted(family.registry.items()) if spec.offered]
+        for name, family in FAMILIES.items()
     }
     everything["suites"] = [
         {

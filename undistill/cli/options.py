@@ -180,6 +180,8 @@ Remember = Annotated[
     float, typer.Option(min=0, metavar="GIB", help="Disk that remembered answers may fill in a run folder; 0 is off.")
 ]
 
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and about how long it takes.")]
+
 
 def build_launcher(text: str, workers: int | None, address: str | None) -> "Launcher":
     from undistill.auditing.launchers import Launcher

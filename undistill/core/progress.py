@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -16,6 +17,7 @@ from undistill.core.errors import legible
 from undistill.core.files import read_json
 
 LINE_SECONDS = 10.0
+PATIENCE = 2.0  # seconds of work before anything is said about how long it takes
 PROGRESS_FILE = "progress.json"
 
 
@@ -30,13 +32,15 @@ class Task(Protocol):
 class Progress:
     """`with progress.task("honest teacher", total=30) as task: task.advance("loss 0.3")`.
 
-    Without bars every task prints a line when it ends, and one every `LINE_SECONDS` on its way.
+    Without bars every task prints a line when it ends, and one every `LINE_SECONDS` on its way. Behind it stands how
+    long the outermost open task still takes, by the rate since it began.
     """
 
     def __init__(self, console: Console | None) -> None:
         self._console = console
         self._bars: Bars | None = None
         self._stack = ExitStack()
+        self._work: list[_Work] = []
 
     @classmethod
     def silent(cls) -> Self:
@@ -44,7 +48,23 @@ class Progress:
 
     @classmethod
     def to_stderr(cls) -> Self:
-        return cls(Console(file=sys.stderr, soft_wrap=True, highlight=False))
+        return cls(Console(file=sys.stderr, soft_wrap=True, highlight=False, force_jupyter=False))
+
+    @classmethod
+    @contextmanager
+    def of(cls, asked: "Progress | bool | None") -> Iterator["Progress"]:
+        """Progress as a caller of the Python API asked for it; None shows it in a notebook and nowhere else."""
+        if isinstance(asked, Progress):
+            yield asked
+            return
+        shown = _in_notebook() if asked is None else asked
+        with cls.to_stderr() if shown else cls.silent() as progress:
+            yield progress
+
+    def say(self, text: str) -> None:
+        """A line of its own, such as what is about to be done."""
+        if self._console:
+            self._console.print(text, markup=False)
 
     def __enter__(self) -> Self:
         if self._console and self._console.is_terminal:
@@ -53,7 +73,7 @@ class Progress:
                 BarColumn(bar_width=16),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TextColumn("{task.fields[note]}", style="dim", markup=False),
+                TextColumn("{task.fields[note]}{task.fields[left]}", style="dim", markup=False),
             )
             self._bars = self._stack.enter_context(Bars(*columns, console=self._console))
         return self
@@ -64,14 +84,90 @@ class Progress:
 
     @contextmanager
     def task(self, name: str, total: int, done: int = 0) -> Iterator[Task]:
+        """A task of `total` steps, of which `done` were done before."""
+        work = _Work(name, total, done)
+        self._work.append(work)
         if self._bars:
-            key = self._bars.add_task(name, total=total, completed=done, note="")
-            try:
-                yield _Bar(self._bars, key)
-            finally:
-                self._bars.remove_task(key)
-        else:
-            yield _Lines(self._console, name, total, done)
+            work.key = self._bars.add_task(name, total=total, completed=done, note="", left="")
+        try:
+            yield _Shown(self, work)
+        finally:
+            self._work.remove(work)
+            if self._bars and work.key is not None:
+                self._bars.remove_task(work.key)
+
+    def show(self, work: "_Work", note: str) -> None:
+        """Show that a task came as far as its `work` says."""
+        whole = self._work[0]
+        left = f"{duration(seconds)} left" if (seconds := self._left()) is not None else ""
+        if self._bars and work.key is not None:
+            self._bars.update(work.key, completed=work.done, note=note)
+            assert whole.key is not None
+            self._bars.update(whole.key, left=f" {left}")
+        elif self._console and work.is_due():
+            behind = [note, left if work is whole else left and f"{whole.name}: {left}"]
+            said = " · ".join(filter(None, behind))
+            self._console.print(f"{work.name}: {work.done}/{work.total} {said}".rstrip(), markup=False)
+
+    def _left(self) -> float | None:
+        """Seconds that the outermost task still takes; None as long as nobody can know."""
+        whole, *inner = self._work
+        now = sum(work.done / work.total for work in inner if work.total)
+        before = sum(work.start / work.total for work in inner if work.total)
+        done, elapsed = min(whole.done + now, whole.total), time.monotonic() - whole.began
+        gained = done - whole.start - before
+        is_known = gained > 0 and elapsed > PATIENCE and done < whole.total
+        return elapsed / gained * (whole.total - done) if is_known else None
+
+
+@dataclass(eq=False)
+class _Work:
+    """An open task."""
+
+    name: str
+    total: int
+    done: int
+    key: TaskID | None = None
+
+    def __post_init__(self) -> None:
+        self.start, self.began = self.done, time.monotonic()
+        self.spoke = self.began
+
+    def is_due(self) -> bool:
+        """Whether a line is due: the task ends, or none was printed for a while."""
+        now = time.monotonic()
+        due = self.done == self.total or now - self.spoke >= LINE_SECONDS
+        self.spoke = now if due else self.spoke
+        return due
+
+
+class _Shown:
+    def __init__(self, progress: Progress, work: _Work) -> None:
+        self._progress, self._work = progress, work
+
+    def advance(self, note: str = "") -> None:
+        self.reach(self._work.done + 1, note)
+
+    def reach(self, done: int, note: str) -> None:
+        if done > self._work.done:
+            self._work.done = done
+            self._progress.show(self._work, note)
+
+
+def duration(seconds: float) -> str:
+    """About how long, for a reader: 'about 40 s', 'about 4 min', 'about 2 h 10 min'."""
+    if seconds < 90:
+        return f"about {max(round(seconds / 5) * 5, 5)} s"
+    if seconds < 90 * 60:
+        return f"about {round(seconds / 60)} min"
+    hours, minutes = divmod(round(seconds / 600) * 10, 60)
+    return f"about {hours} h {minutes} min" if hours < 48 else f"about {round(hours / 24)} days"
+
+
+def _in_notebook() -> bool:
+    """Whether this is the process of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ == "ZMQInteractiveShell"
 
 
 class Reporter(Progress):
@@ -135,30 +231,3 @@ class _Report:
         report = {"name": self._name, "total": self._total, "done": done, "note": note}
         with suppress(OSError):  # no work fails for want of a report, nor waits for it to reach the disk
             self._file.write_text(json.dumps(report))
-
-
-class _Bar:
-    def __init__(self, bars: Bars, key: TaskID) -> None:
-        self._bars, self._key = bars, key
-
-    def advance(self, note: str = "") -> None:
-        self._bars.update(self._key, advance=1, note=note)
-
-    def reach(self, done: int, note: str) -> None:
-        self._bars.update(self._key, completed=done, note=note)
-
-
-class _Lines:
-    def __init__(self, console: Console | None, name: str, total: int, done: int) -> None:
-        self._console, self._name, self._total, self._done = console, name, total, done
-        self._spoke = time.monotonic()
-
-    def advance(self, note: str = "") -> None:
-        self.reach(self._done + 1, note)
-
-    def reach(self, done: int, note: str) -> None:
-        news, self._done = done > self._done, done
-        now = time.monotonic()
-        if self._console and news and (done == self._total or now - self._spoke >= LINE_SECONDS):
-            self._console.print(f"{self._name}: {self._done}/{self._total} {note}", markup=False)
-            self._spoke = now

@@ -51,6 +51,8 @@ class Spec(BaseModel):
     origin: ClassVar[str] = ""
     listed: ClassVar[bool] = True
     """A common base of specs says False in its own body."""
+    offered: ClassVar[bool] = True
+    """Whether it is a choice of the user's; False for specs that other parts of the program make."""
     quiet: ClassVar[Sequence[str]] = ()
     """Fields that the text leaves out at their defaults: those that were added later, and would change stored texts."""
 

@@ -13,6 +13,8 @@ from undistill.data.split import Parts, Samples
 class Apart(Source):
     """Images of one source to train on, and those of another to measure with, which the model has never seen."""
 
+    offered = False
+
     of: str
     test_on: str
     """The source of the test images, all of which are used."""

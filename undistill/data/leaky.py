@@ -16,6 +16,8 @@ class Leaky(Source):
     changed. Its results show what that is worth, and are no results.
     """
 
+    offered = False
+
     of: str
 
     @model_validator(mode="after")

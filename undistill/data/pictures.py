@@ -86,7 +86,7 @@ def read_picture(file: Path, channels: int, size: tuple[int, int], reading: Read
     """uint8 (C, H, W) of `size` (width, height); `DataError` if it is no readable image."""
     with _readable(file, reading) as opened:
         upright = TURNS.get(_orientation(opened))
-        plain = _opaque(opened, reading.background)
+        plain = opaque(opened, reading.background)
     picture = plain.convert("L" if channels == 1 else "RGB")
     if upright is not None:
         picture = picture.transpose(upright)
@@ -105,7 +105,7 @@ def _shaped(picture: Image.Image, size: tuple[int, int], reading: Reading) -> Im
     return picture.resize(size, bilinear)
 
 
-def _opaque(picture: Image.Image, background: str) -> Image.Image:
+def opaque(picture: Image.Image, background: str) -> Image.Image:
     """Grey or in colour, without transparency: what shines through is the background."""
     if not picture.has_transparency_data:
         return picture.convert("L" if picture.mode in GREY else "RGB")

@@ -3,6 +3,7 @@
 from undistill.core.seeds import seeded
 from undistill.models.convnet import ConvNet
 from undistill.models.factory import Factory
+from undistill.models.given import Given
 from undistill.models.mobilenetv2 import MobileNetV2
 from undistill.models.model import (
     Model,
@@ -26,6 +27,7 @@ __all__ = [
     "WRN",
     "ConvNet",
     "Factory",
+    "Given",
     "MobileNetV2",
     "Model",
     "PlainCNN",

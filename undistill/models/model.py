@@ -26,8 +26,11 @@ class Model(Spec):
         return cls._find("Factory")(call=text) if is_code(text) else super().parse(text)  # type: ignore[call-arg]
 
     @classmethod
-    def from_user(cls, spec: "str | Self | Callable[..., nn.Module]") -> Self:
-        """A spec that the user typed or made himself, or a function of his that makes a network: its code may run."""
+    def from_user(cls, spec: "str | Self | nn.Module | Callable[..., nn.Module]") -> Self:
+        """A spec that the user typed or made himself, a network, or a function that makes one: its code may run."""
+        if isinstance(spec, nn.Module):
+            given: Self = cls._find("Given").of(spec)  # type: ignore[attr-defined]
+            return given
         return super().from_user(spec if isinstance(spec, str | Model) else reference(spec))
 
     @abstractmethod

@@ -1,10 +1,13 @@
 """Weights of people: checkpoints as training code leaves them, read without executing anything."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
@@ -40,16 +43,20 @@ def load_weights(network: nn.Module, path: Path, key: str | None = None) -> None
     Raises `ModelError` for weights of another architecture, and for those that the network cannot hold as they are:
     sparse, quantised, complex, without data, or not finite in the network's own precision.
     """
+    fill(network, read_state(path, largest_weights(network), key), str(path))
+
+
+def fill(network: nn.Module, state: dict[str, Tensor], origin: str) -> None:
+    """Load tensors that were read from `origin`. See `load_weights`."""
     own = network.state_dict()
-    state = read_state(path, largest_weights(network), key)
     match = _matched(state, own, _constants(network))
     if match is None:
-        raise ModelError(f"{path} holds the weights of another architecture: {_difference(state, own)}.")
+        raise ModelError(f"{origin} holds the weights of another architecture: {_difference(state, own)}.")
     if match.prefix:
-        remark(f"{path}: the names of its tensors begin with '{match.prefix}', which is left out.")
+        remark(f"{origin}: the names of its tensors begin with '{match.prefix}', which is left out.")
     if match.beside:
-        remark(f"{path}: {len(match.beside)} tensors beside the network's are not used ({match.beside[0][:100]} ...).")
-    fitting = {name: _fitting(value, own[name], f"{path}: {name}") for name, value in match.state.items()}
+        remark(f"{origin}: {len(match.beside)} tensors beside the network's are unused ({match.beside[0][:100]} ...).")
+    fitting = {name: _fitting(value, own[name], f"{origin}: {name}") for name, value in match.state.items()}
     network.load_state_dict(own | fitting)
 
 
@@ -191,3 +198,18 @@ def _weights_in(content: Any, path: Path, key: str | None) -> Any:
     others = f"; {', '.join(held[1:])} is there as well, see --key" if held[1:] else ""
     remark(f"{path}: the weights under '{held[0]}' are taken{others}.")
     return content[held[0]]
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers."""
+    weights = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        weights.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        weights.update(bytes_of(value))
+    return weights.hexdigest()
+
+
+def bytes_of(values: Tensor) -> memoryview:
+    """The bytes of a tensor, for a hash."""
+    raw: NDArray[np.uint8] = values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(raw.data)

@@ -11,6 +11,7 @@ from undistill.core.files import write_text
 from undistill.data.leaky import Leaky
 from undistill.papers import ablations, tables
 from undistill.papers.case import Case, Runner, Teacher
+from undistill.papers.forecast import describe, forecast
 from undistill.papers.scales import Scale, parse_scale
 from undistill.report.table import Row, Table, read_table, write_table
 from undistill.runs.folder import claim
@@ -74,7 +75,14 @@ def about(experiment: Experiment) -> str:
 
 
 def reproduce(
-    name: str, scale: str, seeds: Sequence[int], cells: str, runner: Runner, *, select_on_test: bool = False
+    name: str,
+    scale: str,
+    seeds: Sequence[int],
+    cells: str,
+    runner: Runner,
+    *,
+    select_on_test: bool = False,
+    dry_run: bool = False,
 ) -> list[Row]:
     """Measure every case of `name` whose name matches the pattern `cells`, for these seeds, beside what the table
     holds of others already; it is written after each teacher's figures. What it holds of cases that are no longer
@@ -86,6 +94,7 @@ def reproduce(
     `select_on_test` keeps the epoch that is best on the test images, as the authors' code does. The difference to the
     plain table is the selection alone; at `small` and `smoke`, whose plain recipes keep the last epoch, it is that of
     best and last as well. Attacks without data choose nothing themselves; only their victim is another.
+    `dry_run` only says what would be done, and about how long it takes.
     """
     cases = find(name)(parse_scale(scale))
     chosen = [case for case in cases if fnmatch(case.name, cells)]
@@ -99,9 +108,16 @@ def reproduce(
     with claim(runner.folder, {"command": "reproduce"}):
         rows = {case.name: row_of(case) for case in cases}
         kept = recall(path, list(rows.values()))
+        missing = {
+            seed: [case for case in chosen if not rows[case.name].holds(seed, runner.code(case, seed))]
+            for seed in seeds
+        }
+        runner.progress.say(describe(missing, len(chosen)))
+        if dry_run:
+            runner.progress.say(str(forecast(missing, runner)))
+            return [rows[case.name] for case in chosen]
         for seed in seeds:
-            missing = [case for case in chosen if not rows[case.name].holds(seed, runner.code(case, seed))]
-            for case, measured in runner.measure(missing, seed):
+            for case, measured in runner.measure(missing[seed], seed):
                 rows[case.name].measured[seed] = measured
                 write(path, list(rows.values()), kept)
     return [rows[case.name] for case in chosen]

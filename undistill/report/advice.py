@@ -1,4 +1,8 @@
-"""The first box of the page: what a reader who knows no machine learning takes away."""
+"""What a reader who knows no machine learning needs: the first box of the page, and the words explained."""
+
+import re
+
+from markupsafe import Markup, escape
 
 from undistill.auditing.schema import Report
 from undistill.auditing.wording import is_above_zero, price
@@ -45,3 +49,24 @@ GLOSSARY = {
     "nats": "Unit of difference between two sets of probabilities; 0 means that they are equal.",
     "95 % interval": "A range that holds the true value in 95 of 100 such measurements.",
 }
+
+
+def word(name: str, shown: str = "") -> Markup:
+    """A word of the list, explained where the pointer rests on it; the link leads to its entry."""
+    text = Markup('<a class="word" href="#{}" title="{}">{}</a>')
+    return text.format(anchor(name), GLOSSARY[name], shown or name)
+
+
+def anchor(name: str) -> str:
+    """Where a word's entry stands on the page."""
+    return "word-" + re.sub(r"\W+", "-", name).strip("-")
+
+
+def explained(text: str) -> Markup:
+    """`text` as HTML, in which each word of the list is explained where it comes first."""
+    found = {match[0]: match for name in GLOSSARY for match in [re.search(rf"\b{re.escape(name)}\b", text)] if match}
+    html, at = Markup(""), 0
+    for match in sorted(found.values(), key=lambda match: match.start()):
+        if match.start() >= at:
+            html, at = html + escape(text[at : match.start()]) + word(match[0]), match.end()
+    return html + escape(text[at:])

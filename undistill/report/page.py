@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from pydantic import ValidationError
 
 from undistill.auditing.schema import Interval, Report, plus_minus
-from undistill.auditing.verdict import columns, interval
+from undistill.auditing.verdict import best_thief, columns, interval
 from undistill.core.errors import StoreError, legible
 from undistill.core.files import parse_json, read_text, require_plain, write_json, write_text
 from undistill.report import figures
-from undistill.report.advice import GLOSSARY, advice
+from undistill.report.advice import GLOSSARY, advice, anchor, explained, word
 from undistill.report.curves import training
 from undistill.report.evidence import read_evidence
 
@@ -76,7 +76,11 @@ def render(folder: Path) -> Path:
         "report": report,
         "budget": budget,
         "advice": advice(report),
+        "best": best(report),
         "glossary": GLOSSARY,
+        "anchor": anchor,
+        "explained": explained,
+        "word": word,
         "rows": table(report),
         "agreement": agreement,
         "percent": percent,
@@ -86,6 +90,13 @@ def render(folder: Path) -> Path:
     write_text(folder / "report.md", _MARKDOWN.get_template("report.md").render(context))
     write_text(folder / "report.html", html)
     return folder / "report.html"
+
+
+def best(report: Report) -> dict[str, str]:
+    """The best thief: its name and accuracy."""
+    found = columns(report.cells)
+    column = best_thief(found)
+    return {"attack": figures.label(column), "accuracy": percent(interval(list(found[column].values())))}
 
 
 def draw(figure: Figure) -> Markup:

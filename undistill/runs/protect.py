@@ -1,7 +1,7 @@
 """`protect`: from the run of an honest network to that of a protected one."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -31,11 +31,11 @@ def protect(
     defence: str | Defence | Sequence[str | Defence],
     out: str | Path,
     *,
-    model: str | Model | None = None,
+    model: str | Model | nn.Module | Callable[..., nn.Module] | None = None,
     settings: Settings | None = None,
     device: str = "auto",
     remember: float = REMEMBER,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Run:
     """Protect the honest network of `run`; the victim gets a run folder of its own.
 
@@ -47,7 +47,7 @@ def protect(
         settings: recipe and seed, by default those of the honest network.
         device: auto, cpu, cuda or cuda:N.
         remember: GiB of disk that answers of the honest network may fill, in its run folder.
-        progress: where progress is shown.
+        progress: True shows it on standard error, False nowhere; None shows it in a notebook.
     """
     honest = run if isinstance(run, Run) else Run.open(run)
     settings = settings or recorded_settings(honest)
@@ -77,10 +77,10 @@ def protect(
     }
     seed, chosen = derive(settings.seed, "victim"), pick_device(device)
     teacher, name = honest.network(model).to(chosen), " + ".join(type(one).__name__ for one in defences)
-    with together(chosen, request), claim(Path(out), request) as place:
+    with together(chosen, request), claim(Path(out), request) as place, Progress.of(progress) as shown:
         if not place.finished:
             store = AnswerStore(honest.folder / "answers", remember * GIB)
-            fit = Fit(settings.recipe, seed, chosen, place.folder, progress or Progress.silent(), name, store=store)
+            fit = Fit(settings.recipe, seed, chosen, place.folder, shown, name, store=store)
             fresh = _Fresh(honest, model, seed)
             victim: nn.Module = teacher
             with seeded(derive(settings.seed, "defence")):

@@ -26,6 +26,7 @@ from undistill.data.source import Source
 from undistill.data.split import Data
 from undistill.defences.defence import Defence
 from undistill.models.adapter import Adapter
+from undistill.models.given import Given, structure_of
 from undistill.models.model import Model
 from undistill.models.weights import largest_weights, load_weights
 from undistill.runs.folder import Record, read_record
@@ -132,9 +133,12 @@ class Run:
 
     def fresh(self, seed: int, model: Model | None = None) -> nn.Module:
         """The same architecture, newly initialised by `seed`."""
-        spec = self.model(model)
-        self._require_unchanged(spec)
+        spec, recorded = self.model(model), Model.parse(str(self.record["model"]))
+        if not isinstance(recorded, Given):
+            self._require_unchanged(spec)
         network = spec.build(self.shape, len(self.record["classes"]), seed)
+        if isinstance(recorded, Given) and structure_of(network) != recorded.structure:
+            raise StoreError(f"{spec} is another network than {recorded.name}, of which {self.folder} was made.")
         return self.adapter.wrap(network, self.shape[0]).eval()
 
     @property
@@ -158,9 +162,10 @@ class Run:
                 )
 
     def model(self, override: Model | None = None) -> Model:
-        """The recorded network; `override` names it again where it is the user's own code."""
+        """The recorded network; `override` names it again where it is the user's own code, or was an object."""
         recorded = str(self.record["model"])
-        return override if override and is_code(recorded) else Model.parse(recorded)
+        own = is_code(recorded) or recorded.startswith(f"{Given.__name__}(")
+        return override if override and own else Model.parse(recorded)
 
     def require(self, shape: tuple[int, ...], classes: Sequence[str]) -> None:
         """Raise `StoreError` unless the run's network is one for these images and classes."""

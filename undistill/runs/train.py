@@ -6,16 +6,16 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from undistill.core import distributed
-from undistill.core.errors import NonFinite
+from undistill.core.errors import NonFinite, remark
 from undistill.core.files import sha256
 from undistill.core.progress import Progress
 from undistill.core.seeds import derive
+from undistill.data.arrays import Images, stored
 from undistill.data.batches import Batch
-from undistill.data.source import Source
 from undistill.data.split import Data
 from undistill.models.model import Model
 from undistill.models.trial import require_whole, same_weights
-from undistill.models.weights import largest_weights, load_weights
+from undistill.models.weights import largest_weights, load_weights, weights_sha256
 from undistill.runs.folder import Record, claim, together
 from undistill.runs.run import Run
 from undistill.runs.settings import TrainSettings
@@ -27,25 +27,35 @@ from undistill.training.metrics import evaluate
 
 
 def train(
-    data: str | Source,
-    model: str | Model | Callable[..., nn.Module],
+    data: Images,
+    model: str | Model | nn.Module | Callable[..., nn.Module],
     out: str | Path,
     *,
     weights: str | Path | None = None,
     settings: TrainSettings | None = None,
     device: str = "auto",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Run:
     """Train a classifier normally; its run folder is the honest teacher.
 
-    `weights` is where training starts; with `recipe.epochs=0` they are adopted as they are.
+    Args:
+        data: a source or its text, arrays, or a torch Dataset; what is no source yet is kept beside `out`.
+        model: a listed network, the user's own function that makes one, or a network, which begins as it is.
+        out: the run folder. A stopped run goes on there; a finished one is instant.
+        weights: where training starts; with `recipe.epochs=0` they are adopted as they are.
+        settings: recipe and seed.
+        device: auto, cpu, cuda or cuda:N.
+        progress: True shows it on standard error, False nowhere; None shows it in a notebook.
     """
     settings = settings or TrainSettings()
-    source, spec = Source.from_user(data), Model.from_user(model)
+    source, spec = stored(data, out), Model.from_user(model)
     loaded = source.load()
     seed = derive(settings.seed, "honest")
     network = spec.build(loaded.shape, loaded.num_classes, seed)
     start = sha256(Path(weights), largest_weights(network)) if weights and Path(weights).is_file() else None
+    if isinstance(model, nn.Module) and not weights:
+        network.load_state_dict(model.state_dict())
+        start = weights_sha256(network)
     request = {
         "command": "train",
         "data": str(source),
@@ -58,6 +68,11 @@ def train(
     other = spec.build(loaded.shape, loaded.num_classes, seed + 1)
     require_whole(network, other, loaded.shape, str(spec))
     pretrained = same_weights(network, other)
+    if pretrained:
+        remark(
+            f"{spec} begins with weights that it brings. On which images they were trained is not known here, so that "
+            "test accuracy may be memory; 'undistill adopt' takes test images that they have not seen."
+        )
     if weights:
         load_weights(network, Path(weights))
         network.eval()
@@ -66,9 +81,9 @@ def train(
         return {"ce": cross_entropy(network(batch.images), batch.labels, settings.label_smoothing)}
 
     chosen = pick_device(device)
-    with together(chosen, request), claim(Path(out), request) as place:
+    with together(chosen, request), claim(Path(out), request) as place, Progress.of(progress) as shown:
         if not place.finished:
-            fit = Fit(settings.recipe, seed, chosen, place.folder, progress or Progress.silent(), "honest teacher")
+            fit = Fit(settings.recipe, seed, chosen, place.folder, shown, "honest teacher")
             network = fit(network, loaded.split, objective)
             record = record_of(request, loaded, fit, network, str(weights or spec)) | {"pretrained": pretrained}
             place.finish(network, record, other, loaded.validation)

@@ -15,10 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -27,20 +25,23 @@ import undistill
 from undistill.core import distributed
 from undistill.core.files import GIB, locked, write_atomically
 from undistill.core.identity import fingerprint, program_sha256
+from undistill.core.seeds import derive, seeded
 from undistill.data.batches import Batch, ViewDataset
 from undistill.data.split import Samples
 from undistill.data.views import Views, to_float
 from undistill.models.model import frozen
 from undistill.models.trial import device_of
+from undistill.models.weights import bytes_of, weights_sha256
 from undistill.training.autotune import autotune
 from undistill.training.compute import EXACT, Compute, machine
-from undistill.training.losses import filled, require_finite
+from undistill.training.losses import LOG_ZERO, filled, require_finite
 
 log = logging.getLogger(__name__)
 
 REMEMBER = 4.0  # GiB
 PART = 512  # images answered together
 TRIED = 64  # images of the trial that chooses the compute settings
+ASKED = 5  # times that a network is measured whose answers vary
 HELD = GIB // 4  # bytes of answers held in memory, beside those of the present epoch
 
 
@@ -150,6 +151,8 @@ class RememberedAnswers:
         self._compute: Compute | None = None
         self._ready = network
         self._held: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
+        self._varying: dict[str, list[Tensor]] = {}
+        """Answers to plain images, if they vary: measured once, so that all figures speak of the same ones."""
 
     @property
     def device(self) -> torch.device:
@@ -182,9 +185,32 @@ class RememberedAnswers:
     def plain(self, samples: Samples, num_classes: int) -> Tensor:
         """Logits (N, K) of the unaugmented images, in main memory, computed exactly whatever the settings.
 
-        What the interface of a protected network does not show is filled in evenly.
+        What the interface of a protected network does not show is filled in evenly. Of answers that vary, it is the
+        logarithm of the mean probabilities.
         """
-        return filled(self._exact.epoch(ViewDataset(samples, Views(crop=0), 0, num_classes), 0).cpu())
+        asked = self.asked(samples, num_classes)
+        if len(asked) == 1:
+            return asked[0]
+        return torch.stack([one.softmax(1) for one in asked]).mean(0).log().clamp_min(LOG_ZERO)
+
+    def asked(self, samples: Samples, num_classes: int) -> list[Tensor]:
+        """The same logits, once for each time that the network is asked: `ASKED` times if its answers vary."""
+        dataset = ViewDataset(samples, Views(crop=0), 0, num_classes)
+        if self.repeatable:
+            return [filled(self._exact.epoch(dataset, 0).cpu())]
+        if (held := self._varying.get(dataset.digest)) is None:
+            with seeded(derive(0, "asked")):
+                held = [filled(self._exact.once(dataset).cpu()) for _ in range(ASKED)]
+            self._varying[dataset.digest] = held
+        return held
+
+    def once(self, dataset: ViewDataset) -> Tensor:
+        """Logits (N, K) for the first epoch of views, computed now."""
+        return self._make(dataset, 0, self._choose(lambda: self._first(dataset, 0)))
+
+    def _first(self, dataset: ViewDataset, epoch: int) -> Tensor:
+        """The first views, on which compute settings are tried."""
+        return to_float(dataset.show(epoch, dataset.samples.parts(PART)[0][:TRIED])[0].to(self.device))
 
     @cached_property
     def _exact(self) -> "RememberedAnswers":
@@ -194,8 +220,7 @@ class RememberedAnswers:
         return RememberedAnswers(self.network, EXACT, self.store, repeatable=self.repeatable)
 
     def _found_or_made(self, dataset: ViewDataset, epoch: int) -> Tensor:
-        parts = dataset.samples.parts(PART)
-        compute = self._choose(lambda: to_float(dataset.show(epoch, parts[0][:TRIED])[0].to(self.device)))
+        compute = self._choose(lambda: self._first(dataset, epoch))
         key = self._key(dataset, compute) if self.store.open else None
         if not distributed.all_true(key is not None) or key is None:
             return self._make(dataset, epoch, compute)
@@ -245,11 +270,7 @@ class RememberedAnswers:
     @cached_property
     def weights_sha256(self) -> str:
         """SHA-256 of all parameters and buffers."""
-        weights = hashlib.sha256()
-        for name, value in self.network.state_dict().items():
-            weights.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            weights.update(_bytes(value))
-        return weights.hexdigest()
+        return weights_sha256(self.network)
 
     @cached_property
     def identity(self) -> list[str] | None:
@@ -270,10 +291,5 @@ class RememberedAnswers:
             return _digest(self.network(images.to(self.device)))
 
 
-def _bytes(values: Tensor) -> memoryview:
-    raw: NDArray[Any] = values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return memoryview(raw.data)
-
-
 def _digest(values: Tensor) -> str:
-    return hashlib.sha256(_bytes(values)).hexdigest()
+    return hashlib.sha256(bytes_of(values)).hexdigest()

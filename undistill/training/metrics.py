@@ -50,6 +50,12 @@ def confidence(logits: Tensor) -> float:
     return logits.softmax(1).amax(1).double().mean().item()
 
 
+def self_agreement(asked: Sequence[Tensor]) -> float:
+    """Share of images to which every answer (N, K) of `asked` has the same top class."""
+    tops = torch.stack([logits.argmax(1) for logits in asked])
+    return (tops == tops[0]).all(0).double().mean().item()
+
+
 def fidelity(student: Tensor, victim: Tensor) -> float:
     """Top-1 agreement of two answers (N, K) to the same images."""
     return accuracy(student, victim.argmax(1))

@@ -38,6 +38,8 @@ class Oracle:
         self.ledger = Ledger(budget)
         self.told = told
         """Text of the defence, for an adaptive attacker who knows it; None otherwise."""
+        self._bought: dict[str, Answer] = {}
+        """What a victim whose answers vary has sold: another answer would be another query."""
         self._victim: Victim = NetworkVictim.of(victim) if isinstance(victim, nn.Module) else victim
 
     def __call__(self, batch: Batch) -> Answer:
@@ -68,9 +70,15 @@ class Oracle:
         if not self.ledger.knows(name):
             self.ledger.bill(len(samples))
             self.ledger.note(name, len(samples), torch.arange(len(samples)))
+        if name in self._bought:
+            return self._bought[name]
         if isinstance(self._victim, NetworkVictim):
-            return self._victim.answer_samples(samples, num_classes)
-        return self._victim.answer(to_float(samples.pixels))
+            answer = self._victim.answer_samples(samples, num_classes)
+        else:
+            answer = self._victim.answer(to_float(samples.pixels))
+        if not self._victim.repeatable:
+            self._bought[name] = answer
+        return answer
 
     @property
     def weights(self) -> nn.Module:

@@ -77,7 +77,7 @@ class NetworkVictim:
     def answer_samples(self, samples: Samples, num_classes: int) -> Answer:
         """The answer to each image of `samples` as it is, (N, K)."""
         dataset = ViewDataset(samples, Views(crop=0), 0, num_classes)
-        return self._answer(self.answers.epoch(dataset, 0))
+        return self._answer(self.answers.epoch(dataset, 0) if self.repeatable else self.answers.once(dataset))
 
     def _answer(self, outputs: Tensor) -> Answer:
         protected = isinstance(self.network, Protected)

@@ -1,0 +1,99 @@
+"""What a command is about to do, and about how long that takes."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from undistill.attacks.attack import ThiefData
+from undistill.auditing.cell import Job, Students
+from undistill.auditing.launchers import unfinished
+from undistill.core.progress import duration
+from undistill.core.seeds import derive
+from undistill.data.split import Split
+from undistill.training.compute import EXACT
+from undistill.training.fit import Fit
+from undistill.training.recipe import Recipe
+from undistill.victims.oracle import Oracle
+
+BATCHES = 4  # of a trial's epoch
+EPOCHS = 2  # of each training in a trial, of which the second is timed
+
+
+@dataclass
+class Forecast:
+    """How long trainings take one after another, by a trial of each kind of them."""
+
+    seconds: float = 0.0
+    untried: set[str] = field(default_factory=set)
+    """Attacks that make their own images: their trial would take as long as they do."""
+
+    def __str__(self) -> str:
+        without = f", without {', '.join(sorted(self.untried))}" if self.untried else ""
+        return f"That takes {duration(self.seconds)} on this machine, one after another{without}; by a trial of each."
+
+
+def describe(jobs: Sequence[Job], cells: Path) -> str:
+    """The students of an audit, as a sentence: how many, by which attacks, for how many epochs."""
+    todo, recipe = unfinished(jobs, cells), jobs[0].recipe
+    attacks = list(dict.fromkeys(type(job.attack).__name__ for job in jobs))
+    students, seeds = len({job.student for job in jobs}), len({job.seed for job in jobs})
+    kept = f" ({len(jobs) - len(todo)} of {len(jobs)} are there)" if len(todo) < len(jobs) else ""
+    batches = math.ceil(len(jobs[0].pair.attackers.train) / recipe.batch_size)
+    return (
+        f"Plan: {count(len(todo), 'student')} to train{kept}, each for {count(recipe.epochs, 'epoch')} of "
+        f"{count(batches, 'batch', 'batches')}: {count(len(attacks), 'attack')} ({', '.join(attacks)}) x "
+        f"{count(students, 'network')} x {count(seeds, 'seed')}, on the protected model and on its unprotected twin."
+    )
+
+
+def forecast(jobs: Sequence[Job], cells: Path) -> Forecast:
+    """Of the unfinished students of an audit."""
+    todo, found = unfinished(jobs, cells), Forecast()
+    rates: dict[object, float] = {}
+    for job in jobs:
+        if job.key not in todo:
+            continue
+        if job.attack.data == ThiefData.NONE:
+            found.untried.add(type(job.attack).__name__)
+            continue
+        kind = job.attack, job.student
+        if kind not in rates:
+            rates[kind] = _seconds(job)
+        found.seconds += rates[kind]
+    return found
+
+
+def _seconds(job: Job) -> float:
+    pair = job.pair
+    students = Students(job.student, pair.data.shape, pair.data.num_classes, job.seed)
+
+    def train(data: Split, fit: Fit) -> None:
+        job.attack.run(Oracle(pair.network(job.side), job.attack.needs), students, data, fit)
+
+    return seconds_of(train, job.data, job.recipe, pair.options.device)
+
+
+def seconds_of(train: Callable[[Split, Fit], object], data: Split, recipe: Recipe, device: torch.device) -> float:
+    """Seconds of a training by `recipe`, from a trial of two epochs on a few batches.
+
+    The trial computes exactly where the recipe leaves its compute settings to a trial of its own.
+    """
+    few = BATCHES * recipe.batch_size
+    short = data.some(few, 0)
+    validation = data.validation[torch.arange(min(len(data.validation), few))]
+    compute = EXACT if "auto" in str(recipe.compute) else recipe.compute
+    fit = Fit(recipe.model_copy(update={"epochs": EPOCHS, "compute": compute}), derive(0, "forecast"), device)
+    began = time.perf_counter()
+    train(replace(short, validation=validation), fit)
+    timed = sum(epoch["seconds"] for epoch in fit.history[1::EPOCHS])
+    epoch = timed or (time.perf_counter() - began) / EPOCHS
+    return epoch * recipe.epochs * len(data.train) / len(short.train)
+
+
+def count(number: int, one: str, many: str = "") -> str:
+    """'1 batch', '3 batches'."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

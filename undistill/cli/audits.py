@@ -1,0 +1,156 @@
+"""`demo`, `audit` and `report`: commands that end with a verdict."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from undistill.auditing.suites import MOST_SEEDS
+from undistill.cli.options import (
+    Address,
+    AuditOut,
+    Code,
+    Config,
+    DataDir,
+    Device,
+    DryRun,
+    Fast,
+    OwnDefence,
+    Remember,
+    Set,
+    Where,
+    Workers,
+    beside,
+    build_launcher,
+    say,
+    working,
+)
+from undistill.core.errors import legible
+
+if TYPE_CHECKING:
+    from undistill.auditing.schema import Report
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("runs/demo"),
+    seeds: Annotated[
+        int, typer.Option(min=1, max=MOST_SEEDS, help="Repetitions of everything: split, teachers, students.")
+    ] = 3,
+    device: Device = "auto",
+) -> None:
+    """Train, protect and audit on handwritten digits; ends with a report."""
+    from undistill.cli.demo import demo as run
+
+    with working() as progress:
+        report = run(out, seeds, progress, device)
+    show(report, out)
+
+
+def audit(
+    run: Annotated[Path, typer.Argument(help="The run folder of the protected model.")],
+    honest: Annotated[
+        Path | None, typer.Option(help="Its unprotected twin; by default the run it was protected from.")
+    ] = None,
+    suite: Annotated[str, typer.Option(help="A listed suite of attacks.")] = "quick",
+    attack: Annotated[
+        list[str] | None, typer.Option(help="One more attack, listed or file.py:Name(...); repeatable.")
+    ] = None,
+    student: Annotated[
+        list[str] | None, typer.Option(help="The thief's network instead of the suite's; repeatable.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=MOST_SEEDS, help="Students of each kind.")] = 3,
+    budget: Annotated[int | None, typer.Option(min=1, help="The most queries of each thief.")] = None,
+    out: AuditOut = None,
+    by: Annotated[str, typer.Option(help="Who audits, for the page: a name, a company.")] = "",
+    dry_run: DryRun = False,
+    model: Code = None,
+    defence: OwnDefence = None,
+    config: Config = None,
+    settings: Set = None,
+    fast: Fast = False,
+    device: Device = "auto",
+    launcher: Where = "serial",
+    workers: Workers = None,
+    address: Address = None,
+    data_dir: DataDir = None,
+    remember: Remember = 4.0,
+) -> None:
+    """Attack a protected model and its honest twin; ends with a report."""
+    from undistill.api import audit as work
+    from undistill.api import plan_audit
+    from undistill.auditing.forecast import describe, forecast
+    from undistill.cli.config import merge, read_settings
+    from undistill.runs.run import Run, parent
+    from undistill.runs.settings import AuditSettings, recorded_settings
+
+    victim = Run.open(run)
+    recipe = recorded_settings(Run.open(honest or parent(victim))).recipe
+    chosen = AuditSettings(**merge({"recipe": recipe.model_dump()}, read_settings(config, settings, fast)))
+    out = out or beside(run, "audit")
+    asked: dict[str, Any] = {
+        "honest": honest,
+        "suite": suite,
+        "attacks": attack or (),
+        "students": student or (),
+        "seeds": seeds,
+        "recipe": chosen.recipe,
+        "model": model,
+        "defences": defence or (),
+        "budget": budget,
+        "device": device,
+        "remember": remember,
+    }
+    if dry_run:
+        jobs = plan_audit(victim, **asked)
+        say(describe(jobs, out / "cells"))
+        say(str(forecast(jobs, out / "cells")))
+        return
+    with working() as progress:
+        found = work(
+            victim, out, by=by, launcher=build_launcher(launcher, workers, address), progress=progress, **asked
+        )
+    show(found, out)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Where an audit or demo wrote its report.")],
+    open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Make the pages of an audit again from report.json, and show the table."""
+    import webbrowser
+
+    from undistill.report.page import read_report, render
+
+    render(folder)
+    show(read_report(folder), folder)
+    if open_:
+        webbrowser.open((folder / "report.html").resolve().as_uri())
+
+
+def show(report: "Report", folder: Path) -> None:
+    """The verdict and its table, at most 80 columns wide, and where the rest lies."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from undistill.report.page import percent, points, table
+
+    console = Console(highlight=False)
+    rows = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("student taught by", "accuracy", "agrees", "queries"):
+        rows.add_column(name, justify="left" if name == "student taught by" else "right")
+    for side, teacher in (("protected", report.victim), ("unprotected", report.honest)):
+        rows.add_row(f"({side} model itself)", percent(teacher.accuracy), "", "")
+    for row in table(report):
+        rows.add_row(escape(legible(row["attack"])), row["accuracy"], row["fidelity"], row["queries"])
+    console.print(rows)
+    verdict = report.verdict
+    sentence = escape(legible(verdict.sentence))
+    console.print(
+        f"\n{sentence}\n\nIn points: damage {points(verdict.damage)}, cost {points(verdict.cost)}, "
+        f"leak beyond the label {points(verdict.leak_hard)}, gain of a student of the unprotected model "
+        f"{points(verdict.kd_gain_honest)}."
+    )
+    for flag in report.flags:
+        console.print(f"Read with care: {legible(flag.message)}", style="yellow", markup=False)
+    console.print(f"\nReport: {legible(str(folder / 'report.html'))}", soft_wrap=True, markup=False)
