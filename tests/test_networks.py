@@ -3,6 +3,7 @@
 import logging
 import re
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ from undistill.models.weights import load_weights, read_state
 from undistill.runs.run import Run
 from undistill.runs.settings import TrainSettings
 from undistill.runs.train import train
+from undistill.training.metrics import accuracy, self_agreement
 from undistill.training.recipe import Recipe
+from undistill.victims.oracle import Access, Oracle
 
 SHAPE = (1, 8, 8)
 NETS = """
@@ -193,8 +196,30 @@ def test_answers_that_vary_are_asked_anew_and_flagged(nets: Path) -> None:
         recipe=Recipe(epochs=1),
         device="cpu",
     )
-    assert "answers_vary" in {flag.name for flag in report.flags}
+    said = {flag.name: flag.message for flag in report.flags}
+    asked = pair.asked("victim")
+    assert len(asked) == 5
+    assert not torch.equal(asked[0], asked[1])
+    assert report.pairs[0].self_agreement == self_agreement(asked)
+    assert f"asked 5 times, it kept its top answer for {self_agreement(asked):.1%}" in said["answers_vary"]
+    assert report.victim.accuracy == pytest.approx(fmean(accuracy(one, pair.data.test.labels) for one in asked))
+    assert torch.allclose(pair.test_logits("victim").exp(), torch.stack([one.softmax(1) for one in asked]).mean(0))
     assert not list((run.folder / "answers").glob("*/*"))
+
+
+def test_what_a_thief_bought_of_a_varying_victim_is_one_answer(nets: Path) -> None:
+    run, name = trained(nets, "noisy()"), f"{nets / 'net.py'}:noisy()"
+    pair = VictimPair.of(run, run, [0], Model.from_user(name))
+    thieves = [Oracle(pair.victims["victim"], Access.QUERY) for _ in range(2)]
+    first, again, other = (one.once(pair.data.train, 3).log_p for one in (thieves[0], *thieves))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other), "another thief gets another answer"
+    assert thieves[0].ledger.billed == len(pair.data.train)
+
+
+def test_self_agreement_counts_images_whose_top_answer_stays() -> None:
+    asked = [torch.tensor(rows) for rows in ([[1.0, 0], [1, 0], [0, 1]], [[2.0, 1], [0, 1], [0, 1]])]
+    assert self_agreement(asked) == pytest.approx(2 / 3)
 
 
 def own(seed: int = 1) -> nn.Module:

@@ -8,7 +8,7 @@ from tests.conftest import NASTY, RECIPE, TEACHER
 from undistill.core.errors import ModelError, NonFinite, StoreError
 from undistill.runs.protect import protect
 from undistill.runs.run import Run
-from undistill.runs.settings import Settings, TrainSettings, recorded_settings
+from undistill.runs.settings import Settings, TrainSettings, needed_epochs, recorded_settings
 from undistill.runs.train import train
 from undistill.training.recipe import Recipe
 
@@ -17,6 +17,11 @@ SETTINGS = TrainSettings(recipe=RECIPE)
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
     return load_file(run.folder / "weights.safetensors")
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(300, 160), (1000, 50), (4000, 20), (50_000, 20), (None, 40)])
+def test_adopted_weights_are_imitated_for_as_many_steps_as_are_needed(images: int | None, epochs: int) -> None:
+    assert needed_epochs(images, 64) == epochs
 
 
 def test_label_smoothing_and_seed_change_the_run(honest: Run, toy_file: Path, tmp_path: Path) -> None:
@@ -33,7 +38,8 @@ def test_existing_weights_are_taken_as_they_are(honest: Run, toy_file: Path, tmp
     run = train(str(toy_file), TEACHER, tmp_path / "adopted", weights=file, settings=adopt, device="cpu")
     assert all(torch.equal(value, weights(honest)[name]) for name, value in weights(run).items())
     assert run.record["metrics"]["validation_accuracy"] == honest.record["metrics"]["validation_accuracy"]
-    assert recorded_settings(run).recipe.epochs == Recipe().epochs, "or protect and audit would train nothing"
+    images = run.record["train_images"]
+    assert recorded_settings(run).recipe.epochs == needed_epochs(images, 64), "or protect and audit would train nothing"
 
 
 def test_weights_of_another_network_leave_nothing_behind(honest: Run, toy_file: Path, tmp_path: Path) -> None:

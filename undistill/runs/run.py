@@ -69,6 +69,7 @@ class Recorded(BaseModel):
     start_sha256: str | None = None
     classes: list[str] = Field(min_length=2)
     shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    train_images: Annotated[int, Field(ge=1)] | None = None
     refers: dict[str, str]
     settings: dict[str, Any]
     metrics: Metrics

@@ -1,10 +1,15 @@
 """Settings of a training, and those with which a run was made."""
 
+import math
+
 from pydantic import Field
 
 from undistill.core.spec import Spec
 from undistill.runs.run import Run
 from undistill.training.recipe import Recipe
+
+STEPS = 800  # of a training of which nothing is known but its images
+FEWEST, MOST = 20, 160  # epochs
 
 
 class Settings(Spec):
@@ -27,12 +32,24 @@ class AuditSettings(Spec):
 
 
 def recorded_settings(run: Run) -> Settings:
-    """Seed and recipe with which a run was made; weights that were adopted untrained have the default epochs.
+    """Seed and recipe with which a run was made; weights that were adopted untrained have `needed_epochs`.
 
     Where the run was compiled, a trial decides anew whether that pays.
     """
     made = Settings(**{name: run.record["settings"].get(name) for name in Settings.model_fields})
-    changes: dict[str, object] = {} if made.recipe.epochs else {"epochs": Recipe().epochs}
+    changes: dict[str, object] = {}
+    if not made.recipe.epochs:
+        changes["epochs"] = needed_epochs(run.record.get("train_images"), made.recipe.batch_size)
     if made.recipe.compute.compile:  # a stranger's record may not force it: it can take hours
         changes["compute"] = made.recipe.compute.model_copy(update={"compile": "auto"})
     return Settings(seed=made.seed, recipe=made.recipe.model_copy(update=changes))
+
+
+def needed_epochs(images: int | None, batch_size: int) -> int:
+    """Epochs with which small networks come near the best that they learn from so many images.
+
+    Measured in steps rather than epochs: docs/log/training.md.
+    """
+    if images is None:  # runs of earlier versions do not say
+        return Recipe().epochs
+    return min(max(math.ceil(STEPS / math.ceil(images / batch_size)), FEWEST), MOST)

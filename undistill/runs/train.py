@@ -100,6 +100,7 @@ def record_of(request: Record, data: Data, fit: Fit, network: nn.Module, who: st
     return request | {
         "classes": list(data.classes),
         "shape": list(data.shape),
+        "train_images": len(data.train),
         "epochs": len(fit.history),
         "compute": fit.computed,
         "processes": distributed.world(),
