@@ -5,12 +5,15 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
 
+import undistill
 from tests.conftest import toy_arrays
 from tests.test_data import save_folder
 from undistill import Run
@@ -71,7 +74,7 @@ def test_console_blocks_run(world: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "LogitMatching" in (world / "runs" / "audit" / "report.md").read_text()
     adopted, nasty = Run.open("runs/honest"), Run.open("runs/nasty")
     assert adopted.record["epochs"] == 0
-    assert nasty.record["epochs"] == 20
+    assert nasty.record["epochs"] == 80
 
 
 def test_python_block_runs(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,6 +82,22 @@ def test_python_block_runs(world: Path, capsys: pytest.CaptureFixture[str]) -> N
     exec(compile(code, "README.md", "exec"), {})
     assert "On photos, the best thief of" in capsys.readouterr().out
     assert torch.is_grad_enabled()
+
+
+def test_a_network_that_is_trained_already(world: Path) -> None:
+    (code,) = [block for block in blocks("python") if block.startswith("mine = ")]
+    arrays = toy_arrays(per_class=12)
+    images, labels = np.repeat(arrays["images"][:, None], 3, axis=1), arrays["labels"]
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 144, 24), nn.ReLU(), nn.Linear(24, 3))
+    dataset = TensorDataset(torch.from_numpy(images), torch.from_numpy(labels))
+    known = {"undistill": undistill, "network": network, "dataset": dataset, "unseen": (255 - images, labels)}
+    exec(compile(hasty(code), "README.md", "exec"), known)
+    assert known["report"].pairs[0].unseen
+
+
+def hasty(code: str) -> str:
+    """Python that audits, with four epochs for every student."""
+    return code.replace("progress=True", "progress=True, recipe=undistill.Recipe(epochs=4)")
 
 
 def test_links_lead_somewhere() -> None:

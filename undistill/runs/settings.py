@@ -8,8 +8,8 @@ from undistill.core.spec import Spec
 from undistill.runs.run import Run
 from undistill.training.recipe import Recipe
 
-STEPS = 800  # of a training of which nothing is known but its images
-FEWEST, MOST = 20, 160  # epochs
+LEAST, MOST = 800, 8000  # steps of a training of which nothing is known but its images
+LONGEST = 160  # epochs; with more nothing was measured
 
 
 class Settings(Spec):
@@ -46,10 +46,12 @@ def recorded_settings(run: Run) -> Settings:
 
 
 def needed_epochs(images: int | None, batch_size: int) -> int:
-    """Epochs with which small networks come near the best that they learn from so many images.
+    """The usual epochs, or as many more that few images are seen often enough, or fewer where images are many.
 
-    Measured in steps rather than epochs: docs/log/training.md.
+    What small students learn goes by the steps that they make: docs/log/training.md.
     """
+    usual = Recipe().epochs
     if images is None:  # runs of earlier versions do not say
-        return Recipe().epochs
-    return min(max(math.ceil(STEPS / math.ceil(images / batch_size)), FEWEST), MOST)
+        return usual
+    batches = math.ceil(images / batch_size)
+    return min(max(math.ceil(LEAST / batches), min(usual, math.ceil(MOST / batches))), LONGEST)
