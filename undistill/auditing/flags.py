@@ -5,6 +5,7 @@ from statistics import fmean
 
 from undistill.auditing.schema import Flag, Report
 from undistill.training.answers import ASKED
+from undistill.training.recipe import Recipe
 
 Check = Callable[[Report], str | None]
 CHECKS: dict[str, Check] = {}
@@ -96,10 +97,12 @@ def students_still_learning(report: Report) -> str | None:
     late = max(
         fmean(c.late_gain for c in report.cells if c.attack == name) for name in {c.attack for c in report.cells}
     )
+    if late <= 0.02:
+        return None
+    longer = 3 * max(Recipe.parse(report.recipe).epochs, 1)
     return (
-        f"Some students still gained {late:.1%} in the last fifth of their training; train them for longer."
-        if late > 0.02
-        else None
+        f"Students had not converged: some gained {100 * late:.1f} points in the last fifth of their training, so that "
+        f"a thief who trains longer gets more than is said here. Train them for longer: --set recipe.epochs={longer}."
     )
 
 

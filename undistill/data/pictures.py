@@ -151,7 +151,7 @@ def _readable(file: Path, reading: Reading) -> Iterator[Image.Image]:
     try:
         with open_regular(file, LARGEST) as content, _open(content) as opened:
             if opened.width * opened.height > reading.max_pixels:
-                raise _too_large(file, reading, f"{opened.width:,} x {opened.height:,}")
+                raise _too_large(file, reading, opened.width, opened.height)
             if opened.mode not in GREY | COLOUR:
                 raise DataError(f"{file} has mode {opened.mode}; convert it to 8-bit grey or colour.")
             yield opened
@@ -175,10 +175,10 @@ def _open(content: IO[bytes]) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _too_large(file: Path, reading: Reading, size: str) -> DataError:
+def _too_large(file: Path, reading: Reading, width: int, height: int) -> DataError:
     return DataError(
-        f"{file} has {size} pixels, more than {reading.max_pixels:,}; make it smaller, or allow it: "
-        "Folder(..., max_pixels=N)."
+        f"{file} has {width:,} x {height:,} pixels, more than {reading.max_pixels:,}; make it smaller, or allow it: "
+        f"Folder(path=..., max_pixels={width * height})."
     )
 
 

@@ -8,8 +8,8 @@ from undistill.core.spec import Spec
 from undistill.runs.run import Run
 from undistill.training.recipe import Recipe
 
-LEAST, MOST = 800, 8000  # steps of a training of which nothing is known but its images
-LONGEST = 160  # epochs; with more nothing was measured
+STEPS = 300, 8000  # at least and at most, in a training of which nothing is known but its images
+EPOCHS = 20, 160  # at least, where that is not more than the most steps, and at most
 
 
 class Settings(Spec):
@@ -46,12 +46,12 @@ def recorded_settings(run: Run) -> Settings:
 
 
 def needed_epochs(images: int | None, batch_size: int) -> int:
-    """The usual epochs, or as many more that few images are seen often enough, or fewer where images are many.
+    """Epochs for small networks to learn much of what so many images teach them, in minutes rather than hours.
 
-    What small students learn goes by the steps that they make: docs/log/training.md.
+    What they learn goes by their steps: few images are seen more often, many less often (docs/log/training.md).
     """
-    usual = Recipe().epochs
     if images is None:  # runs of earlier versions do not say
-        return usual
+        return Recipe().epochs
     batches = math.ceil(images / batch_size)
-    return min(max(math.ceil(LEAST / batches), min(usual, math.ceil(MOST / batches))), LONGEST)
+    least, most = (math.ceil(steps / batches) for steps in STEPS)
+    return min(max(least, EPOCHS[0]), most, EPOCHS[1])
