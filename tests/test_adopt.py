@@ -3,6 +3,7 @@
 import functools
 import importlib
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from typer.testing import CliRunner
 from tests.conftest import STUDENT
 from undistill import Run, adopt, audit, protect
 from undistill.cli import app
-from undistill.core.errors import DataError, ModelError, SpecError, remark
+from undistill.core.errors import DataError, ModelError, SpecError, StoreError, remark
 from undistill.data import Source
 from undistill.models import Model
+from undistill.models.adapter import Adapter
 from undistill.models.weights import read_state
 from undistill.runs.settings import Settings
 from undistill.training.metrics import accuracy, evaluate
@@ -110,6 +112,58 @@ def test_what_is_lacking_is_named(world: Path, tmp_path: Path, said: pytest.LogC
     taken(world, tmp_path / "run")
     assert "Accuracy is near chance" in said.text
     assert "With --preprocess imagenet --classes dog,cat,fox,eel it is" in said.text
+
+
+def test_what_was_named_wrongly_is_put_right(world: Path, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    taken(world, tmp_path / "order", preprocess="imagenet", classes=("eel", "fox", "cat", "dog"))
+    assert "With --classes dog,cat,fox,eel it is" in said.text
+    mine = Adapter(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    said.clear()
+    remark.cache_clear()
+    taken(world, tmp_path / "own", preprocess=mine, classes=("fox", "eel", "dog", "cat"))
+    assert "With --classes dog,cat,fox,eel it is" in said.text
+
+
+def test_other_weights_are_another_run(world: Path, tmp_path: Path) -> None:
+    plain = read_state(world / "plain.pt")
+    other = {name: value + 1 for name, value in plain.items()}
+    torch.save({"model": plain, "ema": other}, tmp_path / "both.pt")
+    taken(world, tmp_path / "run", weights=tmp_path / "both.pt")
+    with pytest.raises(StoreError, match=r"holds another run .start_sha256"):
+        taken(world, tmp_path / "run", weights=tmp_path / "both.pt", key="model")
+
+
+def test_unseen_images_are_those_that_are_nowhere_else(
+    world: Path, tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(DataError, match=r"are also in .*, so that none of them is unseen"):
+        taken(world, tmp_path / "a", test=str(world / "photos"))
+    mixed = photos(tmp_path / "mixed", 10, 7)
+    for name in COLOURS:
+        shutil.copy(world / "photos" / name / "3.png", mixed / name / "known.png")
+    shutil.rmtree(mixed / "eel")
+    run = taken(world, tmp_path / "a", test=str(mixed))
+    assert "3 test images are also in" in said.text
+    assert "No test image of eel" in said.text
+    data = run.data()
+    assert (len(data.test), sorted(set(data.test.labels.tolist()))) == (30, [0, 1, 3])
+    assert len(data.train) + len(data.validation) == 160
+
+
+def test_the_data_are_divided_as_they_say(world: Path, tmp_path: Path) -> None:
+    source = f"Folder(path='{world / 'photos'}', count=40, validation=0.5, seed=3)"
+    run = adopt(f"{world / 'net.py'}:loaded", source, tmp_path / "run", test=str(world / "other"), device="cpu")
+    assert [len(part) for part in (run.data().train, run.data().validation, run.data().test)] == [20, 20, 80]
+    with pytest.raises(DataError, match=r"leave out test=0\.5"):
+        adopt(f"{world / 'net.py'}:loaded", source[:-1] + ", test=0.5)", tmp_path / "b", test=str(world / "other"))
+
+
+@pytest.mark.parametrize("order", [(0, 0, 1), (9, 9, 9), (1, 2)])
+def test_an_order_names_every_output_once(order: tuple[int, ...]) -> None:
+    with pytest.raises(SpecError, match="order must name every output once"):
+        Adapter(order=order)
+    with pytest.raises(ModelError, match="order names 2 outputs of a network with 3"):
+        Adapter(order=(1, 0)).wrap(nn.Identity(), 3, 3)
 
 
 def test_probabilities_are_read_as_such(world: Path, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:

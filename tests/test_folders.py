@@ -117,6 +117,29 @@ def test_folders_of_the_system_are_passed_over(hidden: str, tmp_path: Path) -> N
     assert sum(sizes(data)) == 60
 
 
+def test_a_stray_picture_beside_the_classes_of_parts_makes_no_classes_of_them(tmp_path: Path) -> None:
+    root = tree(tmp_path, "train", "test")
+    for part in ("train", "test"):
+        Image.new("L", (8, 8)).save(root / part / "montage.png")
+    assert Source.parse(str(root)).load().classes == ("cat", "dog", "eel")
+
+
+def test_validation_images_that_are_test_images_are_none(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    root = tree(tmp_path, "train", "test")
+    shutil.copytree(root / "test", root / "val")
+    data = Source.parse(str(root)).load()
+    assert "all validation images are copies of test images; others are taken from train" in said.text
+    assert len(data.validation) < len(data.train)
+
+
+def test_a_part_without_images_is_named(tmp_path: Path) -> None:
+    root = tree(tmp_path, "train")
+    for name in ("cat", "dog", "eel"):
+        (root / "test" / name).mkdir(parents=True)
+    with pytest.raises(DataError, match="test holds no images; add some, or remove it"):
+        Source.parse(str(root)).load()
+
+
 def test_copies_are_left_out_and_said(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     root = tree(tmp_path / "photos", "train", "test", count=20)
     for number in range(5):

@@ -14,8 +14,10 @@ from undistill.core.code import trust
 from undistill.core.errors import ModelError, SpecError
 from undistill.core.seeds import seeded
 from undistill.models import ConvNet, Model, PlainCNN, features, load_weights
+from undistill.models.adapter import Adapter
+from undistill.runs.preprocessing import adapter_of
 
-BUILT_IN = [name for name in Model.registry if name not in ("Factory", "Timm")]
+BUILT_IN = [name for name in Model.registry if name not in ("Factory", "Given", "Timm")]
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -352,7 +354,10 @@ KEPT: list[torch.library.Library] = []  # what it defines goes with it
 def test_timm_builds_normalised_networks(boxes: None) -> None:
     network = Model.parse("timm:resnet18").build((3, 64, 64), 7, 0)
     assert network(torch.rand(2, 3, 64, 64)).shape == (2, 7)
-    assert torch.allclose(network[0](torch.full((1, 3, 1, 1), 0.485))[0, 0], torch.zeros(1))
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1).expand(2, 3, 64, 64)
+    bare = network.network.eval()
+    assert torch.allclose(network.eval()(mean), bare(torch.zeros(2, 3, 64, 64)), atol=1e-5)
+    assert network.state_dict().keys() == bare.state_dict().keys()
     with pytest.raises(ModelError, match=r"timm has no network 'resnet-18'; .*resnet18"):
         Model.parse("timm:resnet-18").build((3, 64, 64), 7, 0)
 
@@ -371,9 +376,14 @@ def test_timm_takes_its_own_arguments_and_files(boxes: None, tmp_path: Path) -> 
     assert Model.parse(str(spec)) == spec
     network = spec.build((3, 32, 32), 7, 0)
     assert network(torch.rand(2, 3, 32, 32)).shape == (2, 7)
-    torch.save(network[1].state_dict(), tmp_path / "theirs.pt")
+    torch.save(network.network.state_dict(), tmp_path / "theirs.pt")
     other = spec.build((3, 32, 32), 7, 1)
     load_weights(other, tmp_path / "theirs.pt")
+    torch.save({f"1.{name}": value for name, value in network.state_dict().items()}, tmp_path / "earlier.pt")
+    load_weights(spec.build((3, 32, 32), 7, 1), tmp_path / "earlier.pt")
+    with pytest.raises(SpecError, match="normalise images by themselves; leave out --preprocess imagenet"):
+        adapter_of("imagenet", network)
+    assert adapter_of("timm", network) == Adapter()
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in network.state_dict().items())
     with pytest.raises(ModelError, match=r"cannot be built: .*unexpected keyword argument 'depht'"):
         Model.parse("timm:vit_tiny_patch16_224(depht=2)").build((3, 32, 32), 7, 0)

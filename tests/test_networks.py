@@ -2,6 +2,7 @@
 
 import logging
 import re
+from argparse import Namespace
 from pathlib import Path
 from statistics import fmean
 
@@ -16,18 +17,24 @@ from undistill.auditing.pair import VictimPair
 from undistill.core.errors import ModelError, remark
 from undistill.data.batches import Batch, ViewDataset
 from undistill.data.views import Views, to_float
+from undistill.defences.responses.top_k import TopK
 from undistill.models import Model
 from undistill.models.adapter import Adapter
 from undistill.models.trial import varies
 from undistill.models.weights import load_weights, read_state
+from undistill.runs.protect import protect
 from undistill.runs.run import Run
-from undistill.runs.settings import TrainSettings
+from undistill.runs.settings import Settings, TrainSettings
 from undistill.runs.train import train
 from undistill.training.metrics import accuracy, self_agreement
 from undistill.training.recipe import Recipe
 from undistill.victims.oracle import Access, Oracle
 
 SHAPE = (1, 8, 8)
+SOFT = """
+def soft():
+    return nn.Sequential(base(), nn.Softmax(1))
+"""
 NETS = """
 import numpy as np, torch
 from torch import nn
@@ -207,6 +214,33 @@ def test_answers_that_vary_are_asked_anew_and_flagged(nets: Path) -> None:
     assert not list((run.folder / "answers").glob("*/*"))
 
 
+def test_answers_that_vary_are_recognised_behind_a_response(nets: Path) -> None:
+    noisy = Model.from_user(f"{nets / 'net.py'}:noisy()").build(SHAPE, 3, 0).eval()
+    still = Model.from_user(f"{nets / 'net.py'}:base()").build(SHAPE, 3, 0).eval()
+    assert varies(TopK(k=2).wrap(noisy, SHAPE, 3), SHAPE)
+    assert not varies(TopK(k=2).wrap(still, SHAPE, 3), SHAPE)
+
+
+def test_a_reference_whose_answers_vary_is_never_remembered(nets: Path) -> None:
+    run, name = trained(nets, "noisy()"), f"{nets / 'net.py'}:noisy()"
+    short = Settings(recipe=Recipe(epochs=2, batch_size=16))
+    protect(run, "Nasty(omega=0.01)", nets / "nasty", model=name, settings=short, device="cpu")
+    assert not list((run.folder / "answers").glob("*/*"))
+
+
+def test_a_network_with_a_softmax_is_not_trained(nets: Path) -> None:
+    (nets / "net.py").write_text((nets / "net.py").read_text() + SOFT)
+    with pytest.raises(ModelError, match=r"soft ends with a softmax.*returns logits"):
+        trained(nets, "soft")
+
+
+def test_code_and_weights_are_read_before_images(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"nowhere\.py"):
+        train(str(tmp_path / "no-images"), "nowhere.py:make", tmp_path / "run")
+    with pytest.raises(ModelError, match="There is no weights file"):
+        train(str(tmp_path / "no-images"), "ConvNet(width=2)", tmp_path / "run", weights=tmp_path / "nowhere.pt")
+
+
 def test_what_a_thief_bought_of_a_varying_victim_is_one_answer(nets: Path) -> None:
     run, name = trained(nets, "noisy()"), f"{nets / 'net.py'}:noisy()"
     pair = VictimPair.of(run, run, [0], Model.from_user(name))
@@ -215,6 +249,9 @@ def test_what_a_thief_bought_of_a_varying_victim_is_one_answer(nets: Path) -> No
     assert torch.equal(first, again)
     assert not torch.equal(first, other), "another thief gets another answer"
     assert thieves[0].ledger.billed == len(pair.data.train)
+    resumed = Oracle(pair.victims["victim"], Access.QUERY)
+    resumed.load_state_dict(thieves[0].state_dict())
+    assert torch.equal(resumed.once(pair.data.train, 3).log_p, first), "a stopped thief keeps what he bought"
 
 
 def test_self_agreement_counts_images_whose_top_answer_stays() -> None:
@@ -250,6 +287,9 @@ CHECKPOINTS = {
         {"state_dict": own(2).state_dict(), "state_dict_ema": STATE},
         "under 'state_dict_ema' are taken; state_dict is there as well",
     ),
+    "torchvision": ({"model": STATE, "args": Namespace(lr=0.1), "epoch": 9}, "under 'model' are taken"),
+    "nested": ({"model": {"state_dict": STATE, "arch": "x"}, "epoch": 9}, "under 'model' are taken"),
+    "shadow": ({"model": STATE, "ema": {"decay": 0.9, "shadow": {}}}, "under 'model' are taken"),
     "averaged": ({"model_ema": {"n_averaged": torch.tensor(3)} | prefixed("module.", STATE)}, "begin with 'module.'"),
     "torch 0.3": ({name: value for name, value in STATE.items() if "num_batches" not in name}, None),
     "half": ({name: value.half() if value.is_floating_point() else value for name, value in STATE.items()}, None),
@@ -335,15 +375,15 @@ def test_an_adapter_leaves_names_and_answers_alone() -> None:
     images = torch.rand(5, *SHAPE)
     adapter = Adapter(mean=(0.5,), std=(0.25,), order=(2, 0, 1))
     assert Adapter.parse(str(adapter)) == adapter
-    adapted = adapter.wrap(network, 1)
+    adapted = adapter.wrap(network, 1, 3)
     assert adapted.state_dict().keys() == network.state_dict().keys()
     assert torch.allclose(adapted(images), network((images - 0.5) / 0.25)[:, [2, 0, 1]])
-    other = adapter.wrap(own(2), 1).eval()
+    other = adapter.wrap(own(2), 1, 3).eval()
     other.load_state_dict(adapted.state_dict())
     assert torch.equal(other(images), adapted(images))
     assert [type(part) for part in Model.parse("ConvNet").stages(adapted)] == [nn.BatchNorm2d, nn.ReLU]
-    soft = Adapter(probabilities=True).wrap(nn.Sequential(network, nn.Softmax(1)), 1)
+    soft = Adapter(probabilities=True).wrap(nn.Sequential(network, nn.Softmax(1)), 1, 3)
     assert torch.allclose(soft(images), network(images).log_softmax(1), atol=1e-5)
-    assert Adapter().wrap(network, 1) is network
+    assert Adapter().wrap(network, 1, 3) is network
     with pytest.raises(ModelError, match="mean and std have 2 values; images have 1 channels"):
-        Adapter(mean=(0.5, 0.5), std=(1, 1)).wrap(network, 1)
+        Adapter(mean=(0.5, 0.5), std=(1, 1)).wrap(network, 1, 3)

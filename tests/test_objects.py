@@ -99,6 +99,17 @@ def test_new_networks_of_its_kind_differ_by_seed_alone() -> None:
     assert 0 < first.token.std() < 0.1  # type: ignore[operator, union-attr]
 
 
+def test_what_is_outside_of_the_weights_makes_another_network() -> None:
+    one, other = Scaled(), Scaled()
+    other.shift = 3.0
+    assert Given.of(one) != Given.of(other)
+    assert Given.of(other).build((1, 12, 12), 3, 0).shift == 3.0
+    other.register_buffer("fixed", torch.ones(2), persistent=False)
+    more = Given.of(other)
+    other.fixed += 1  # type: ignore[operator]
+    assert Given.of(other) != more
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -134,8 +145,10 @@ def test_the_same_images_are_kept_once(tmp_path: Path) -> None:
         (Items(lambda image: image[: 6 + image[0, 0] % 2]), "gives images of the shapes"),
         (iter([]), "cannot be read as a Dataset of .image, label. with a length"),
         (Items(lambda _: None), "images is of type object"),
+        ([(IMAGES[0], [0, 1])], "Labels are whole numbers"),
+        ([(IMAGES[0], 0, "name")], "cannot be read as a Dataset of .image, label."),
     ],
-    ids=["normalised", "NaN", "text", "names", "random", "sizes", "iterator", "None"],
+    ids=["normalised", "NaN", "text", "names", "random", "sizes", "iterator", "None", "one-hot", "triple"],
 )
 def test_what_cannot_be_used_is_said(data: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=said):

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from undistill.core.errors import AccessDenied, BudgetExceeded
+from undistill.core.unshown import LOG_ZERO
 from undistill.data.batches import Batch
-from undistill.training.losses import LOG_ZERO
 from undistill.victims.oracle import Access, Oracle
 
 

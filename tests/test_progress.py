@@ -157,6 +157,6 @@ def test_a_table_is_planned(tmp_path: Path) -> None:
     ]
     done = CliRunner().invoke(app, [*words, "--dry-run"])
     assert done.exit_code == 0, done.output
-    assert "Plan:" in done.stderr
-    assert "That takes about" in done.stderr
-    assert not (tmp_path / "teachers").exists()
+    assert "Plan:" in done.stdout
+    assert "That takes about" in done.stdout
+    assert not list(tmp_path.iterdir())

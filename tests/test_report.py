@@ -15,7 +15,7 @@ from tests.conftest import STUDENT
 from undistill.api import audit
 from undistill.auditing.schema import Interval
 from undistill.core.errors import StoreError
-from undistill.report.advice import GLOSSARY, explained
+from undistill.report.advice import GLOSSARY, advice, explained
 from undistill.report.evidence import read_evidence, write_evidence
 from undistill.report.page import percent, points, read_report, render
 from undistill.runs.run import Run
@@ -101,6 +101,24 @@ def test_words_are_explained_where_they_come_first() -> None:
         f'<a class="word" href="#word-ECE" title="{GLOSSARY["ECE"]}">ECE</a> and &lt;b&gt; of a '
         f'<a class="word" href="#word-seed" title="{GLOSSARY["seed"]}">seed</a>; ECE again, reseeded'
     )
+
+
+def test_the_first_box_claims_what_was_seen(folder: Path) -> None:
+    report = read_report(folder)
+
+    def said(mean: float, low: float | None, n: int, spec: str = report.victim.spec) -> str:
+        damage = Interval(mean=mean, low=low, high=None if low is None else 2 * mean - low, n=n)
+        changed = {
+            "verdict": report.verdict.model_copy(update={"damage": damage}),
+            "victim": report.victim.model_copy(update={"spec": spec}),
+        }
+        return advice(report.model_copy(update=changed))["Protected"]
+
+    assert "by Nasty(" in said(0.1, 0.05, 3)
+    assert said(0.1, 0.05, 3).endswith("plain imitators were seen to learn less from it.")
+    assert said(0.1, -0.05, 3).endswith("that plain imitators learn less from it was not seen.")
+    assert said(0.1, None, 1).endswith("cannot be said from 1 seed.")
+    assert said(0.1, 0.05, 3, spec="ConvNet(width=4)").endswith("by nothing: no defence was applied.")
 
 
 def test_the_page_says_who_when_and_of_what(folder: Path) -> None:

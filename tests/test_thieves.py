@@ -17,13 +17,14 @@ from undistill.attacks.attack import Buying, Distillation, ThiefData
 from undistill.auditing.cell import Job
 from undistill.core.errors import BudgetExceeded, ModelError, SpecError
 from undistill.core.progress import Progress
+from undistill.core.unshown import LOG_ZERO
 from undistill.data import Data, Split
 from undistill.data.batches import Batch
 from undistill.data.views import Views
 from undistill.defences import Defence
 from undistill.runs.run import Run
 from undistill.training.fit import Fit
-from undistill.training.losses import LOG_ZERO, cross_entropy, distillation
+from undistill.training.losses import cross_entropy, distillation
 from undistill.training.metrics import accuracy, evaluate
 from undistill.victims.answer import Answer
 from undistill.victims.oracle import Access, Oracle

@@ -13,6 +13,7 @@ from undistill.attacks import Attack
 from undistill.auditing.cell import Job
 from undistill.auditing.pair import VictimPair
 from undistill.core.errors import ModelError, SpecError, StoreError
+from undistill.core.unshown import LOG_ZERO, UNSHOWN
 from undistill.data import Data
 from undistill.defences import Defence
 from undistill.defences.defence import ResponseDefence
@@ -20,7 +21,7 @@ from undistill.models import Model
 from undistill.runs.run import Run
 from undistill.runs.settings import Settings
 from undistill.training.fit import Fit
-from undistill.training.losses import LOG_ZERO, UNSHOWN, filled
+from undistill.training.losses import filled
 from undistill.training.metrics import accuracy, evaluate
 from undistill.victims.answer import Answer
 from undistill.victims.oracle import Access, Oracle

@@ -19,9 +19,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
     return load_file(run.folder / "weights.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("images", "epochs"), [(30, 160), (300, 60), (1000, 20), (4000, 20), (50_000, 11), (None, 40)]
-)
+@pytest.mark.parametrize(("images", "epochs"), [(30, 160), (300, 60), (1000, 20), (4000, 20), (50_000, 11), (None, 40)])
 def test_adopted_weights_are_imitated_for_as_many_steps_as_are_needed(images: int | None, epochs: int) -> None:
     assert needed_epochs(images, 64) == epochs
 

@@ -39,13 +39,15 @@ class Forecast:
 def describe(jobs: Sequence[Job], cells: Path) -> str:
     """The students of an audit, as a sentence: how many, by which attacks, for how many epochs."""
     todo, recipe = unfinished(jobs, cells), jobs[0].recipe
-    attacks = list(dict.fromkeys(type(job.attack).__name__ for job in jobs))
+    attacks = list(dict.fromkeys(job.attack for job in jobs))
+    names = ", ".join(dict.fromkeys(type(attack).__name__ for attack in attacks))
     students, seeds = len({job.student for job in jobs}), len({job.seed for job in jobs})
     kept = f" ({len(jobs) - len(todo)} of {len(jobs)} are there)" if len(todo) < len(jobs) else ""
-    batches = math.ceil(len(jobs[0].pair.attackers.train) / recipe.batch_size)
+    batches = max(math.ceil(len(job.data.train) / recipe.batch_size) for job in jobs)
+    most = "at most " if jobs[0].budget else ""
     return (
         f"Plan: {count(len(todo), 'student')} to train{kept}, each for {count(recipe.epochs, 'epoch')} of "
-        f"{count(batches, 'batch', 'batches')}: {count(len(attacks), 'attack')} ({', '.join(attacks)}) x "
+        f"{most}{count(batches, 'batch', 'batches')}: {count(len(attacks), 'attack')} ({names}) x "
         f"{count(students, 'network')} x {count(seeds, 'seed')}, on the protected model and on its unprotected twin."
     )
 

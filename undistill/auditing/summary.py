@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from undistill.auditing.flags import raised
 from undistill.auditing.pair import VictimPair
 from undistill.auditing.schema import Cell, Costs, Interval, Pair, Report, Side, Teacher
-from undistill.auditing.verdict import interval, judge
+from undistill.auditing.verdict import interval, judge, least_spread, paired_interval
 from undistill.data.source import Source
 from undistill.data.split import Data, Samples
 from undistill.runs.environment import environment
@@ -44,7 +44,9 @@ def summarise(
         cells=list(cells),
         divergence=statistics.fmean(pair.divergence for pair in measured),
         costs=measure_costs(pairs, measured),
-        verdict=judge(cells, accuracy_cost(pairs, measured), Source.parse(first["data"]).title),
+        verdict=judge(
+            cells, accuracy_cost(pairs, measured), Source.parse(first["data"]).title, len(pairs[0].data.test)
+        ),
         flags=[],
         environment=environment(pairs[0].options.device),
     )
@@ -99,13 +101,14 @@ def average(teachers: Sequence[Teacher]) -> Teacher:
 def accuracy_cost(pairs: Sequence[VictimPair], measured: Sequence[Pair]) -> Interval:
     """Accuracy lost by protecting, with its spread over pairs, or for a single pair over the test images."""
     if len(measured) > 1:
-        return interval([pair.honest.accuracy - pair.victim.accuracy for pair in measured])
+        lost = [pair.honest.accuracy - pair.victim.accuracy for pair in measured]
+        return interval(lost, least_spread(len(pairs[0].data.test)))
     labels = pairs[0].data.test.labels
     right = {
         side: torch.stack([(logits.argmax(1) == labels).double() for logits in pairs[0].asked(side)]).mean(0)
         for side in SIDES
     }
-    return interval((right["honest"] - right["victim"]).tolist())
+    return paired_interval((right["honest"] - right["victim"]).tolist())
 
 
 def measure_costs(pairs: Sequence[VictimPair], measured: Sequence[Pair]) -> Costs:

@@ -23,12 +23,25 @@ EXAMPLES = {
 }
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % t interval."""
+def interval(values: Sequence[float], least: float = 0.0) -> Interval:
+    """Mean and 95 % t interval. Values that are counted on few images may agree by luck: their spread is `least`."""
     mean, n = statistics.fmean(values), len(values)
     if n < 2:
         return Interval(mean=mean, low=None, high=None, n=n)
-    half = quantile(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n)
+    half = quantile(0.975, n - 1) * max(statistics.stdev(values), least) / math.sqrt(n)
+    return Interval(mean=mean, low=mean - half, high=mean + half, n=n)
+
+
+def paired_interval(differences: Sequence[float]) -> Interval:
+    """Mean difference of two networks over images, each right (1) or wrong (0), with its 95 % interval.
+
+    Half an image is added to each kind of disagreement (Agresti and Min 2005): where two networks agree on all of few
+    images, that is no proof that they agree on others.
+    """
+    n, mean = len(differences), statistics.fmean(differences)
+    more = n + 2
+    spread = sum(value**2 for value in differences) + 1 - (n * mean) ** 2 / more
+    half = quantile(0.975, more - 1) * math.sqrt(spread) / more
     return Interval(mean=mean, low=mean - half, high=mean + half, n=n)
 
 
@@ -40,8 +53,8 @@ def columns(cells: Iterable[Cell]) -> dict[Column, Accuracies]:
     return dict(table)
 
 
-def judge(cells: Sequence[Cell], cost: Interval, data: str) -> Verdict:
-    """The verdict over all cells.
+def judge(cells: Sequence[Cell], cost: Interval, data: str, images: int) -> Verdict:
+    """The verdict over all cells, whose accuracies were measured on so many `images`.
 
     A difference is taken seed by seed, then averaged. The worst attack is the one whose *mean* is
     highest, so that picking the luckiest student of each seed does not pass for a leak. Attacks are found by their
@@ -52,6 +65,8 @@ def judge(cells: Sequence[Cell], cost: Interval, data: str) -> Verdict:
     attacks = {(c.attack, c.student) for c in cells if c.role not in FLOORS and c.side == "victim"}
     if not attacks:
         raise SpecError("The audit has no attack beside the floors; add one, such as SoftLabels(T=4, alpha=0.9).")
+
+    least = least_spread(images)
 
     def student_of(role: Role, side: Side, student: str) -> Accuracies:
         for column, accuracies in table.items():
@@ -70,16 +85,18 @@ def judge(cells: Sequence[Cell], cost: Interval, data: str) -> Verdict:
         return max(floors, key=lambda accuracies: statistics.fmean(accuracies.values()))
 
     def worst(floor: Callable[[str], Accuracies]) -> tuple[Interval, str, str]:
-        leaks = [(minus(table["victim", attack, who], floor(who)), attack, who) for attack, who in sorted(attacks)]
+        leaks = [
+            (minus(table["victim", attack, who], floor(who), least), attack, who) for attack, who in sorted(attacks)
+        ]
         return max(leaks, key=lambda leak: leak[0].mean)
 
     students = sorted({who for _, who in attacks})
     kd = {who: student_of(Role.PLAIN, "victim", who) for who in students}
     twin = {who: student_of(Role.PLAIN, "honest", who) for who in students}
     scratch = {who: student_of(Role.NO_TEACHER, "none", who) for who in students}
-    kd_gain = max((minus(kd[who], scratch[who]) for who in students), key=lambda leak: leak.mean)
-    kd_gain_honest = min((minus(twin[who], scratch[who]) for who in students), key=lambda leak: leak.mean)
-    damage = min((minus(twin[who], kd[who]) for who in students), key=lambda gap: gap.mean)
+    kd_gain = max((minus(kd[who], scratch[who], least) for who in students), key=lambda leak: leak.mean)
+    kd_gain_honest = min((minus(twin[who], scratch[who], least) for who in students), key=lambda leak: leak.mean)
+    damage = min((minus(twin[who], kd[who], least) for who in students), key=lambda gap: gap.mean)
     leak_hard, worst_attack, worst_student = worst(hard)
     verdict = Verdict(
         sentence="",
@@ -110,6 +127,11 @@ def _thief_in_words(table: Mapping[Column, Accuracies], roles: Mapping[Column, R
     return f"the best thief of {kinds} that were tried ({how}) gets a {column[2]} of {accuracy:.1%}"
 
 
-def minus(a: Accuracies, b: Accuracies) -> Interval:
-    """a - b, paired by seed."""
-    return interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
+def minus(a: Accuracies, b: Accuracies, least: float = 0.0) -> Interval:
+    """a - b, paired by seed; see `interval`."""
+    return interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())], least)
+
+
+def least_spread(images: int) -> float:
+    """Standard deviation of the difference of two accuracies on so many images that luck alone gives."""
+    return 1 / images

@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from undistill.auditing.suites import MOST_SEEDS
-from undistill.cli.options import Address, DataDir, Device, DryRun, Remember, Where, Workers, build_launcher, working
+from undistill.cli.options import (
+    Address,
+    DataDir,
+    Device,
+    DryRun,
+    Remember,
+    Where,
+    Workers,
+    build_launcher,
+    say,
+    working,
+)
 from undistill.core.errors import legible
 
 log = logging.getLogger(__name__)
@@ -57,7 +68,7 @@ def reproduce(
     with working() as progress:
         runner = Runner(out, build_launcher(launcher, workers, address), pick_device(device), progress, remember)
         rows = experiments.reproduce(
-            name, scale, range(seeds), cells, runner, select_on_test=select_on_test, dry_run=dry_run
+            name, scale, range(seeds), cells, runner, select_on_test=select_on_test, dry_run=say if dry_run else None
         )
     if dry_run:
         return

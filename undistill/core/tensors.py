@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 import zipfile
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -115,7 +116,8 @@ def _load(path: Path, device: torch.device) -> Any:
         file.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of pickles that are then refused, or read all the same
-            return torch.load(file, map_location=device, weights_only=True)
+            with torch.serialization.safe_globals([Namespace]):  # the options that training scripts keep beside
+                return torch.load(file, map_location=device, weights_only=True)
 
 
 def read_arrays(path: Path, max_bytes: int = LARGEST) -> dict[str, NDArray[Any]]:

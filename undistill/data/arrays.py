@@ -23,6 +23,7 @@ Images = str | os.PathLike[str] | Source | Arrays | tuple[Any, Any] | Dataset[An
 """A source or its text, arrays by the names that an .npz has, (images, labels), or a torch Dataset of such pairs."""
 Pixels = NDArray[np.uint8]
 
+TWICE = 20  # images that are read a second time, to notice random transforms
 PARTS = ("images", "labels", "x_train", "y_train", "x_val", "y_val", "x_test", "y_test", "classes")
 
 
@@ -76,33 +77,36 @@ def _largest(values: NDArray[Any]) -> int:
 
 def _read_all(data: Any) -> dict[str, NDArray[Any]]:
     """All images and labels of a torch Dataset."""
+    name = type(data).__name__
     try:
-        first, _ = data[0]
-        again, _ = data[0]
-        count = len(data)
+        pairs = [_pair(*data[number]) for number in range(len(data))]
+        again = [_pair(*data[number])[0] for number in range(min(len(data), TWICE))]
     except Exception as error:
         raise DataError(
-            f"{type(data).__name__} cannot be read as a Dataset of (image, label) with a length: "
-            f"{type(error).__name__}: {error}. Arrays are taken as (images, labels)."
+            f"{name} cannot be read as a Dataset of (image, label) with a length: {type(error).__name__}: {error}. "
+            "Labels are whole numbers. Arrays are taken as (images, labels)."
         ) from error
-    if not np.array_equal(_pixels(first), _pixels(again)):
+    if not all(np.array_equal(pixels, image) for image, (pixels, _) in zip(again, pairs, strict=False)):
         raise DataError(
-            f"{type(data).__name__} gives its first image differently each time; leave random transforms out. Images "
-            "are changed in training by the recipe: recipe.views."
+            f"{name} gives its images differently each time; leave random transforms out. Images are changed in "
+            "training by the recipe: recipe.views."
         )
-    pairs = [data[number] for number in range(count)]
-    images, labels = [_pixels(image) for image, _ in pairs], [label for _, label in pairs]
-    shapes = {image.shape for image in images}
+    shapes = {pixels.shape for pixels, _ in pairs}
     if len(shapes) > 1:
         raise DataError(
-            f"{type(data).__name__} gives images of the shapes {sorted(shapes)[:4]}; they must be of one. Resize and "
-            "convert them in its transform, or name the folder in which they lie."
+            f"{name} gives images of the shapes {sorted(shapes)[:4]}; they must be of one. Resize and convert them in "
+            "its transform, or name the folder in which they lie."
         )
-    found = {"images": np.stack(images), "labels": np.asarray([int(label) for label in labels])}
+    labels = np.asarray([label for _, label in pairs], dtype=np.int64)
+    found = {"images": np.stack([pixels for pixels, _ in pairs]), "labels": labels}
     names = getattr(data, "classes", None)
-    if isinstance(names, Sequence) and len(names) > max(found["labels"], default=0):
+    if isinstance(names, Sequence) and len(names) > max(labels, default=0):
         found["classes"] = np.asarray([str(name) for name in names])
     return found
+
+
+def _pair(image: Any, label: Any) -> tuple[NDArray[Any], int]:
+    return _pixels(image), int(label)
 
 
 def _pixels(image: Any) -> NDArray[Any]:

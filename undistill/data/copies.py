@@ -43,4 +43,8 @@ def without_copies(parts: Parts, name: str) -> Parts:
         remark(f"{what}; they are used all the same, since a class would have none left.")
         return parts
     remark(f"{what}; they are left out, so that none stands in training and test alike.")
-    return replace(parts, train=kept["train"], validation=kept.get("validation"), test=kept.get("test"))
+    validation = kept.get("validation")
+    if validation is not None and not len(validation):
+        remark(f"{name}: all validation images are copies of test images; others are taken from train.")
+        validation = None
+    return replace(parts, train=kept["train"], validation=validation, test=kept.get("test"))

@@ -1,6 +1,7 @@
 """Images that stay in their files until they are needed, for data larger than memory."""
 
 import hashlib
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,8 @@ from undistill.core.files import inside, sha256
 from undistill.data.pictures import LARGEST, PLAIN, Reading, read_picture
 
 T = TypeVar("T")
+READERS = 8  # threads, which the lock of Python bounds in any case
+AHEAD = 2**30  # bytes of images that are held before they are needed
 
 SERVICE = {"@eadir", "__macosx", "$recycle.bin", "#recycle", "lost+found", "system volume information"}
 """Folders that systems put among those of people."""
@@ -89,7 +92,7 @@ def files_below(folder: Path, root: Path) -> list[Path]:
 
 
 def fetched(images: Tensor | ImageFiles, fetch: Callable[[Tensor], T], parts: Sequence[Tensor]) -> Iterator[T]:
-    """`fetch` of each part in turn; where images lie in files, threads fetch ahead, one for each core.
+    """`fetch` of each part in turn; where images lie in files, threads fetch some parts ahead.
 
     Threads, since decoding releases Python's lock, and processes would send images through /dev/shm, of which
     containers have little.
@@ -97,13 +100,15 @@ def fetched(images: Tensor | ImageFiles, fetch: Callable[[Tensor], T], parts: Se
     if isinstance(images, Tensor):
         yield from map(fetch, parts)
         return
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    largest = max(map(len, parts), default=1) * math.prod(images.shape[1:])  # bytes of a part
+    threads = max(min(cores, READERS, AHEAD // largest), 1)
     ahead: deque[Future[T]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for part in parts:
                 ahead.append(pool.submit(fetch, part))
-                if len(ahead) > 2 * threads:
+                if len(ahead) > threads:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()

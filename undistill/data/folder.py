@@ -103,11 +103,10 @@ class Folder(Source):
         return parts
 
     def _holds(self, folder: Path) -> bool:
-        """Whether `folder` holds folders alone, as a part of a data set does."""
+        """Whether `folder` holds folders, as a part of a data set does, and hardly any images beside them."""
         found = entries(folder, Path(self.path))
-        return any(entry.is_dir() for entry in found) and all(
-            entry.is_dir() or is_beside(Path(entry.path)) for entry in found
-        )
+        images = [entry for entry in found if not entry.is_dir() and not is_beside(Path(entry.path))]
+        return sum(entry.is_dir() for entry in found) > len(images)
 
     def _folders(self, folder: Path) -> list[Path]:
         return [Path(entry.path) for entry in entries(folder, Path(self.path)) if entry.is_dir()]
@@ -156,6 +155,9 @@ class Folder(Source):
             )
         if empty := [name for name, images in train.items() if not images]:
             raise DataError(f"The class folder {parts['train'] / empty[0]} is empty, or holds no image.")
+        for name, found in listed.items():
+            if not any(found.values()):
+                raise DataError(f"{parts[name]} holds no images; add some, or remove it.")
         classes = sorted(train)
         if all(re.fullmatch(r"[0-9]+", name) for name in classes):
             numeric = sorted(classes, key=int)

@@ -29,32 +29,19 @@ class Adapter(Spec):
     def _both(self) -> Self:
         if len(self.mean) != len(self.std) or any(value <= 0 for value in self.std):
             raise ValueError("mean and std must have as many values, and std be above 0")
+        if sorted(self.order) != list(range(len(self.order))):
+            raise ValueError("order must name every output once, counted from 0")
         return self
 
-    def wrap(self, network: nn.Module, channels: int) -> nn.Module:
+    def wrap(self, network: nn.Module, channels: int, num_classes: int) -> nn.Module:
         """`network` as it is to be asked; its weights keep their names."""
         if self == Adapter():
             return network
         if self.mean and len(self.mean) not in (1, channels):
             raise ModelError(f"mean and std have {len(self.mean)} values; images have {channels} channels.")
+        if self.order and len(self.order) != num_classes:
+            raise ModelError(f"order names {len(self.order)} outputs of a network with {num_classes}.")
         return Adapted(network, self)
-
-
-class Normalise(nn.Module):
-    """(x - mean) / std of the images for which the network was designed; grey images take the mean over colours."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, config: dict[str, Any], channels: int) -> None:
-        super().__init__()
-        for name in ("mean", "std"):
-            colours = torch.tensor(config.get(name) or (0.5, 0.5, 0.5))
-            values = colours if channels == len(colours) else colours.mean().expand(channels)
-            self.register_buffer(name, values.view(-1, 1, 1).clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
 
 
 class Adapted(nn.Module):

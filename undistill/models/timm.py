@@ -8,7 +8,7 @@ from torch import nn
 
 from undistill.core.errors import ModelError
 from undistill.core.spec import split_call
-from undistill.models.adapter import Normalise
+from undistill.models.adapter import Adapter
 from undistill.models.model import Model
 from undistill.models.trial import Shape
 
@@ -34,7 +34,15 @@ class Timm(Model):
             raise ModelError(f"timm has no network '{name}'; {', '.join(near)} ... (timm.list_models() names all).")
         given = split_call(f"{type(self).__name__}({arguments}")[2] if arguments else {}
         network = timm.create_model(name, **{"num_classes": num_classes, "in_chans": shape[0]} | given)
-        return nn.Sequential(Normalise(network.pretrained_cfg, shape[0]), network)
+        return _adapter(network.pretrained_cfg, shape[0]).wrap(network, shape[0], num_classes)
+
+
+def _adapter(config: dict[str, Any], channels: int) -> Adapter:
+    """The normalisation for which the network was designed; grey images take the mean over colours."""
+    mean, std = (tuple(config.get(name) or (0.5, 0.5, 0.5)) for name in ("mean", "std"))
+    if channels != len(mean):
+        mean, std = ((sum(values) / len(values),) for values in (mean, std))
+    return Adapter(mean=mean, std=std)
 
 
 def _timm() -> Any:

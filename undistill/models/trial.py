@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from undistill.core.errors import ModelError
 from undistill.core.seeds import seeded
 from undistill.core.spec import Spec
+from undistill.core.unshown import LOG_ZERO, UNSHOWN
 
 Shape = tuple[int, int, int]  # channels, height, width
 AGREES = 1e-3  # largest difference of two answers that are the same but for rounding, relative to the largest logit
@@ -154,8 +155,12 @@ def varies(network: nn.Module, shape: Shape) -> bool:
 
 
 def agree(one: Tensor, other: Tensor) -> bool:
-    """Whether two answers are the same but for rounding."""
-    largest = one.abs().max().clamp_min(1)
+    """Whether two answers are the same but for rounding: what they show, and every number of it."""
+    hidden = one == UNSHOWN
+    if not torch.equal(hidden, other == UNSHOWN):
+        return False
+    one, other = (answer.masked_fill(hidden, 0).clamp_min(LOG_ZERO) for answer in (one, other))
+    largest = one.masked_fill(one == LOG_ZERO, 0).abs().max().clamp_min(1)
     return bool(((one - other).abs().max() <= AGREES * largest).item())
 
 

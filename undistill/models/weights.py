@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from undistill.core.errors import ModelError, remark, unknown
 from undistill.core.files import MIB, open_regular, read_bytes
 from undistill.core.tensors import LARGEST, load_state
-from undistill.models.adapter import Normalise
 
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
 """Keys under which checkpoints keep averaged weights. They are the ones that were measured, and so come first."""
 KEYS = (*AVERAGED, "state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
 COUNTER = "num_batches_tracked"
 CONVERT = """Where you trust the file, write its tensors alone:
-    model = torch.load({path!r}, weights_only=False)
-    torch.save(getattr(model, "state_dict", lambda: model)(), "weights.pt")"""
+    held = torch.load({path!r}, weights_only=False)  # a module, or a dict that holds one or its state dict
+    torch.save(held.state_dict() if hasattr(held, "state_dict") else held["state_dict"], "weights.pt")"""
 
 
 class Match(NamedTuple):
@@ -67,11 +66,8 @@ def largest_weights(network: nn.Module) -> int:
 
 
 def _constants(network: nn.Module) -> set[str]:
-    """Names of tensors that a file may lack: counters of batch norm, and our own normalisation."""
-    modules = dict(network.named_modules())
-    names = [name for name, module in modules.items() if isinstance(module, Normalise)]
-    normalisation = {f"{name}.{part}" for name in names for part in ("mean", "std")}
-    return normalisation | {name for name in network.state_dict() if name.split(".")[-1] == COUNTER}
+    """Names of tensors that a file may lack: counters of batch norm."""
+    return {name for name in network.state_dict() if name.split(".")[-1] == COUNTER}
 
 
 def _matched(state: Mapping[str, Tensor], own: Mapping[str, Tensor], optional: set[str]) -> Match | None:
@@ -192,12 +188,21 @@ def _weights_in(content: Any, path: Path, key: str | None) -> Any:
         if key not in content:
             raise ModelError(unknown(f"key in {path}", key, map(str, content)))
         return content[key]
-    held = [name for name in KEYS if isinstance(content.get(name), dict) and content[name]]
+    held = [name for name in KEYS if _state_in(content.get(name)) is not None]
     if not held:
         return content
     others = f"; {', '.join(held[1:])} is there as well, see --key" if held[1:] else ""
     remark(f"{path}: the weights under '{held[0]}' are taken{others}.")
-    return content[held[0]]
+    return _state_in(content[held[0]])
+
+
+def _state_in(held: Any) -> Any:
+    """A state dict, or the one that a dict holds under a usual key; None for anything else."""
+    if not isinstance(held, dict) or not held:
+        return None
+    if all(isinstance(value, Tensor) for value in held.values()):
+        return held
+    return next((found for name in KEYS if (found := _state_in(held.get(name))) is not None), None)
 
 
 def weights_sha256(network: nn.Module) -> str:

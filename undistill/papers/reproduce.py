@@ -82,7 +82,7 @@ def reproduce(
     runner: Runner,
     *,
     select_on_test: bool = False,
-    dry_run: bool = False,
+    dry_run: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """Measure every case of `name` whose name matches the pattern `cells`, for these seeds, beside what the table
     holds of others already; it is written after each teacher's figures. What it holds of cases that are no longer
@@ -94,7 +94,7 @@ def reproduce(
     `select_on_test` keeps the epoch that is best on the test images, as the authors' code does. The difference to the
     plain table is the selection alone; at `small` and `smoke`, whose plain recipes keep the last epoch, it is that of
     best and last as well. Attacks without data choose nothing themselves; only their victim is another.
-    `dry_run` only says what would be done, and about how long it takes.
+    `dry_run` is told what would be done, and about how long that takes; nothing is done then.
     """
     cases = find(name)(parse_scale(scale))
     chosen = [case for case in cases if fnmatch(case.name, cells)]
@@ -105,19 +105,25 @@ def reproduce(
         cases, name = [selected_on_test(case) for case in cases], f"{name}-selected-on-test"
     chosen = [case for case in cases if case.name in names]
     path = runner.folder / f"{name}-{scale}"
-    with claim(runner.folder, {"command": "reproduce"}):
-        rows = {case.name: row_of(case) for case in cases}
-        kept = recall(path, list(rows.values()))
-        missing = {
+    rows = {case.name: row_of(case) for case in cases}
+
+    def missing() -> dict[int, list[Case]]:
+        return {
             seed: [case for case in chosen if not rows[case.name].holds(seed, runner.code(case, seed))]
             for seed in seeds
         }
-        runner.progress.say(describe(missing, len(chosen)))
-        if dry_run:
-            runner.progress.say(str(forecast(missing, runner)))
-            return [rows[case.name] for case in chosen]
+
+    if dry_run:
+        recall(path, list(rows.values()))
+        dry_run(describe(missing(), len(chosen)))
+        dry_run(str(forecast(missing(), runner)))
+        return []
+    with claim(runner.folder, {"command": "reproduce"}):
+        kept = recall(path, list(rows.values()))
+        todo = missing()
+        runner.progress.say(describe(todo, len(chosen)))
         for seed in seeds:
-            for case, measured in runner.measure(missing[seed], seed):
+            for case, measured in runner.measure(todo[seed], seed):
                 rows[case.name].measured[seed] = measured
                 write(path, list(rows.values()), kept)
     return [rows[case.name] for case in chosen]

@@ -6,6 +6,7 @@ from markupsafe import Markup, escape
 
 from undistill.auditing.schema import Report
 from undistill.auditing.wording import is_above_zero, price
+from undistill.data.source import Source
 
 FEW = 3  # seeds below which nothing is claimed, or little
 
@@ -14,7 +15,7 @@ def advice(report: Report) -> dict[str, str]:
     """One sentence each: what was protected, what that costs, what stays open, and what to do next."""
     verdict = report.verdict
     return {
-        "Protected": f"A model that tells {report.classes} classes apart, so that its imitators learn less from it.",
+        "Protected": _what(report),
         "Price": price(verdict.cost),
         "What stays open": (
             "Whoever may query the model often enough can train a copy from its top answers alone; the table below "
@@ -22,6 +23,22 @@ def advice(report: Report) -> dict[str, str]:
         ),
         "What to do": _next(report),
     }
+
+
+def _what(report: Report) -> str:
+    """The model, its defence, and whether that was seen to work."""
+    title, damage = Source.parse(report.data).title, report.verdict.damage
+    model = f"A model of {title} with {report.classes} classes"
+    defences = report.victim.spec.partition(" ")[2]
+    if not defences:
+        return f"{model}, by nothing: no defence was applied."
+    if damage.n < FEW:
+        shown = f"whether imitators learn less from it cannot be said from {damage.n} seed{'s' * (damage.n > 1)}"
+    elif is_above_zero(damage):
+        shown = "plain imitators were seen to learn less from it"
+    else:
+        shown = "that plain imitators learn less from it was not seen"
+    return f"{model}, by {defences}; {shown}."
 
 
 def _next(report: Report) -> str:

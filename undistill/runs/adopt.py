@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from undistill.core.errors import remark
-from undistill.core.files import sha256
 from undistill.core.seeds import derive
 from undistill.data.apart import Apart
 from undistill.data.arrays import Images, stored
@@ -56,19 +55,21 @@ def adopt(
         device: auto, cpu, cuda or cuda:N.
     """
     spec = Model.from_user(model)
-    state, start = _given_weights(model, weights, key)  # what cannot be read is said before images are
+    spec.refers()  # code that cannot be read is said before images are, and so
+    state = _given_weights(model, weights, key)  # are weights
     source = stored(data, out)
     if test is not None:
-        source = Apart(of=str(source), test_on=str(stored(test, out)))
+        source = Apart.join(source, stored(test, out))
     loaded, seed, chosen = source.load(), derive(0, "honest"), pick_device(device)
     bare, other = (spec.build(loaded.shape, loaded.num_classes, seed + number) for number in range(2))
     require_whole(bare, other, loaded.shape, str(spec))
     if state is not None:
         fill(bare, state, str(weights or spec))
+    start = weights_sha256(bare)
     adapter = adapter_of(preprocess, bare)
     if classes:
         adapter = adapter.model_copy(update={"order": order_of(classes, loaded.classes)})
-    if answers_probabilities(bare, adapter, loaded):
+    if answers_probabilities(adapter.wrap(bare, loaded.shape[0], loaded.num_classes), loaded):
         remark(f"{spec} answers probabilities; they are read as such, by their logarithms.")
         adapter = adapter.model_copy(update={"probabilities": True})
     settings = TrainSettings(recipe=Recipe(epochs=0))
@@ -82,27 +83,25 @@ def adopt(
         "refers": spec.refers(),
         "settings": settings.model_dump(mode="json"),
     }
-    network = adapter.wrap(bare, loaded.shape[0]).to(chosen).eval()
+    network = adapter.wrap(bare, loaded.shape[0], loaded.num_classes).to(chosen).eval()
     with together(chosen, request), claim(Path(out), request) as place:
         if not place.finished:
             fit = Fit(settings.recipe, seed, chosen)
             record = record_of(request, loaded, fit, network, str(weights or spec))
             record["metrics"] |= _measured(network, loaded)
             record["unseen"] = "test" if test is not None else None
-            place.finish(network, record, adapter.wrap(other, loaded.shape[0]), loaded.validation)
+            place.finish(network, record, adapter.wrap(other, loaded.shape[0], loaded.num_classes), loaded.validation)
             _say_doubts(bare.to(chosen), adapter, loaded, record["metrics"])
     return Run.open(out)
 
 
-def _given_weights(
-    model: object, weights: str | Path | None, key: str | None
-) -> tuple[dict[str, Tensor] | None, str | None]:
-    """The tensors with which the network comes, and their hash; None where its factory loads them."""
+def _given_weights(model: object, weights: str | Path | None, key: str | None) -> dict[str, Tensor] | None:
+    """The tensors with which the network comes; None where its factory loads them."""
     if weights is not None:
-        return read_state(Path(weights), key=key), sha256(Path(weights))
+        return read_state(Path(weights), key=key)
     if isinstance(model, nn.Module):
-        return {name: value.detach().cpu() for name, value in model.state_dict().items()}, weights_sha256(model)
-    return None, None
+        return {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    return None
 
 
 def _measured(network: nn.Module, data: Data) -> dict[str, float]:

@@ -7,9 +7,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from undistill.core.errors import ModelError, SpecError, unknown
+from undistill.core.errors import ModelError, NonFinite, SpecError, unknown
 from undistill.data.split import Data, Samples
-from undistill.models.adapter import Adapter
+from undistill.models.adapter import Adapted, Adapter
 from undistill.training.metrics import evaluate
 
 NORMALISATIONS: dict[str, Adapter] = {
@@ -27,6 +27,10 @@ CLEAR = 0.2  # share of images by which another way must be better to be named
 
 def adapter_of(preprocess: str | Adapter, network: nn.Module) -> Adapter:
     """The adapter that the user named; `timm` reads it from the network."""
+    if isinstance(network, Adapted):  # by timm:NAME
+        if preprocess not in ("none", "timm"):
+            raise SpecError(f"Networks of timm: normalise images by themselves; leave out --preprocess {preprocess}.")
+        return Adapter()
     if isinstance(preprocess, Adapter):
         return preprocess
     if preprocess == "timm":
@@ -47,9 +51,12 @@ def order_of(named: Sequence[str], classes: Sequence[str]) -> tuple[int, ...]:
     return tuple(named.index(name) for name in classes)
 
 
-def answers_probabilities(network: nn.Module, adapter: Adapter, data: Data) -> bool:
+def answers_probabilities(network: nn.Module, data: Data) -> bool:
     """Whether what the network answers are probabilities, as if it ended with a softmax."""
-    answers = evaluate(adapter.wrap(network, data.shape[0]), some(data.validation))
+    try:
+        answers = evaluate(network, some(data.validation))
+    except NonFinite:  # which is said where it is measured
+        return False
     return bool((answers >= 0).all() and ((answers.sum(1) - 1).abs() < 1e-3).all())
 
 
@@ -64,6 +71,7 @@ class Way(NamedTuple):
 
     accuracy: float
     normalisation: str
+    """Empty stands for the one that was named."""
     order: tuple[int, ...]
     """The output of the network for each class of the data."""
 
@@ -72,6 +80,7 @@ def better_way(network: nn.Module, adapter: Adapter, data: Data) -> str:
     """The usual normalisation, and the order of classes, with which the network does clearly better, as advice."""
     samples, usual = some(data.train), tuple(range(data.num_classes))
     now = _right(_confusion(network, adapter, data, samples), usual)
+    adapter = adapter.model_copy(update={"order": ()})
     ways = sorted(_ways(network, adapter, data, samples), key=lambda way: -way.accuracy)
     plain = [way for way in ways if way.order == usual]
     # an order that was fitted to these very images wins by luck unless it is much better
@@ -79,17 +88,16 @@ def better_way(network: nn.Module, adapter: Adapter, data: Data) -> str:
     if best.accuracy < now + CLEAR:
         return "No usual normalisation or order of classes fits; is it the network of these images?"
     named = sorted(data.classes, key=lambda name: best.order[data.classes.index(name)])
-    classes = "" if best.order == usual else f" --classes {','.join(named)}"
-    return (
-        f"With --preprocess {best.normalisation}{classes} it is {best.accuracy:.1%} on {len(samples)} images; try "
-        "that, in another --out."
-    )
+    classes = "" if best.order == usual else f"--classes {','.join(named)}"
+    normalisation = f"--preprocess {best.normalisation}" if best.normalisation else ""
+    changed = " ".join(filter(None, (normalisation, classes))) or "classes in the usual order"
+    return f"With {changed} it is {best.accuracy:.1%} on {len(samples)} images; try that, in another --out."
 
 
 def _ways(network: nn.Module, adapter: Adapter, data: Data, samples: Samples) -> Iterator[Way]:
     """Each usual normalisation, with the outputs in their order, and in that which fits best."""
     usual = tuple(range(data.num_classes))
-    for name, one in NORMALISATIONS.items():
+    for name, one in {"": adapter, **NORMALISATIONS}.items():
         if len(one.mean) not in (0, 1, data.shape[0]):
             continue
         tried = adapter.model_copy(update={"mean": one.mean, "std": one.std})
@@ -105,6 +113,6 @@ def _right(counts: Tensor, order: Sequence[int]) -> float:
 
 def _confusion(network: nn.Module, adapter: Adapter, data: Data, samples: Samples) -> Tensor:
     """How many images of each class (row) have each output (column) highest, (K, K)."""
-    logits, classes = evaluate(adapter.wrap(network, data.shape[0]), samples), data.num_classes
+    logits, classes = evaluate(adapter.wrap(network, data.shape[0], data.num_classes), samples), data.num_classes
     pairs = samples.labels.to(logits.device) * classes + logits.argmax(1)
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu()

@@ -140,7 +140,7 @@ class Run:
         network = spec.build(self.shape, len(self.record["classes"]), seed)
         if isinstance(recorded, Given) and structure_of(network) != recorded.structure:
             raise StoreError(f"{spec} is another network than {recorded.name}, of which {self.folder} was made.")
-        return self.adapter.wrap(network, self.shape[0]).eval()
+        return self.adapter.wrap(network, self.shape[0], len(self.record["classes"])).eval()
 
     @property
     def adapter(self) -> Adapter:

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from undistill.core import distributed
-from undistill.core.errors import NonFinite, remark
+from undistill.core.errors import ModelError, NonFinite, remark
 from undistill.core.files import sha256
 from undistill.core.progress import Progress
 from undistill.core.seeds import derive
@@ -15,8 +15,9 @@ from undistill.data.batches import Batch
 from undistill.data.split import Data
 from undistill.models.model import Model
 from undistill.models.trial import require_whole, same_weights
-from undistill.models.weights import largest_weights, load_weights, weights_sha256
+from undistill.models.weights import largest_weights, load_weights, read_state, weights_sha256
 from undistill.runs.folder import Record, claim, together
+from undistill.runs.preprocessing import answers_probabilities
 from undistill.runs.run import Run
 from undistill.runs.settings import TrainSettings
 from undistill.training import metrics
@@ -48,7 +49,11 @@ def train(
         progress: True shows it on standard error, False nowhere; None shows it in a notebook.
     """
     settings = settings or TrainSettings()
-    source, spec = stored(data, out), Model.from_user(model)
+    spec = Model.from_user(model)
+    spec.refers()  # code and weights that cannot be read are said before images are
+    if weights:
+        read_state(Path(weights))
+    source = stored(data, out)
     loaded = source.load()
     seed = derive(settings.seed, "honest")
     network = spec.build(loaded.shape, loaded.num_classes, seed)
@@ -76,6 +81,11 @@ def train(
     if weights:
         load_weights(network, Path(weights))
         network.eval()
+    if answers_probabilities(network, loaded):
+        raise ModelError(
+            f"{spec} ends with a softmax: it answers probabilities, from which cross-entropy learns little. Leave "
+            "it out, so that the network returns logits; one that is trained can be adopted as it is (undistill adopt)."
+        )
 
     def objective(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"ce": cross_entropy(network(batch.images), batch.labels, settings.label_smoothing)}

@@ -26,15 +26,16 @@ from undistill.core import distributed
 from undistill.core.files import GIB, locked, write_atomically
 from undistill.core.identity import fingerprint, program_sha256
 from undistill.core.seeds import derive, seeded
+from undistill.core.unshown import LOG_ZERO
 from undistill.data.batches import Batch, ViewDataset
 from undistill.data.split import Samples
 from undistill.data.views import Views, to_float
 from undistill.models.model import frozen
-from undistill.models.trial import device_of
+from undistill.models.trial import agree, device_of
 from undistill.models.weights import bytes_of, weights_sha256
 from undistill.training.autotune import autotune
 from undistill.training.compute import EXACT, Compute, machine
-from undistill.training.losses import LOG_ZERO, filled, require_finite
+from undistill.training.losses import filled, require_finite
 
 log = logging.getLogger(__name__)
 
@@ -139,12 +140,15 @@ class RememberedAnswers:
         compute: Compute = EXACT,
         store: AnswerStore | None = None,
         *,
-        repeatable: bool = True,
+        repeatable: bool | None = True,
     ) -> None:
-        """`repeatable=False` is for a network that answers an image differently each time: it is asked anew."""
+        """`repeatable=False` is for a network that answers an image differently each time: it is asked anew.
+
+        None finds out by the first images.
+        """
         self.network = frozen(network)
         self.repeatable = repeatable
-        self.store = (store if repeatable else None) or AnswerStore()
+        self.store = (None if repeatable is False else store) or AnswerStore()
         self.computed = 0
         """Number of images on which the network was run."""
         self._asked = compute
@@ -161,10 +165,19 @@ class RememberedAnswers:
     def __call__(self, batch: Batch) -> Tensor:
         """Views as they were shown are looked up; other images are computed."""
         shown = batch.shown
+        if self.repeatable is None and not self._repeats(batch.images[:4]):
+            self.store = AnswerStore()
         if shown is None or not self.repeatable:
             return self.compute(batch.images)
         whole = self.epoch(shown.dataset, shown.epoch)
         return whole[shown.index.to(whole.device)].to(batch.images.device)
+
+    @torch.no_grad()
+    def _repeats(self, images: Tensor) -> bool:
+        """Find out whether the network answers the same images twice in the same way."""
+        images = images.to(self.device)
+        self.repeatable = agree(self.network(images), self.network(images))
+        return self.repeatable
 
     def compute(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W) in [0, 1], never remembered."""

@@ -67,8 +67,8 @@ class Fit:
     calls: int = 0
 
     def answers(self, network: nn.Module) -> RememberedAnswers:
-        """`network`, frozen: it answers each view of this training once."""
-        return RememberedAnswers(network.to(self.device), self.recipe.compute, self.store)
+        """`network`, frozen: it answers each view of this training once, unless its answers vary."""
+        return RememberedAnswers(network.to(self.device), self.recipe.compute, self.store, repeatable=None)
 
     def once(self, name: str, make: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
         """Run `make` under its own seed; a resumed run finds its result, a tensor of `shape`, in the run folder."""

@@ -5,10 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from undistill.core.errors import NonFinite
+from undistill.core.unshown import LOG_ZERO, UNSHOWN
 
 LARGEST = 1e15  # of an answer
-LOG_ZERO = -1e4  # stands for log 0 in an answer, so that KL stays finite
-UNSHOWN = -(2.0**40)  # stands where an interface showed nothing; no log-probability and no sane logit is this number
 
 
 def kl(p: Tensor, q: Tensor, T: float = 1.0) -> Tensor:

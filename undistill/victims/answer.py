@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from undistill.training.losses import LOG_ZERO, UNSHOWN, filled
+from undistill.core.unshown import LOG_ZERO, UNSHOWN
+from undistill.training.losses import filled
 
 
 class Form(IntEnum):

@@ -95,7 +95,9 @@ class Oracle:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return self.ledger.state_dict()
+        bought = {name: (answer.log_p, answer.shown) for name, answer in self._bought.items()}
+        return self.ledger.state_dict() | ({"bought": bought} if bought else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.ledger.load_state_dict(state)
+        self._bought = {name: Answer(log_p, shown) for name, (log_p, shown) in state.get("bought", {}).items()}

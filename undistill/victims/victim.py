@@ -65,7 +65,7 @@ class NetworkVictim:
 
     @property
     def repeatable(self) -> bool:
-        return self.answers.repeatable
+        return self.answers.repeatable is not False
 
     def answer(self, inputs: Tensor) -> Answer:
         return self._answer(self.answers.compute(inputs))

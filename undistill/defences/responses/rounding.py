@@ -3,8 +3,8 @@
 from pydantic import Field
 from torch import Tensor
 
+from undistill.core.unshown import LOG_ZERO
 from undistill.defences.defence import ResponseDefence
-from undistill.training.losses import LOG_ZERO
 from undistill.victims.answer import Answer
 from undistill.victims.protected import Response
 

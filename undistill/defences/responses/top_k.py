@@ -4,8 +4,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from undistill.core.unshown import LOG_ZERO
 from undistill.defences.defence import ResponseDefence
-from undistill.training.losses import LOG_ZERO
 from undistill.victims.answer import Answer, Form
 from undistill.victims.protected import Response
 
