@@ -1,5 +1,8 @@
 """Networks and images that are given as Python objects, not by name."""
 
+import importlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch.utils.data import Dataset
 
 from tests.conftest import RECIPE, STUDENT, toy_arrays
 from undistill import Run, adopt, audit, protect, train
+from undistill.core.code import reference
 from undistill.core.errors import DataError, ModelError, StoreError
 from undistill.data.arrays import stored
 from undistill.models import Given, given
@@ -154,3 +158,36 @@ def test_what_cannot_be_used_is_said(data: Any, said: str, tmp_path: Path) -> No
     with pytest.raises(DataError, match=said):
         stored(data, tmp_path / "run")
     assert not list(tmp_path.iterdir())
+
+
+SCRIPT = """
+import numpy as np, undistill
+from torch import nn
+
+print("runs")
+
+def make(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(144, num_classes))
+
+labels = np.repeat(np.arange(3), 20)
+images = np.random.default_rng(0).integers(0, 256, (60, 12, 12), dtype=np.uint8)
+run = undistill.adopt(make, (images, labels), "run", device="cpu")
+print(run.record["model"].rpartition(":")[2])
+"""
+
+
+def test_a_script_that_gives_its_own_function_runs_once(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.split() == ["runs", "make"]
+
+
+def test_a_function_of_a_package_is_named_by_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "zoo").mkdir()
+    (tmp_path / "zoo" / "__init__.py").write_text("")
+    (tmp_path / "zoo" / "parts.py").write_text("from torch import nn\n")
+    (tmp_path / "zoo" / "nets.py").write_text("from .parts import nn\n\ndef make():\n    return nn.Flatten()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert reference(importlib.import_module("zoo.nets").make) == "zoo.nets:make"

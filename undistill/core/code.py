@@ -50,7 +50,9 @@ def reference(function: Callable[..., Any]) -> str:
             f"{name} cannot be found again by a later process, which has to build the network anew. Put a function "
             "that makes it into a file, at the top level, and pass that function, or 'file.py:name'."
         )
-    return f"{file}:{name}"
+    module = sys.modules.get(function.__module__)
+    inside_package = module is not None and module.__name__ != "__main__" and bool(module.__package__)
+    return f"{function.__module__}:{name}" if inside_package else f"{file}:{name}"
 
 
 def load_code(text: str) -> Any:
@@ -109,6 +111,9 @@ def _import(where: str) -> ModuleType:
 
 
 def _import_file(path: Path) -> ModuleType:
+    script = sys.modules["__main__"]
+    if (running := getattr(script, "__file__", None)) and os.path.realpath(running) == os.path.realpath(path):
+        return script  # which would train again if it were imported
     name = "undistill_user_" + hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()
     if name in sys.modules:
         return sys.modules[name]
