@@ -106,19 +106,24 @@ def test_words_are_explained_where_they_come_first() -> None:
 def test_the_first_box_claims_what_was_seen(folder: Path) -> None:
     report = read_report(folder)
 
-    def said(mean: float, low: float | None, n: int, spec: str = report.victim.spec) -> str:
+    def said(mean: float, low: float | None, n: int) -> str:
         damage = Interval(mean=mean, low=low, high=None if low is None else 2 * mean - low, n=n)
-        changed = {
-            "verdict": report.verdict.model_copy(update={"damage": damage}),
-            "victim": report.victim.model_copy(update={"spec": spec}),
-        }
-        return advice(report.model_copy(update=changed))["Protected"]
+        changed = report.model_copy(update={"verdict": report.verdict.model_copy(update={"damage": damage})})
+        return advice(changed)["Does it work?"]
 
-    assert "by Nasty(" in said(0.1, 0.05, 3)
-    assert said(0.1, 0.05, 3).endswith("plain imitators were seen to learn less from it.")
-    assert said(0.1, -0.05, 3).endswith("that plain imitators learn less from it was not seen.")
-    assert said(0.1, None, 1).endswith("cannot be said from 1 seed.")
-    assert said(0.1, 0.05, 3, spec="ConvNet(width=4)").endswith("by nothing: no defence was applied.")
+    assert said(0.1, 0.05, 3).startswith("Against thieves who simply imitate it, yes: their copies are 10.0 points")
+    assert said(0.1, -0.05, 3).startswith("Not as far as was measured")
+    assert said(0.1, None, 1) == "That cannot be said: each copy was trained only 1 time."
+    box = advice(report)
+    assert box["Protected"] == (
+        "A model that sorts the images of “toy” into 3 classes (0, 1, 2). Its protection is called Nasty."
+    )
+    bare = report.model_copy(update={"title": "Audit of an unprotected model"})
+    assert advice(bare)["Protected"].endswith("It has no protection.")
+    assert (
+        f"{100 * report.victim.accuracy:.3g} rightly, without protection {100 * report.honest.accuracy:.3g}"
+        in (box["Price"])
+    )
 
 
 def test_the_page_says_who_when_and_of_what(folder: Path) -> None:
@@ -144,11 +149,13 @@ def test_the_best_thief_comes_before_the_damage(folder: Path) -> None:
     assert cards[2] == points(report.verdict.damage)
 
 
-def test_the_verdict_comes_first(folder: Path) -> None:
+def test_the_box_for_everyone_and_the_verdict_come_first(folder: Path) -> None:
     html = (folder / "report.html").read_text()
     report = read_report(folder)
     text = re.sub(r"<style>.*?</style>|<[^>]*>", " ", html.split("<body>")[1], flags=re.S)
-    assert " ".join(text.split()).startswith(f"{report.title} {report.verdict.sentence}")
+    text = " ".join(text.split())
+    assert text.startswith(f"{report.title} Protected A model that sorts")
+    assert text.index("What to do") < text.index(report.verdict.sentence) < text.index("accuracy of the best thief")
     assert "Top answers still get through" in text
     assert STUDENT in text
     for flag in report.flags:

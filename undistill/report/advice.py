@@ -1,44 +1,63 @@
 """What a reader who knows no machine learning needs: the first box of the page, and the words explained."""
 
 import re
+from statistics import fmean
 
 from markupsafe import Markup, escape
 
 from undistill.auditing.schema import Report
-from undistill.auditing.wording import is_above_zero, price
+from undistill.auditing.verdict import best_thief, columns
+from undistill.auditing.wording import is_above_zero, points, price
 from undistill.data.source import Source
 
 FEW = 3  # seeds below which nothing is claimed, or little
 
 
 def advice(report: Report) -> dict[str, str]:
-    """One sentence each: what was protected, what that costs, what stays open, and what to do next."""
-    verdict = report.verdict
+    """What was protected, whether that was seen to work, what it costs, what stays open, and what to do next."""
     return {
         "Protected": _what(report),
-        "Price": price(verdict.cost),
-        "What stays open": (
-            "Whoever may query the model often enough can train a copy from its top answers alone; the table below "
-            "says how good such copies were."
-        ),
+        "Does it work?": _works(report),
+        "Price": _price(report),
+        "What stays open": _open(report),
         "What to do": _next(report),
     }
 
 
 def _what(report: Report) -> str:
-    """The model, its defence, and whether that was seen to work."""
-    title, damage = Source.parse(report.data).title, report.verdict.damage
-    model = f"A model of {title} with {report.classes} classes"
-    defences = report.victim.spec.partition(" ")[2]
-    if not defences:
-        return f"{model}, by nothing: no defence was applied."
+    title, names = Source.parse(report.data).title, report.class_names
+    examples = f" ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" if names else ""
+    defences = re.findall(r"\b([A-Z]\w*)\(", report.title)
+    by = f"Its protection is called {' and '.join(defences)}." if defences else "It has no protection."
+    return f"A model that sorts the images of “{title}” into {report.classes} classes{examples}. {by}"
+
+
+def _works(report: Report) -> str:
+    damage = report.verdict.damage
     if damage.n < FEW:
-        shown = f"whether imitators learn less from it cannot be said from {damage.n} seed{'s' * (damage.n > 1)}"
-    elif is_above_zero(damage):
-        shown = "plain imitators were seen to learn less from it"
-    else:
-        shown = "that plain imitators learn less from it was not seen"
-    return f"{model}, by {defences}; {shown}."
+        return f"That cannot be said: each copy was trained only {damage.n} time{'s' * (damage.n > 1)}."
+    if is_above_zero(damage):
+        return (
+            f"Against thieves who simply imitate it, yes: their copies are {points(damage.mean)} worse than copies of "
+            "the unprotected model."
+        )
+    return "Not as far as was measured: copies of the protected model are about as good as copies of the other one."
+
+
+def _price(report: Report) -> str:
+    right, before = (round(100 * teacher.accuracy, 1) for teacher in (report.victim, report.honest))
+    return f"Of 100 images it sorts {right:g} rightly, without protection {before:g}. {price(report.verdict.cost)}"
+
+
+def _open(report: Report) -> str:
+    found = columns(report.cells)
+    best = best_thief(found)
+    asked = max(cell.queries for cell in report.cells if (cell.side, cell.attack, cell.student) == best)
+    return (
+        f"The best thief of those tried asked {asked:,} times, and got a copy that sorts "
+        f"{100 * fmean(found[best].values()):.0f} of 100 images rightly. No protection stops a thief who "
+        "only needs the model's first choice for each image, as long as that is right."
+    )
 
 
 def _next(report: Report) -> str:
@@ -48,7 +67,10 @@ def _next(report: Report) -> str:
     if verdict.damage.n < FEW:
         return f"Measure again with at least {FEW} seeds (--seeds {FEW}) before you rely on any difference here."
     if not is_above_zero(verdict.damage):
-        return "Do not rely on this protection: it was not shown to work here. Strengthen it, or limit queries."
+        return (
+            "Do not rely on this protection: it was not shown to work here. Limit how often each client may query the "
+            "model, or protect it anew with a stronger setting and audit that."
+        )
     if report.flags:
         return "Read the warnings below first; then limit how often each client may query the model."
     return "Limit how often each client may query the model, and keep this report with the model that you ship."
