@@ -112,7 +112,7 @@ def test_the_first_box_claims_what_was_seen(folder: Path) -> None:
         return advice(changed)["Does it work?"]
 
     assert said(0.1, 0.05, 3).startswith("Against thieves who simply imitate it, yes: their copies are 10.0 points")
-    assert said(0.1, -0.05, 3).startswith("Not as far as was measured")
+    assert said(0.1, -0.05, 3).startswith("That was not seen: copies of the protected")
     assert said(0.1, None, 1) == "That cannot be said: each copy was trained only 1 time."
     box = advice(report)
     assert box["Protected"] == (

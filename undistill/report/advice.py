@@ -41,7 +41,7 @@ def _works(report: Report) -> str:
             f"Against thieves who simply imitate it, yes: their copies are {points(damage.mean)} worse than copies of "
             "the unprotected model."
         )
-    return "Not as far as was measured: copies of the protected model are about as good as copies of the other one."
+    return "That was not seen: copies of the protected model were not measurably worse than copies of the other one."
 
 
 def _price(report: Report) -> str:
