@@ -1,4 +1,4 @@
-"""What long work says of itself: what it is about to do, and how long that takes."""
+"""Tests of progress and plans: how long work takes, and which work a command is about to do."""
 
 import io
 import sys

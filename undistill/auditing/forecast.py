@@ -1,4 +1,4 @@
-"""What a command is about to do, and about how long that takes."""
+"""The plan of an audit in words, and a forecast of how long it takes."""
 
 import math
 import time
@@ -53,7 +53,7 @@ def describe(jobs: Sequence[Job], cells: Path) -> str:
 
 
 def forecast(jobs: Sequence[Job], cells: Path) -> Forecast:
-    """Of the unfinished students of an audit."""
+    """A forecast for the unfinished students of an audit, from a trial of each attack."""
     todo, found = unfinished(jobs, cells), Forecast()
     rates: dict[object, float] = {}
     for job in jobs:

@@ -74,7 +74,7 @@ def structure_of(network: nn.Module) -> str:
 
 
 def _held(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """What a module holds outside of its state dict: plain values, and tensors that are not stored."""
+    """Plain values, and hashes of tensors, that a module holds outside of its state dict, by name."""
     stored = module.state_dict().keys()
     for name, value in sorted((vars(module) | module._buffers).items()):
         if name in stored or name == "training" or name.startswith("__"):

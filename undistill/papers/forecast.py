@@ -1,4 +1,4 @@
-"""What `reproduce` is about to do, and about how long that takes."""
+"""The plan of `reproduce` in words, and a forecast of how long it takes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -35,7 +35,7 @@ def describe(missing: Missing, values: int) -> str:
 
 
 def forecast(missing: Missing, runner: Runner) -> Forecast:
-    """Of all networks that a table needs. Networks in their initial state stand for those that are not trained yet."""
+    """A forecast for all networks of a table. Networks in their initial state stand for those that are not trained yet."""
     found, load = Forecast(), cache(lambda source: source.load().split)
     rates: dict[object, float] = {}
 

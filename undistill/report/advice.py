@@ -1,4 +1,4 @@
-"""What a reader who knows no machine learning needs: the first box of the page, and the words explained."""
+"""The first box of the page, for readers who know no machine learning, and the words that it explains."""
 
 import re
 from statistics import fmean
@@ -14,7 +14,7 @@ FEW = 3  # seeds below which nothing is claimed, or little
 
 
 def advice(report: Report) -> dict[str, str]:
-    """What was protected, whether that was seen to work, what it costs, what stays open, and what to do next."""
+    """The box, by heading: the model, whether its protection was seen to work, its price, what is open, what to do."""
     return {
         "Protected": _what(report),
         "Does it work?": _works(report),

@@ -39,7 +39,7 @@ class Oracle:
         self.told = told
         """Text of the defence, for an adaptive attacker who knows it; None otherwise."""
         self._bought: dict[str, Answer] = {}
-        """What a victim whose answers vary has sold: another answer would be another query."""
+        """Answers bought from a victim whose answers vary, kept, since asking again would be another query."""
         self._victim: Victim = NetworkVictim.of(victim) if isinstance(victim, nn.Module) else victim
 
     def __call__(self, batch: Batch) -> Answer:
