@@ -35,7 +35,7 @@ def describe(missing: Missing, values: int) -> str:
 
 
 def forecast(missing: Missing, runner: Runner) -> Forecast:
-    """A forecast for all networks of a table. Networks in their initial state stand for those that are not trained yet."""
+    """A forecast for all networks of a table. Networks in their initial state stand for those still to be trained."""
     found, load = Forecast(), cache(lambda source: source.load().split)
     rates: dict[object, float] = {}
 
