@@ -116,14 +116,17 @@ def test_the_first_box_claims_what_was_seen(folder: Path) -> None:
     assert said(0.1, None, 1) == "That cannot be said: each copy was trained only 1 time."
     box = advice(report)
     assert box["Protected"] == (
-        "A model that sorts the images of “toy” into 3 classes (0, 1, 2). Its protection is called Nasty."
+        "A model that sorts the images of “toy” into 3 classes (0, 1, 2). Its protection, Nasty, is meant to spoil "
+        "copies of it."
     )
     bare = report.model_copy(update={"title": "Audit of an unprotected model"})
     assert advice(bare)["Protected"].endswith("It has no protection.")
-    assert (
-        f"{100 * report.victim.accuracy:.3g} rightly, without protection {100 * report.honest.accuracy:.3g}"
-        in (box["Price"])
-    )
+    right, before = (100 * teacher.accuracy for teacher in (report.victim, report.honest))
+    assert f"{right:.3g} rightly; without protection {before:.3g}." in box["Price"]
+    cost = Interval(mean=0.02, low=-0.021, high=0.061, n=300)
+    dear = report.model_copy(update={"verdict": report.verdict.model_copy(update={"cost": cost})})
+    assert advice(dear)["Price"].endswith("it may also be anything from 2.1 more to 6.1 fewer.")
+    assert "The best of 2 kinds of thieves" in box["What stays open"]
 
 
 def test_the_page_says_who_when_and_of_what(folder: Path) -> None:

@@ -7,7 +7,7 @@ from markupsafe import Markup, escape
 
 from undistill.auditing.schema import Report
 from undistill.auditing.verdict import best_thief, columns
-from undistill.auditing.wording import is_above_zero, points, price
+from undistill.auditing.wording import is_above_zero, points
 from undistill.data.source import Source
 
 FEW = 3  # seeds below which nothing is claimed, or little
@@ -28,7 +28,11 @@ def _what(report: Report) -> str:
     title, names = Source.parse(report.data).title, report.class_names
     examples = f" ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" if names else ""
     defences = re.findall(r"\b([A-Z]\w*)\(", report.title)
-    by = f"Its protection is called {' and '.join(defences)}." if defences else "It has no protection."
+    by = (
+        f"Its protection, {' and '.join(defences)}, is meant to spoil copies of it."
+        if defences
+        else "It has no protection."
+    )
     return f"A model that sorts the images of “{title}” into {report.classes} classes{examples}. {by}"
 
 
@@ -41,22 +45,30 @@ def _works(report: Report) -> str:
             f"Against thieves who simply imitate it, yes: their copies are {points(damage.mean)} worse than copies of "
             "the unprotected model."
         )
-    return "That was not seen: copies of the protected model were not measurably worse than copies of the other one."
+    return (
+        "That was not seen: copies of the protected model were not measurably worse than copies of the unprotected one."
+    )
 
 
 def _price(report: Report) -> str:
     right, before = (round(100 * teacher.accuracy, 1) for teacher in (report.victim, report.honest))
-    return f"Of 100 images it sorts {right:g} rightly, without protection {before:g}. {price(report.verdict.cost)}"
+    said = f"Of 100 images it sorts {right:g} rightly; without protection {before:g}."
+    low, high = report.verdict.cost.low, report.verdict.cost.high
+    if low is None or high is None:
+        return said
+    ends = (f"{100 * abs(end):.1f} {'fewer' if end > 0 else 'more'}" for end in (low, high))
+    return f"{said} By luck alone that may be off: it may also be anything from {' to '.join(ends)}."
 
 
 def _open(report: Report) -> str:
     found = columns(report.cells)
     best = best_thief(found)
     asked = max(cell.queries for cell in report.cells if (cell.side, cell.attack, cell.student) == best)
+    kinds = len({attack for side, attack, _ in found if side == "victim"})
     return (
-        f"The best thief of those tried asked {asked:,} times, and got a copy that sorts "
-        f"{100 * fmean(found[best].values()):.0f} of 100 images rightly. No protection stops a thief who "
-        "only needs the model's first choice for each image, as long as that is right."
+        f"The best of {kinds} kind{'s' * (kinds > 1)} of thieves that were tried asked it {asked:,} times, and got a "
+        f"copy that sorts {100 * fmean(found[best].values()):.0f} of 100 images rightly. Whatever the protection, a "
+        "thief can learn from each right answer; only fewer answers slow him down."
     )
 
 
