@@ -18,6 +18,7 @@ from undistill import Run, adopt, audit, protect
 from undistill.cli import app
 from undistill.core.errors import DataError, ModelError, SpecError, StoreError, remark
 from undistill.data import Source
+from undistill.data.apart import Apart
 from undistill.models import Model
 from undistill.models.adapter import Adapter
 from undistill.models.weights import read_state
@@ -148,6 +149,22 @@ def test_unseen_images_are_those_that_are_nowhere_else(
     data = run.data()
     assert (len(data.test), sorted(set(data.test.labels.tolist()))) == (30, [0, 1, 3])
     assert len(data.train) + len(data.validation) == 160
+
+
+def test_unseen_images_are_recognised_in_files_too(world: Path, tmp_path: Path) -> None:
+    mixed = photos(tmp_path / "mixed", 10, 7)
+    for name in COLOURS:
+        shutil.copy(world / "photos" / name / "3.png", mixed / name / "known.png")
+    streamed = f"Folder(path='{world / 'photos'}', stream=True)"
+    assert len(Apart(of=streamed, test_on=str(mixed)).load().test) == 40
+
+
+def test_labels_beyond_the_classes_are_refused(world: Path, tmp_path: Path) -> None:
+    images = np.zeros((40, 12, 12, 3), np.uint8)
+    images[:, 0, 0, 0] = np.arange(40)
+    np.savez(tmp_path / "test.npz", images=images, labels=np.arange(40) % 4 - 1, classes=np.array(sorted(COLOURS)))
+    with pytest.raises(DataError, match="Labels run from -1 to 2"):
+        Apart(of=str(world / "photos"), test_on=str(tmp_path / "test.npz")).load()
 
 
 def test_the_data_are_divided_as_they_say(world: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Networks and images that are given as Python objects, not by name."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,10 +109,57 @@ def test_what_is_outside_of_the_weights_makes_another_network() -> None:
     other.shift = 3.0
     assert Given.of(one) != Given.of(other)
     assert Given.of(other).build((1, 12, 12), 3, 0).shift == 3.0
+    functions = [Scaled(), Scaled()]
+    functions[0].act, functions[1].act = torch.relu, torch.tanh
+    assert Given.of(functions[0]) != Given.of(functions[1])
     other.register_buffer("fixed", torch.ones(2), persistent=False)
     more = Given.of(other)
     other.fixed += 1  # type: ignore[operator]
     assert Given.of(other) != more
+
+
+def test_what_weights_and_use_change_makes_no_other_network(tmp_path: Path) -> None:
+    normed = torch.nn.utils.spectral_norm(nn.Linear(144, 3))
+    own = nn.Sequential(nn.Flatten(), normed)
+    run = adopt(own, (IMAGES, LABELS), tmp_path / "run", device="cpu")
+    assert run.network(Given.of(own)) is not None
+    cached = Scaled()
+    before = Given.of(cached)
+    cached.seen = cached(torch.rand(2, 1, 12, 12)).detach()
+    assert Given.of(cached) == before
+
+
+KINDS = """
+import torch
+from torch import nn
+from undistill.models import Given
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mode, self.last = "a", nn.Linear(4, 3)
+    def forward(self, x):
+        return self.last(x) if self.mode in {"a", "b", "cc", "ddd"} else x
+
+print(Given.of(Net()))
+"""
+
+
+def test_a_network_of_a_script_is_known_again_in_another_process(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(KINDS)
+    said = {
+        subprocess.run(
+            [sys.executable, "script.py"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize(
@@ -147,12 +195,13 @@ def test_the_same_images_are_kept_once(tmp_path: Path) -> None:
         ({"pictures": IMAGES, "labels": LABELS}, "The arrays are called pictures; they must be images, labels"),
         (Items(lambda image: image + np.random.default_rng().integers(0, 9)), "differently each time"),
         (Items(lambda image: image[: 6 + image[0, 0] % 2]), "gives images of the shapes"),
+        ([], "it is empty"),
         (iter([]), "cannot be read as a Dataset of .image, label. with a length"),
         (Items(lambda _: None), "images is of type object"),
         ([(IMAGES[0], [0, 1])], "Labels are whole numbers"),
         ([(IMAGES[0], 0, "name")], "cannot be read as a Dataset of .image, label."),
     ],
-    ids=["normalised", "NaN", "text", "names", "random", "sizes", "iterator", "None", "one-hot", "triple"],
+    ids=["normalised", "NaN", "text", "names", "random", "sizes", "empty", "iterator", "None", "one-hot", "triple"],
 )
 def test_what_cannot_be_used_is_said(data: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=said):

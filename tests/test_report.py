@@ -121,6 +121,10 @@ def test_the_first_box_claims_what_was_seen(folder: Path) -> None:
     )
     bare = report.model_copy(update={"title": "Audit of an unprotected model"})
     assert advice(bare)["Protected"].endswith("It has no protection.")
+    foreign = {"title": "Audit of def.py:my_noise(s=1), Rounding(digits=1)", "data": "my.py:Data(n=3)"}
+    said = advice(report.model_copy(update=foreign))["Protected"]
+    assert said.startswith("A model that sorts the images of “my.py:Data(n=3)”")
+    assert "Its protection, my_noise and Rounding, is meant" in said
     right, before = (100 * teacher.accuracy for teacher in (report.victim, report.honest))
     assert f"{right:.3g} rightly; without protection {before:.3g}." in box["Price"]
     cost = Interval(mean=0.02, low=-0.021, high=0.061, n=300)

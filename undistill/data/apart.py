@@ -8,7 +8,7 @@ import torch
 from undistill.core.errors import DataError, remark
 from undistill.data.files import ImageFiles
 from undistill.data.source import Source
-from undistill.data.split import Parts, Samples
+from undistill.data.split import Parts, Samples, require_labels
 
 
 class Apart(Source):
@@ -35,8 +35,9 @@ class Apart(Source):
         own, other = Source.parse(self.of).read(), Source.parse(self.test_on).read()
         test = self._named_alike(_all(other), list(other.classes), list(own.classes))
         train = _all(own)
-        known = set(train.hashes)
-        unseen = [number for number, image in enumerate(test.hashes) if image not in known]
+        alike = isinstance(train.images, ImageFiles) == isinstance(test.images, ImageFiles)
+        known = set(train.hashes if alike else _hashes(train))
+        unseen = [n for n, image in enumerate(test.hashes if alike else _hashes(test)) if image not in known]
         if not unseen:
             raise DataError(f"All images of {self.test_on} are also in {self.of}, so that none of them is unseen.")
         if len(unseen) < len(test):
@@ -50,8 +51,15 @@ class Apart(Source):
                 f"{self.of} has the classes {', '.join(ours[:5])} ..., {self.test_on} has {', '.join(strange[:5])}, "
                 "which is none of them; test images must be of the same classes, called the same."
             )
+        require_labels(test, theirs)
         labels = torch.tensor([ours.index(name) for name in theirs])
         return Samples(test.images, labels[test.labels])
+
+
+def _hashes(samples: Samples) -> list[bytes]:
+    """Hashes of pixels, also of images that stay in their files."""
+    parts = samples.parts(512) if isinstance(samples.images, ImageFiles) else [torch.arange(len(samples))]
+    return [image for part in parts for image in Samples(samples[part].pixels, samples.labels[part]).hashes]
 
 
 def _all(parts: Parts) -> Samples:

@@ -80,6 +80,8 @@ def _read_all(data: Any) -> dict[str, NDArray[Any]]:
     name = type(data).__name__
     try:
         pairs = [_pair(*data[number]) for number in range(len(data))]
+        if not pairs:
+            raise ValueError("it is empty")
         again = [_pair(*data[number])[0] for number in range(min(len(data), TWICE))]
     except Exception as error:
         raise DataError(

@@ -190,12 +190,17 @@ def divide(parts: Parts, *, test_share: float, validation_share: float, count: i
 
 def _absent(samples: Samples, classes: Sequence[str]) -> list[int]:
     """Labels of which there is no image; `DataError` for labels that are none."""
+    require_labels(samples, classes)
+    return (torch.bincount(samples.labels, minlength=len(classes)) == 0).nonzero().flatten().tolist()
+
+
+def require_labels(samples: Samples, classes: Sequence[str]) -> None:
+    """Raise `DataError` for labels beyond the classes."""
     low, high = int(samples.labels.min()), int(samples.labels.max())
     if low < 0 or high >= len(classes):
         raise DataError(
             f"Labels run from {low} to {high}; with {len(classes)} classes they must lie in 0 to {len(classes) - 1}."
         )
-    return (torch.bincount(samples.labels, minlength=len(classes)) == 0).nonzero().flatten().tolist()
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import CodeType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from undistill.core.errors import ModelError
 from undistill.core.identity import fingerprint, program_sha256
@@ -65,36 +65,51 @@ def initialise(module: nn.Module) -> None:
 
 def structure_of(network: nn.Module) -> str:
     """The first digits of a hash of everything but the network's weights."""
+    if any(map(nn.parameter.is_lazy, network.parameters())):
+        raise ModelError(f"{type(network).__name__} has layers without sizes yet; call it once on an image.")
     form: list[tuple[object, ...]] = [
         (name, str(value.dtype), tuple(value.shape)) for name, value in network.state_dict().items()
     ]
     form += [(name, *held) for name, module in network.named_modules() for held in _held(module)]
-    code = {_code(kind) for kind in {type(module) for module in network.modules()}}
-    return fingerprint(repr(network), form, sorted(filter(None, code)))[:20]
+    code = {digest for module in network.modules() for digest in _code(type(module))}
+    return fingerprint(repr(network), form, sorted(code))[:20]
 
 
 def _held(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Plain values, and hashes of tensors, that a module holds outside of its state dict, by name."""
+    """Plain values and functions that a module holds, and hashes of buffers that are in no state dict, by name."""
     stored = module.state_dict().keys()
-    for name, value in sorted((vars(module) | module._buffers).items()):
-        if name in stored or name == "training" or name.startswith("__"):
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in stored:
+            yield name, hashlib.sha256(bytes_of(buffer)).hexdigest()
+    for name, value in sorted(vars(module).items()):
+        if name != "training" and not name.startswith("_") and (text := _plain(value)):
+            yield name, text
+
+
+def _plain(value: object) -> str:
+    """A text that is the same in every process, for numbers, texts, functions, and what holds them; else empty."""
+    if isinstance(value, int | float | str | bytes | None):
+        return repr(value)
+    if isinstance(value, dict):
+        return str(sorted((repr(key), _plain(held)) for key, held in value.items()))
+    if isinstance(value, tuple | list | set | frozenset):
+        texts = list(map(_plain, value))
+        return str(sorted(texts) if isinstance(value, set | frozenset) else texts)
+    if isinstance(value, CodeType):
+        return str([value.co_code.hex(), value.co_names, _plain(value.co_consts)])
+    if code := getattr(inspect.unwrap(value) if callable(value) else value, "__code__", None):
+        return _plain(code)
+    return str(getattr(value, "__qualname__", ""))
+
+
+def _code(kind: type) -> Iterator[str]:
+    """Hashes of the code of a class and of those that it extends; torch's own are left out."""
+    for one in kind.__mro__:
+        if one is object or one.__module__.startswith("torch."):
             continue
-        if isinstance(value, Tensor):
-            yield name, hashlib.sha256(bytes_of(value)).hexdigest()
-        elif all(isinstance(one, int | float | str) for one in (value if isinstance(value, tuple | list) else [value])):
-            yield name, repr(value)
-
-
-def _code(kind: type) -> str | None:
-    """Hash of the code of a class, or of its whole module; None for torch's own."""
-    if kind.__module__.startswith("torch."):
-        return None
-    if kind.__module__ == "__main__":  # a script says other things too, and a notebook has no file
-        return fingerprint([list(_compiled(one.__code__)) for one in vars(kind).values() if hasattr(one, "__code__")])
-    return program_sha256(Path(inspect.getfile(kind)))
-
-
-def _compiled(code: CodeType) -> Iterator[str]:
-    yield from (code.co_code.hex(), *code.co_names)
-    for value in code.co_consts:
-        yield from _compiled(value) if isinstance(value, CodeType) else (repr(value),)
+        try:
+            if one.__module__ == "__main__":  # a script says other things too, and a notebook has no file
+                raise OSError
+            yield program_sha256(Path(inspect.getfile(one)))
+        except (TypeError, OSError):
+            yield fingerprint([(name, _plain(value)) for name, value in vars(one).items() if callable(value)])

@@ -159,8 +159,8 @@ def agree(one: Tensor, other: Tensor) -> bool:
     hidden = one == UNSHOWN
     if not torch.equal(hidden, other == UNSHOWN):
         return False
-    one, other = (answer.masked_fill(hidden, 0).clamp_min(LOG_ZERO) for answer in (one, other))
-    largest = one.masked_fill(one == LOG_ZERO, 0).abs().max().clamp_min(1)
+    one, other = (answer.masked_fill(hidden, 0) for answer in (one, other))
+    largest = one.masked_fill(one == LOG_ZERO, 0).abs().max().clamp_min(1)  # which stands for 0, and is no scale
     return bool(((one - other).abs().max() <= AGREES * largest).item())
 
 

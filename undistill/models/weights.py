@@ -196,13 +196,13 @@ def _weights_in(content: Any, path: Path, key: str | None) -> Any:
     return _state_in(content[held[0]])
 
 
-def _state_in(held: Any) -> Any:
+def _state_in(held: Any, deepest: int = 2) -> Any:
     """A state dict, or the one that a dict holds under a usual key; None for anything else."""
-    if not isinstance(held, dict) or not held:
+    if not isinstance(held, dict) or not held or not deepest:
         return None
     if all(isinstance(value, Tensor) for value in held.values()):
         return held
-    return next((found for name in KEYS if (found := _state_in(held.get(name))) is not None), None)
+    return next((found for name in KEYS if (found := _state_in(held.get(name), deepest - 1)) is not None), None)
 
 
 def weights_sha256(network: nn.Module) -> str:

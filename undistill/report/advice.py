@@ -8,6 +8,7 @@ from markupsafe import Markup, escape
 from undistill.auditing.schema import Report
 from undistill.auditing.verdict import best_thief, columns
 from undistill.auditing.wording import is_above_zero, points
+from undistill.core.errors import UndistillError
 from undistill.data.source import Source
 
 FEW = 3  # seeds below which nothing is claimed, or little
@@ -25,14 +26,17 @@ def advice(report: Report) -> dict[str, str]:
 
 
 def _what(report: Report) -> str:
-    title, names = Source.parse(report.data).title, report.class_names
+    names = report.class_names
+    try:
+        title = Source.parse(report.data).title
+    except UndistillError:  # code of somebody else, which no page may execute
+        title = report.data
     examples = f" ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" if names else ""
-    defences = re.findall(r"\b([A-Z]\w*)\(", report.title)
-    by = (
-        f"Its protection, {' and '.join(defences)}, is meant to spoil copies of it."
-        if defences
-        else "It has no protection."
-    )
+    applied = report.title.removeprefix("Audit of ")
+    defences = re.findall(r"(?:^|, |:)(\w+)\(", applied) or [applied]
+    by = f"Its protection, {' and '.join(defences)}, is meant to spoil copies of it."
+    if applied == "an unprotected model":
+        by = "It has no protection."
     return f"A model that sorts the images of “{title}” into {report.classes} classes{examples}. {by}"
 
 

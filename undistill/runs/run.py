@@ -26,7 +26,7 @@ from undistill.data.source import Source
 from undistill.data.split import Data
 from undistill.defences.defence import Defence
 from undistill.models.adapter import Adapter
-from undistill.models.given import Given, structure_of
+from undistill.models.given import Given
 from undistill.models.model import Model
 from undistill.models.weights import largest_weights, load_weights
 from undistill.runs.folder import Record, read_record
@@ -137,9 +137,12 @@ class Run:
         spec, recorded = self.model(model), Model.parse(str(self.record["model"]))
         if not isinstance(recorded, Given):
             self._require_unchanged(spec)
+        elif isinstance(spec, Given) and spec != recorded:
+            raise StoreError(
+                f"{spec} is another network than {recorded.name}, of which {self.folder} was made: its modules, its "
+                "code, or what it holds beside its weights has changed."
+            )
         network = spec.build(self.shape, len(self.record["classes"]), seed)
-        if isinstance(recorded, Given) and structure_of(network) != recorded.structure:
-            raise StoreError(f"{spec} is another network than {recorded.name}, of which {self.folder} was made.")
         return self.adapter.wrap(network, self.shape[0], len(self.record["classes"])).eval()
 
     @property

@@ -15,7 +15,7 @@ from undistill.data.batches import Batch
 from undistill.data.split import Data
 from undistill.models.model import Model
 from undistill.models.trial import require_whole, same_weights
-from undistill.models.weights import largest_weights, load_weights, read_state, weights_sha256
+from undistill.models.weights import fill, largest_weights, read_state, weights_sha256
 from undistill.runs.folder import Record, claim, together
 from undistill.runs.preprocessing import answers_probabilities
 from undistill.runs.run import Run
@@ -51,8 +51,7 @@ def train(
     settings = settings or TrainSettings()
     spec = Model.from_user(model)
     spec.refers()  # code and weights that cannot be read are said before images are
-    if weights:
-        read_state(Path(weights))
+    state = read_state(Path(weights)) if weights else None
     source = stored(data, out)
     loaded = source.load()
     seed = derive(settings.seed, "honest")
@@ -78,10 +77,11 @@ def train(
             f"{spec} begins with weights that it brings. On which images they were trained is not known here, so that "
             "test accuracy may be memory; 'undistill adopt' takes test images that they have not seen."
         )
-    if weights:
-        load_weights(network, Path(weights))
+    if state is not None:
+        fill(network, state, str(weights))
         network.eval()
-    if answers_probabilities(network, loaded):
+    chosen = pick_device(device)
+    if not (Path(out) / "run.json").exists() and answers_probabilities(network.to(chosen), loaded):
         raise ModelError(
             f"{spec} ends with a softmax: it answers probabilities, from which cross-entropy learns little. Leave "
             "it out, so that the network returns logits; one that is trained can be adopted as it is (undistill adopt)."
@@ -90,7 +90,6 @@ def train(
     def objective(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"ce": cross_entropy(network(batch.images), batch.labels, settings.label_smoothing)}
 
-    chosen = pick_device(device)
     with together(chosen, request), claim(Path(out), request) as place, Progress.of(progress) as shown:
         if not place.finished:
             fit = Fit(settings.recipe, seed, chosen, place.folder, shown, "honest teacher")

@@ -176,7 +176,9 @@ class RememberedAnswers:
     def _repeats(self, images: Tensor) -> bool:
         """Find out whether the network answers the same images twice in the same way."""
         images = images.to(self.device)
-        self.repeatable = agree(self.network(images), self.network(images))
+        with seeded(derive(0, "repeats")):  # the training draws on as if nothing had been asked
+            same = agree(self.network(images), self.network(images))
+        self.repeatable = distributed.all_true(same)
         return self.repeatable
 
     def compute(self, images: Tensor) -> Tensor:
@@ -209,7 +211,7 @@ class RememberedAnswers:
     def asked(self, samples: Samples, num_classes: int) -> list[Tensor]:
         """The same logits, once for each time that the network is asked: `ASKED` times if its answers vary."""
         dataset = ViewDataset(samples, Views(crop=0), 0, num_classes)
-        if self.repeatable:
+        if self.repeatable is not False:
             return [filled(self._exact.epoch(dataset, 0).cpu())]
         if (held := self._varying.get(dataset.digest)) is None:
             with seeded(derive(0, "asked")):
