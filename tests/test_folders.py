@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from undistill.core.errors import DataError, SpecError, remark
 from undistill.data import Data, Folder, Npz, Source
+from undistill.data.files import ImageFiles
 
 CLASSES = ("cat", "dog", "eel")
 UPRIGHT = np.zeros((16, 16, 3), np.uint8)
@@ -150,6 +151,21 @@ def test_copies_are_left_out_and_said(tmp_path: Path, said: pytest.LogCaptureFix
     assert "photos: 10 images are copies of others, 5 of them in another class; they are left out" in said.text
     streamed = Folder(path=str(root), stream=True).load()
     assert torch.equal(streamed.train.pixels, data.train.pixels)
+
+
+def test_copies_are_found_where_only_training_images_stay_in_their_files(
+    tmp_path: Path, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("undistill.data.folder.LARGE", 50 * 3 * 8 * 8)  # bytes of pixels; test has 36 images
+    root = tree(tmp_path / "photos", "train", count=20)
+    for name in CLASSES:
+        fill(root / "test" / name, seed=1)
+    Image.open(root / "train" / "cat" / "0.png").save(root / "test" / "cat" / "copy.bmp")  # the same in another file
+    data = Folder(path=str(root)).load()
+    assert isinstance(data.train.images, ImageFiles)
+    assert isinstance(data.test.images, torch.Tensor)
+    assert len(data.train) + len(data.validation) == 60 - 1
+    assert "1 images are copies of others" in said.text
 
 
 def test_images_that_are_all_the_same_are_said(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:

@@ -6,6 +6,7 @@ from typing import Self
 import torch
 
 from undistill.core.errors import DataError, remark
+from undistill.data.copies import comparable
 from undistill.data.files import ImageFiles
 from undistill.data.source import Source
 from undistill.data.split import Parts, Samples, require_labels
@@ -35,9 +36,9 @@ class Apart(Source):
         own, other = Source.parse(self.of).read(), Source.parse(self.test_on).read()
         test = self._named_alike(_all(other), list(other.classes), list(own.classes))
         train = _all(own)
-        alike = isinstance(train.images, ImageFiles) == isinstance(test.images, ImageFiles)
-        known = set(train.hashes if alike else _hashes(train))
-        unseen = [n for n, image in enumerate(test.hashes if alike else _hashes(test)) if image not in known]
+        ours, theirs = comparable(train, test)
+        known = set(ours)
+        unseen = [number for number, image in enumerate(theirs) if image not in known]
         if not unseen:
             raise DataError(f"All images of {self.test_on} are also in {self.of}, so that none of them is unseen.")
         if len(unseen) < len(test):
@@ -54,12 +55,6 @@ class Apart(Source):
         require_labels(test, theirs)
         labels = torch.tensor([ours.index(name) for name in theirs])
         return Samples(test.images, labels[test.labels])
-
-
-def _hashes(samples: Samples) -> list[bytes]:
-    """Hashes of pixels, also of images that stay in their files."""
-    parts = samples.parts(512) if isinstance(samples.images, ImageFiles) else [torch.arange(len(samples))]
-    return [image for part in parts for image in Samples(samples[part].pixels, samples.labels[part]).hashes]
 
 
 def _all(parts: Parts) -> Samples:

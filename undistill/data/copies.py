@@ -5,10 +5,17 @@ from dataclasses import replace
 import torch
 
 from undistill.core.errors import remark
+from undistill.data.files import ImageFiles
 from undistill.data.split import Parts, Samples
 
 ORDER = ("test", "validation", "train")
 """A copy stays in the first of these parts that has one."""
+
+
+def comparable(*parts: Samples) -> list[list[bytes]]:
+    """Hashes of the images of each part, equal for equal images: of files only where every part lies in files."""
+    in_files = {isinstance(part.images, ImageFiles) for part in parts}
+    return [part.hashes(of_pixels=len(in_files) > 1) for part in parts]
 
 
 def without_copies(parts: Parts, name: str) -> Parts:
@@ -19,12 +26,10 @@ def without_copies(parts: Parts, name: str) -> Parts:
     labels: dict[bytes, int] = {}
     kept: dict[str, Samples] = {}
     copies = contradictions = 0
-    for part in ORDER:
-        samples: Samples | None = getattr(parts, part)
-        if samples is None:
-            continue
+    found: dict[str, Samples] = {part: samples for part in ORDER if (samples := getattr(parts, part)) is not None}
+    for (part, samples), images in zip(found.items(), comparable(*found.values()), strict=True):
         new = []
-        for index, (image, label) in enumerate(zip(samples.hashes, samples.labels.tolist(), strict=True)):
+        for index, (image, label) in enumerate(zip(images, samples.labels.tolist(), strict=True)):
             if image not in labels:
                 labels[image] = label
                 new.append(index)

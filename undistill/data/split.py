@@ -42,12 +42,15 @@ class Samples:
         """All images in memory, (N, C, H, W) uint8."""
         return self.images if isinstance(self.images, Tensor) else self.images[torch.arange(len(self))]
 
-    @property
-    def hashes(self) -> list[bytes]:
-        """SHA-256 of each image: of its pixels, or of its file where it stays in one."""
-        if not isinstance(self.images, Tensor):
-            return self.images.hashes()
-        return [hashlib.sha256(image.tobytes()).digest() for image in self.images.cpu().numpy()]
+    def hashes(self, *, of_pixels: bool = False) -> list[bytes]:
+        """SHA-256 of each image: of its pixels, or, unless `of_pixels`, of its file where it stays in one."""
+        if isinstance(self.images, Tensor):
+            return [hashlib.sha256(image.tobytes()).digest() for image in self.images.cpu().numpy()]
+        if of_pixels:
+            return [
+                image for part in self.parts(512) for image in Samples(self[part].pixels, self.labels[part]).hashes()
+            ]
+        return self.images.hashes()
 
     @cached_property
     def digest(self) -> bytes:

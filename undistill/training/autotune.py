@@ -102,7 +102,9 @@ class _Trial:
             self._try(compute)
         if not self.seconds:
             name, why = next(iter(self.refused.items()))
-            raise ModelError(f"The network cannot be computed with {name}: {why}. Set recipe.compute to another one.")
+            raise ModelError(
+                f"The network cannot be computed with {name}: {why.rstrip('.')}. Set recipe.compute to another one."
+            )
         best = min(self.seconds, key=self.seconds.__getitem__)
         chosen, expected = Compute.parse(best), self.seconds[best] * steps
         if not asked.compile or (asked.compile == "auto" and expected < COMPILING_PAYS):
