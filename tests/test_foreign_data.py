@@ -1,22 +1,29 @@
-"""Files of public data that are partial, damaged, of another data set, or made to do harm: named, and not used."""
+"""Data of strangers that is partial, damaged, of another data set, or made to do harm: named, and not used."""
 
 import contextlib
 import gzip
 import hashlib
+import io
 import struct
+import subprocess
 import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.io import savemat
 
+from tests.conftest import toy_arrays
 from tests.test_official import RANDOM, dump, small, write_cifar10, write_idx, write_svhn
 from undistill.core.errors import DataError
-from undistill.data import CIFAR10, CIFAR100, KMNIST, MNIST, SVHN, FashionMNIST, Official, TinyImageNet
+from undistill.core.tensors import read_arrays
+from undistill.data import CIFAR10, CIFAR100, KMNIST, MNIST, SVHN, FashionMNIST, Official, Source, TinyImageNet
 from undistill.data.official import VARIABLE, File
+from undistill.data.pictures import read_picture
 
 
 def test_partial_and_foreign_folders_are_named_and_not_used(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,3 +232,70 @@ def test_a_lack_of_memory_is_not_blamed_on_the_files(root: Path, monkeypatch: py
     monkeypatch.setattr("undistill.data.idx.read_idx", lambda path: bytearray(1 << 62))
     with pytest.raises(MemoryError):
         MNIST().load()
+
+
+GOOD = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]
+
+
+@pytest.mark.parametrize("kind", [*GOOD, *(["AVIF"] if "AVIF" in Image.SAVE else [])])
+def test_usual_formats_are_read(kind: str, tmp_path: Path) -> None:
+    Image.new("L", (16, 16), 100).save(tmp_path / "x.png", format=kind)
+    assert read_picture(tmp_path / "x.png", 1, (16, 16)).float().mean() == pytest.approx(100, abs=2)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "ICO", "PDF", "TGA"])
+def test_other_formats_are_refused_and_start_no_program(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    if kind == "EPS":
+        (tmp_path / "x.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    else:
+        Image.new("RGB", (16, 16)).save(tmp_path / "x.png", format=kind)
+    with pytest.raises(DataError, match="is no readable image; PNG, JPEG"):
+        read_picture(tmp_path / "x.png", 1, (16, 16))
+
+
+def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(buffer, format="PNG")
+    (tmp_path / "x.png").write_bytes(buffer.getvalue())
+    with pytest.raises(DataError, match=r"has 20,000 x 20,000 pixels, more than 89,478,485; .*max_pixels=400000000"):
+        read_picture(tmp_path / "x.png", 1, (16, 16))
+
+
+def test_archives_are_not_unpacked_beyond_their_limit(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, images=np.zeros((1000, 32, 32), np.uint8), labels=np.arange(1000) % 3)
+    assert len(Source.parse(f"Npz(path={str(path)!r}, max_bytes=1100000)").load().train)
+    with pytest.raises(DataError, match=r"unpacks to 1,032,\d+ bytes; max_bytes is 1,000,000"):
+        Source.parse(f"Npz(path={str(path)!r}, max_bytes=1000000)").load()
+
+
+def member(header: bytes, data: bytes = b"") -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
+HEADERS = {
+    "no array": b"hello",
+    "more than is there": member(b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000,), }\n", b"x"),
+    "less than is there": member(b"{'descr': '|u1', 'fortran_order': False, 'shape': (1,), }\n", b"xy"),
+    "nothing, very often": member(b"{'descr': '<U0', 'fortran_order': False, 'shape': (100000000000,), }\n"),
+    "version": b"\x93NUMPY\x09\x00aaaa",
+}
+
+
+@pytest.mark.parametrize("what", HEADERS)
+def test_members_that_lie_are_not_read(what: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("images.npy", HEADERS[what])
+    with pytest.raises(ValueError, match=r"."):
+        read_arrays(tmp_path / "x.npz")
+
+
+def test_files_beside_the_arrays_of_an_archive_are_passed_over(tmp_path: Path) -> None:
+    arrays = toy_arrays(per_class=20)
+    np.savez(tmp_path / "x.npz", **arrays, meta=np.array({"a": 1}, object))
+    with zipfile.ZipFile(tmp_path / "x.npz", "a") as archive:
+        archive.writestr("README.txt", "hello")
+    assert len(Source.parse(str(tmp_path / "x.npz")).load().train)
