@@ -19,6 +19,8 @@ from undistill.auditing.summary import summarise
 from undistill.core import distributed
 from undistill.core.errors import SpecError
 from undistill.core.progress import Progress
+from undistill.data.arrays import Images, stored
+from undistill.data.source import Source
 from undistill.defences.defence import Defence
 from undistill.models.model import Model
 from undistill.report.evidence import read_curve, write_evidence
@@ -51,6 +53,7 @@ def audit(
     model: str | Model | nn.Module | Callable[..., nn.Module] | None = None,
     defences: Sequence[str | Defence] = (),
     budget: int | None = None,
+    pool: Images | None = None,
     device: str = "auto",
     launcher: str | Launcher = "Serial",
     remember: float = REMEMBER,
@@ -72,6 +75,7 @@ def audit(
         defences: responses of the user's own, named again for the same reason.
         budget: the most queries that a thief may make. Who asks for every view gets fewer images for it than who buys
             each answer once; None is unlimited.
+        pool: images of thieves who have none of the owner's, as for `train`.
         device: auto, cpu, cuda or cuda:N.
         launcher: where cells are done: `Serial`, `Pool(workers=2)`, `Ray(address='auto')`.
         remember: GiB of disk that the answers of each network may fill, in its run folder.
@@ -89,6 +93,7 @@ def audit(
         model=model,
         defences=defences,
         budget=budget,
+        pool="" if pool is None else str(stored(pool, out)),
         device=device,
         remember=remember,
     )
@@ -114,6 +119,7 @@ def plan_audit(
     model: str | Model | nn.Module | Callable[..., nn.Module] | None = None,
     defences: Sequence[str | Defence] = (),
     budget: int | None = None,
+    pool: str | Source = "",
     device: str = "auto",
     remember: float = REMEMBER,
 ) -> list[Job]:
@@ -128,7 +134,7 @@ def plan_audit(
         raise SpecError(f"A budget is at least one query; budget = {budget}. Leave it out for as many as are asked.")
     for defence in defences:
         Defence.from_user(defence)
-    pair = VictimPair.of(victim, honest, range(seeds), model)
+    pair = VictimPair.of(victim, honest, range(seeds), model, str(Source.from_user(pool)) if pool else "")
     recipe = recipe or recorded_settings(pair.honest).recipe
     pair = replace(pair, options=QueryOptions(pick_device(device), recipe.compute, remember))
     jobs = list(plan([pair], suite, attacks, students, recipe, budget))

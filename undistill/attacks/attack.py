@@ -5,7 +5,7 @@ A new attack is one file in a folder beside this one; CONTRIBUTING.md says how. 
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import ClassVar, Protocol
 
@@ -15,8 +15,10 @@ from undistill.core.spec import Spec
 from undistill.data.batches import Batch
 from undistill.data.split import Split
 from undistill.training.fit import Fit
-from undistill.training.objectives import Objective, Terms
+from undistill.training.objectives import Terms
+from undistill.training.recipe import Recipe
 from undistill.victims.answer import Answer, Form
+from undistill.victims.bought import Bought
 from undistill.victims.oracle import Access, Oracle
 
 
@@ -32,7 +34,7 @@ class ThiefData(StrEnum):
 
 
 class Role(StrEnum):
-    """Role of a result in the comparison. The first three are floors: no defence that keeps accuracy can stop them.
+    """Role of a result in the comparison. The first four are floors: no defence that keeps accuracy can stop them.
 
     An audit finds its floors and its plain attack by these, whatever they are called.
     """
@@ -41,14 +43,25 @@ class Role(StrEnum):
     LABELS = "labels"
     """Labels of the thief's own, used better than plainly."""
     TOP_ANSWERS = "top answers"
+    SEMI_SUPERVISED = "semi-supervised"
+    """Top answers, and images beside them that nobody labelled."""
     PLAIN = "plain"
     """Plain distillation."""
     ADAPTIVE = "adaptive"
+    RECOVERY = "recovery"
+    """Undoes a known defence."""
+    SURROGATE = "surrogate data"
+    """Answers to other images than the owner's."""
     DATA_FREE = "data-free"
+    """The victim's weights and no data."""
+    BLACK_BOX = "black box"
+    """Queries and no data."""
+    WHITE_BOX = "white box"
+    """The victim's weights, and images."""
     OTHER = "other"
 
 
-FLOORS = (Role.NO_TEACHER, Role.LABELS, Role.TOP_ANSWERS)
+FLOORS = (Role.NO_TEACHER, Role.LABELS, Role.TOP_ANSWERS, Role.SEMI_SUPERVISED)
 
 
 class Buying(StrEnum):
@@ -89,28 +102,41 @@ class Attack(Spec):
         An audit asks before it trains anything.
         """
 
-    def queries_per_image(self, epochs: int) -> int:
-        """How often it asks for each training image in a training of so many epochs; it sizes what a budget buys."""
-        return 1 if self.buying == Buying.ONCE else epochs
+    def queries_per_image(self, recipe: Recipe) -> int:
+        """How often it asks for each training image in a training by `recipe`; it sizes what a budget buys."""
+        return 1 if self.buying == Buying.ONCE else recipe.epochs
 
     @abstractmethod
     def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         """Train a student, `fresh()`, against `oracle` on the attacker's own `data`; return it."""
 
 
-class Distillation(Attack):
-    """An attack that is one loss: a student imitates the answers to its batches."""
+class QueryAttack(Attack):
+    """The common base of attacks that ask for answers to the thief's own images."""
 
     listed = False
     needs = Access.QUERY
+    quiet = ("once",)
+    once: bool = False
+    """Buy one answer for each image as it is, and take it for all its views; else ask for every view."""
+
+    def queries_per_image(self, recipe: Recipe) -> int:
+        return 1 if self.once else recipe.epochs
+
+    def asking(self, oracle: Oracle, data: Split) -> Callable[[Batch], Answer]:
+        """The answer to each batch of a training on `data`: from the victim, or from what was bought of it."""
+        return Bought.of(oracle, data) if self.once else oracle
+
+
+class Distillation(QueryAttack):
+    """An attack that is one loss: a student imitates the answers to its batches."""
+
+    listed = False
 
     @abstractmethod
     def objective(self, student: nn.Module, batch: Batch, answer: Answer) -> Terms:
         """The terms of the loss of `student` on a batch to which the victim gave `answer`."""
 
     def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
-        return fit(fresh(), data, self.against(oracle))
-
-    def against(self, oracle: Oracle) -> Objective:
-        """The objective of a student that asks `oracle` for each batch."""
-        return lambda student, batch: self.objective(student, batch, oracle(batch))
+        ask = self.asking(oracle, data)
+        return fit(fresh(), data, lambda student, batch: self.objective(student, batch, ask(batch)))

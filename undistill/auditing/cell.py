@@ -36,6 +36,9 @@ from undistill.victims.oracle import Access, Oracle
 
 log = logging.getLogger(__name__)
 
+KNOWING = (Role.ADAPTIVE, Role.RECOVERY)
+"""Roles of thieves who know the defence."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -57,6 +60,8 @@ class Job:
         asked = [runs[self.side].identity, self.pair.victim.record["data_sha256"], self.side, str(self.attack)]
         budget = self.budget if self.attack.needs else None  # of no effect on who asks nothing
         thief = [str(self.student), self.seed, str(self.recipe), self.pair.share, budget]
+        if self.attack.data == ThiefData.SURROGATE:
+            thief.append(self.pair.surrogate.train.digest.hex())
         refers = [spec.refers() for spec in (self.attack, self.student, self.pair.model) if spec]
         code: list[object] = [sorted(names.values()) for names in refers if names]
         code += [program_sha256(Path(__file__)), *(source_sha256(type(spec)) for spec in (self.attack, self.student))]
@@ -72,12 +77,19 @@ class Job:
                 f"{victim.form.name}. Leave this attack out."
             )
         if self.attack.data == ThiefData.SURROGATE:
-            raise ModelError(f"{self.attack} needs other images than the owner's, which an audit cannot give yet.")
+            self._check_pool()
         if self._is_allotted and self._affordable < 2:
             raise SpecError(
                 f"A budget of {self.budget} queries buys {self.attack} less than two images in {self.recipe.epochs} "
                 "epochs. Raise --budget, or lower recipe.epochs."
             )
+
+    def _check_pool(self) -> None:
+        if not self.pair.pool:
+            raise SpecError(f"{self.attack} needs other images than the owner's; name some: --pool DATA.")
+        pool = len(self.pair.surrogate.train)
+        if self.budget is not None and self.budget > pool:
+            raise SpecError(f"The pool has {pool:,} images, and the budget is {self.budget:,}; lower --budget.")
 
     @property
     def _is_allotted(self) -> bool:
@@ -89,7 +101,7 @@ class Job:
     def _affordable(self) -> int:
         """How many images the budget buys to a thief who does not choose."""
         assert self.budget is not None
-        return self.budget // max(self.attack.queries_per_image(self.recipe.epochs), 1)
+        return self.budget // max(self.attack.queries_per_image(self.recipe), 1)
 
     @property
     def data(self) -> Split:
@@ -97,6 +109,8 @@ class Job:
         split = self.pair.attackers
         if self.attack.data == ThiefData.NONE:
             return without_images(split)
+        if self.attack.data == ThiefData.SURROGATE:
+            split = self.pair.surrogate
         if self.attack.data == ThiefData.UNLABELLED:
             split = split.unlabelled
         if self._is_allotted:
@@ -116,7 +130,7 @@ class Job:
     def _told(self) -> str | None:
         """Text of the defences, for an adaptive thief; None for others."""
         run = self.pair.honest if self.side == "honest" else self.pair.victim
-        return ", ".join(run.record.get("defences", ())) if self.attack.role == Role.ADAPTIVE else None
+        return ", ".join(run.record.get("defences", ())) if self.attack.role in KNOWING else None
 
     def sheet(self, cells: Path) -> Path:
         """Path of the picture of images that the attack makes, if it makes any."""

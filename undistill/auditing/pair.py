@@ -1,7 +1,7 @@
 """`VictimPair`: a victim beside its honest twin, as an audit asks them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from undistill.auditing.schema import Side
 from undistill.core.errors import NonFinite, StoreError
 from undistill.core.files import GIB
 from undistill.core.seeds import derive
+from undistill.data.pool import read_pool
 from undistill.data.split import Data, Split
 from undistill.models.model import Model
 from undistill.models.trial import varies
@@ -54,6 +55,8 @@ class VictimPair:
     options: QueryOptions = QueryOptions()
     share: float = 1.0
     """Share of the training images that attackers hold."""
+    pool: str = ""
+    """Source of the images of thieves who have none of the owner's; empty where there are no such thieves."""
 
     def __post_init__(self) -> None:
         if self.victim.record["data_sha256"] != self.honest.record["data_sha256"]:
@@ -69,16 +72,17 @@ class VictimPair:
         honest: str | Path | Run | None,
         seeds: Sequence[int],
         model: str | Model | nn.Module | Callable[..., nn.Module] | None,
+        pool: str = "",
     ) -> "VictimPair":
         """`honest` defaults to the run from which the victim was protected."""
         run = victim if isinstance(victim, Run) else Run.open(victim)
         honest = honest or parent(run)
         twin = honest if isinstance(honest, Run) else Run.open(honest)
-        return cls(run, twin, tuple(seeds), None if model is None else Model.from_user(model))
+        return cls(run, twin, tuple(seeds), None if model is None else Model.from_user(model), pool=pool)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process gets the runs, not what was loaded from them, and loads each pair once."""
-        return _loaded, (self.victim, self.honest, self.seeds, self.model, self.options, self.share)
+        return _loaded, (self.victim, self.honest, self.seeds, self.model, self.options, self.share, self.pool)
 
     @cached_property
     def data(self) -> Data:
@@ -96,6 +100,11 @@ class VictimPair:
         """Data of every attacker: the training images, divided anew. The same for all, so that answers are shared."""
         validation = max(VALIDATION_SHARE, self.data.num_classes / (self.share * len(self.data.train)))
         return self.data.attackers(validation, derive(0, "attackers"), self.share)
+
+    @cached_property
+    def surrogate(self) -> Split:
+        """Data of thieves who have none of the owner's: the pool, without labels."""
+        return replace(self.attackers.unlabelled, train=read_pool(self.pool, self.data))
 
     def network(self, side: Side) -> nn.Module:
         return self.victims[side].network
@@ -121,10 +130,8 @@ class VictimPair:
 _pairs: dict[tuple[object, ...], VictimPair] = {}
 
 
-def _loaded(
-    victim: Run, honest: Run, seeds: tuple[int, ...], model: Model | None, options: QueryOptions, share: float
-) -> VictimPair:
-    key = (victim.folder, victim.identity, honest.folder, honest.identity, seeds, model, options, share)
+def _loaded(victim: Run, honest: Run, *others: Any) -> VictimPair:
+    key = (victim.folder, victim.identity, honest.folder, honest.identity, *others)
     if key not in _pairs:
-        _pairs[key] = VictimPair(victim, honest, seeds, model, options, share)
+        _pairs[key] = VictimPair(victim, honest, *others)
     return _pairs[key]

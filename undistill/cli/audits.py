@@ -60,6 +60,7 @@ def audit(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=MOST_SEEDS, help="Students of each kind.")] = 3,
     budget: Annotated[int | None, typer.Option(min=1, help="The most queries of each thief.")] = None,
+    pool: Annotated[str | None, typer.Option(metavar="DATA", help="Images of thieves who have none of yours.")] = None,
     out: AuditOut = None,
     by: Annotated[str, typer.Option(help="Who audits, for the page: a name, a company.")] = "",
     dry_run: DryRun = False,
@@ -97,6 +98,7 @@ def audit(
         "model": model,
         "defences": defence or (),
         "budget": budget,
+        "pool": pool or "",
         "device": device,
         "remember": remember,
     }

@@ -7,9 +7,8 @@ import torch
 
 from undistill.core.errors import DataError, remark
 from undistill.data.copies import comparable
-from undistill.data.files import ImageFiles
 from undistill.data.source import Source
-from undistill.data.split import Parts, Samples, require_labels
+from undistill.data.split import Parts, Samples, joined, require_labels
 
 
 class Apart(Source):
@@ -59,9 +58,4 @@ class Apart(Source):
 
 def _all(parts: Parts) -> Samples:
     """Every image of a source, in one part."""
-    found = [part for part in (parts.train, parts.validation, parts.test) if part is not None]
-    if len(found) == 1:
-        return found[0]
-    if any(isinstance(part.images, ImageFiles) for part in found):
-        raise DataError("Parts that stay in their files cannot be joined; name the folder of one of them.")
-    return Samples(torch.cat([part.pixels for part in found]), torch.cat([part.labels for part in found]))
+    return joined([part for part in (parts.train, parts.validation, parts.test) if part is not None])

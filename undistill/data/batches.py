@@ -9,7 +9,7 @@ from torch import Tensor
 
 from undistill.data.files import fetched
 from undistill.data.split import Samples
-from undistill.data.views import Views, to_float
+from undistill.data.views import Mixture, Views, to_float
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +64,14 @@ class Batch:
     def of(cls, dataset: ViewDataset, epoch: int, index: Tensor, images: Tensor, labels: Tensor) -> "Batch":
         """A batch that remembers which views it shows; `images` are theirs in [0, 1]."""
         return cls(images, labels, index, epoch, ViewRef(dataset, epoch, index, images, images._version))
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """How its views are mixed with those of other samples; None unless they are."""
+        if self.origin is None:
+            return None
+        dataset = self.origin.dataset
+        return dataset.views.mixture(dataset.samples, dataset.seed, self.epoch, self.index)
 
     def seen_as(self, dataset: ViewDataset) -> Tensor:
         """Other views (B, C, H, W) in [0, 1] of the same images: those that `dataset` shows in this epoch."""

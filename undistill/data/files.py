@@ -36,6 +36,13 @@ class ImageFiles:
     known: dict[Path, bytes] = field(default_factory=dict)
     """SHA-256 of the files that were read whole before."""
 
+    @classmethod
+    def join(cls, parts: "Sequence[ImageFiles]") -> "ImageFiles":
+        """The images of several parts that are read in the same way, in order."""
+        files = [file for part in parts for file in part.files]
+        known = {file: sha for part in parts for file, sha in part.known.items()}
+        return replace(parts[0], files=files, shape=(len(files), *parts[0].shape[1:]), known=known)
+
     def __len__(self) -> int:
         return len(self.files)
 

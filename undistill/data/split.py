@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -89,6 +89,17 @@ class Samples:
         return self[torch.from_numpy(np.sort(rest))], self[torch.from_numpy(np.sort(carved))]
 
 
+def joined(parts: Sequence[Samples]) -> Samples:
+    """All images of several parts, in order."""
+    labels = torch.cat([part.labels for part in parts])
+    files = [part.images for part in parts if isinstance(part.images, ImageFiles)]
+    if len(files) == len(parts):
+        return Samples(ImageFiles.join(files), labels)
+    if files:
+        raise DataError("Parts that stay in their files cannot be joined with others; name the folder of one of them.")
+    return Samples(torch.cat([part.pixels for part in parts]), labels)
+
+
 @dataclass(frozen=True)
 class Split:
     """Training images, and the validation images on which choices are made."""
@@ -96,6 +107,14 @@ class Split:
     classes: tuple[str, ...]
     train: Samples
     validation: Samples
+    spare: Samples | None = field(default=None, kw_only=True)
+    """Images of a thief, without labels, beyond those for which his budget buys answers."""
+
+    @property
+    def everything(self) -> Samples:
+        """Training images and spare ones, without labels."""
+        parts = [part.unlabelled for part in (self.train, self.spare) if part is not None]
+        return parts[0] if len(parts) == 1 else joined(parts)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -121,10 +140,11 @@ class Split:
         return replace(self, train=self.train.unlabelled)
 
     def some(self, count: int, seed: int) -> "Split":
-        """`count` training images, chosen by `seed` among all, whatever their classes; all if there are no more."""
+        """`count` training images, chosen by `seed` whatever their classes, or all there are; the others are spare."""
         generator = torch.Generator().manual_seed(seed)
-        index = torch.randperm(len(self.train), generator=generator)[:count].sort().values
-        return replace(self, train=self.train[index])
+        order = torch.randperm(len(self.train), generator=generator)
+        index, rest = order[:count].sort().values, order[count:].sort().values
+        return replace(self, train=self.train[index], spare=self.train[rest].unlabelled if len(rest) else None)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ can be made again, on any device, in any order and in any batch, with the same b
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -38,6 +39,22 @@ def draw(seed: int, epoch: int, index: Tensor, block: int = 0) -> list[Tensor]:
     """Four independent words of 32 random bits for each sample `index` (B,) in `epoch`; more from other blocks."""
     zero = torch.zeros_like(index)
     return philox([index, zero + epoch, zero + block, zero], (seed & _MASK, seed >> 32 & _MASK))
+
+
+class Mixture(NamedTuple):
+    """How each of B views is mixed with that of another sample."""
+
+    partner: Tensor
+    """(B,) indices of the other samples."""
+    kept: Tensor
+    """(B,) share of the view's own sample, fixed-point."""
+    box: Tensor | None = None
+    """(B, 1, H, W): where the other sample is pasted; None where the two are blended."""
+
+    @property
+    def share(self) -> Tensor:
+        """(B,) share of the view's own sample, from 0 to 1."""
+        return self.kept.float() / _ONE
 
 
 class Views(Spec):
@@ -74,17 +91,29 @@ class Views(Spec):
         """uint8 views (B, C, H, W) of the samples `index` (B,), and their labels (B,), mixed: shares (B, K)."""
         epoch = self.shown(epoch)
         images, labels = self._alone(samples, seed, epoch, index), samples.labels[index]
-        if not (self.mixup or self.cutmix):
+        mixture = self.mixture(samples, seed, epoch, index)
+        if mixture is None:
             return images, labels
-        which, share, y, x = draw(seed, epoch, index, block=2)
-        partner = which % len(samples)
-        others = self._alone(samples, seed, epoch, partner)
+        others = self._alone(samples, seed, epoch, mixture.partner)
+        if mixture.box is None:
+            mixed = _blend(images, others, mixture.kept)
+        else:
+            mixed = torch.where(mixture.box, others, images)
+        return mixed, _shares(labels, samples.labels[mixture.partner], mixture.share, num_classes)
+
+    def mixture(self, samples: Samples, seed: int, epoch: int, index: Tensor) -> Mixture | None:
+        """The mixture of each sample `index` (B,) in `epoch`; None unless views are mixed."""
+        if not (self.mixup or self.cutmix):
+            return None
+        which, share, y, x = draw(seed, self.shown(epoch), index, block=2)
         weight = _beta(self.mixup or self.cutmix, index.device)[share % _STEPS]
         if self.mixup:
-            mixed, kept = _blend(images, others, weight)
-        else:
-            mixed, kept = _paste(images, others, weight, y, x)
-        return mixed, _shares(labels, samples.labels[partner], kept, num_classes)
+            return Mixture(which % len(samples), weight)
+        height, width = samples.images.shape[2:]
+        side = ((_ONE - weight).double() * _ONE).sqrt().long()
+        box = _box((height, width), y % height, x % width, side * height >> 16, side * width >> 16)
+        kept = _ONE - box.flatten(1).sum(1) * _ONE // (height * width)
+        return Mixture(which % len(samples), kept, box)
 
     def _alone(self, samples: Samples, seed: int, epoch: int, index: Tensor) -> Tensor:
         images = samples.images[index]
@@ -141,24 +170,15 @@ def _box(size: tuple[int, int], y: Tensor, x: Tensor, height: Tensor, width: Ten
     return (down[:, :, None] & right[:, None, :])[:, None]
 
 
-def _blend(images: Tensor, others: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight * images + (1 - weight) * others, and the weight kept, fixed-point."""
+def _blend(images: Tensor, others: Tensor, weight: Tensor) -> Tensor:
+    """weight * images + (1 - weight) * others; the weight (B,) is fixed-point."""
     share = weight[:, None, None, None].int()
-    return ((images * share + others * (_ONE - share) + _ONE // 2) >> 16).to(torch.uint8), weight
+    return ((images * share + others * (_ONE - share) + _ONE // 2) >> 16).to(torch.uint8)
 
 
-def _paste(images: Tensor, others: Tensor, weight: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`others` in a box of the share 1 - weight, and the share that is left of `images`, fixed-point."""
-    height, width = images.shape[2:]
-    side = ((_ONE - weight).double() * _ONE).sqrt().long()
-    box = _box((height, width), y % height, x % width, side * height >> 16, side * width >> 16)
-    kept = _ONE - box.flatten(1).sum(1) * _ONE // (height * width)
-    return torch.where(box, others, images), kept
-
-
-def _shares(labels: Tensor, others: Tensor, weight: Tensor, num_classes: int) -> Tensor:
-    """(B, K) shares of two labels."""
-    share = weight.float()[:, None] / _ONE
+def _shares(labels: Tensor, others: Tensor, share: Tensor, num_classes: int) -> Tensor:
+    """(B, K) shares of two labels, of which the first has `share` (B,)."""
+    share = share[:, None]
     shares = torch.zeros(len(labels), num_classes, device=labels.device)
     one, other = labels.clamp_min(0)[:, None], others.clamp_min(0)[:, None]
     shares = shares.scatter_add_(1, one, share).scatter_add_(1, other, 1 - share)

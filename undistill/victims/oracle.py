@@ -5,7 +5,7 @@ from enum import IntEnum
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from undistill.core.errors import AccessDenied
 from undistill.data.batches import Batch
@@ -13,6 +13,7 @@ from undistill.data.split import Samples
 from undistill.data.views import to_float
 from undistill.victims.answer import Answer
 from undistill.victims.ledger import Ledger
+from undistill.victims.protected import responses_of
 from undistill.victims.victim import NetworkVictim, Victim
 
 
@@ -78,6 +79,17 @@ class Oracle:
             answer = self._victim.answer(to_float(samples.pixels))
         if not self._victim.repeatable:
             self._bought[name] = answer
+        return answer
+
+    @torch.no_grad()
+    def defended(self, answer: Answer, inputs: Tensor) -> Answer:
+        """What the victim's responses make of any answer to `inputs`, for a thief who knows the defence; no query.
+
+        Whoever was told of no defence gets the answer back.
+        """
+        if self.told is not None and isinstance(self._victim, NetworkVictim):
+            for response in responses_of(self._victim.network):
+                answer = response(answer, inputs)
         return answer
 
     @property

@@ -46,7 +46,7 @@ class Protected(nn.Module):
     @property
     def form(self) -> Form:
         """How much its answers show."""
-        return min((cast(Response, response).form for response in self.responses), default=Form.FULL)
+        return min((response.form for response in responses_of(self)), default=Form.FULL)
 
 
 def bare(network: nn.Module) -> nn.Module:
@@ -54,14 +54,18 @@ def bare(network: nn.Module) -> nn.Module:
     return network.network if isinstance(network, Protected) else network
 
 
+def responses_of(network: nn.Module) -> list[Response]:
+    """The responses over a network, in their order."""
+    return [cast(Response, one) for one in network.responses] if isinstance(network, Protected) else []
+
+
 def with_response(network: nn.Module, response: Response) -> Protected:
     """`network` and the responses that it has, with one more over them."""
-    before = [cast(Response, one) for one in network.responses] if isinstance(network, Protected) else []
-    return Protected(bare(network), [*before, response])
+    return Protected(bare(network), [*responses_of(network), response])
 
 
 def with_network(protected: nn.Module, network: nn.Module) -> nn.Module:
     """The responses of `protected`, if it has any, over another network."""
     if not isinstance(protected, Protected):
         return network
-    return Protected(network, [cast(Response, deepcopy(one)) for one in protected.responses])
+    return Protected(network, [deepcopy(one) for one in responses_of(protected)])

@@ -4,7 +4,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from undistill.attacks.attack import Attack, Fresh, Role
+from undistill.attacks.attack import Fresh, QueryAttack, Role
 from undistill.core.spec import Temperature
 from undistill.data.batches import Batch
 from undistill.data.split import Split
@@ -13,12 +13,12 @@ from undistill.training.losses import cross_entropy, distillation
 from undistill.training.objectives import Terms, Weighted
 from undistill.training.optimisers import Extra
 from undistill.victims.answer import Answer, Form
-from undistill.victims.oracle import Access, Oracle
+from undistill.victims.oracle import Oracle
 
 FLOOR = -20.0  # of a log-probability, so that one that is nearly 0 cannot drive the whole map
 
 
-class AffineMap(Attack):
+class AffineMap(QueryAttack):
     """Log-answers pass through a scale and a shift for each class, others for each top answer of the victim.
 
     The map is trained to give the thief's labels; the student imitates what it makes of the answers. It is conditioned
@@ -26,7 +26,6 @@ class AffineMap(Attack):
     permutations and reversed rankings.
     """
 
-    needs = Access.QUERY
     form = Form.TOP
     role = Role.ADAPTIVE
     T: Temperature = 4.0
@@ -36,10 +35,10 @@ class AffineMap(Attack):
     """Factor of the map's learning rate, with Adam at 1e-3."""
 
     def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
-        affine = Affine(data.num_classes)
+        affine, ask = Affine(data.num_classes), self.asking(oracle, data)
 
         def objective(student: nn.Module, batch: Batch) -> Terms:
-            mapped, logits = affine(oracle(batch)), student(batch.images)
+            mapped, logits = affine(ask(batch)), student(batch.images)
             soft = distillation(mapped.detach(), logits, self.T)
             return {
                 "soft": Weighted(soft, self.alpha),

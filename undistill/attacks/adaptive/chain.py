@@ -4,23 +4,22 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from undistill.attacks.attack import Attack, Fresh, Role
+from undistill.attacks.attack import Fresh, QueryAttack, Role
 from undistill.core.spec import Temperature
 from undistill.data.batches import Batch
 from undistill.data.split import Split
 from undistill.training.fit import Fit
 from undistill.training.losses import cross_entropy, distillation
 from undistill.training.objectives import Terms, Weighted
-from undistill.victims.oracle import Access, Oracle
+from undistill.victims.oracle import Oracle
 
 
-class Chain(Attack):
+class Chain(QueryAttack):
     """The first student imitates the victim, each later one the mean answer of all students before it; the last counts.
 
     It approximates the published attack, whose contrastive term no public code has. Only the first student asks.
     """
 
-    needs = Access.QUERY
     role = Role.ADAPTIVE
     n: int = Field(3, ge=2, le=100)
     """Students in all."""
@@ -29,8 +28,10 @@ class Chain(Attack):
     """Weight of imitation against the thief's own labels."""
 
     def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
+        ask = self.asking(oracle, data)
+
         def first(student: nn.Module, batch: Batch) -> Terms:
-            return self._loss(student(batch.images), oracle(batch).filled, batch.labels)
+            return self._loss(student(batch.images), ask(batch).filled, batch.labels)
 
         def later(student: nn.Module, batch: Batch) -> Terms:
             answers = torch.stack([teacher(batch).float().log_softmax(1) for teacher in teachers])
