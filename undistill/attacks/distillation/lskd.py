@@ -1,0 +1,35 @@
+"""Logit standardisation (Sun et al., CVPR 2024)."""
+
+from torch import Tensor, nn
+
+from undistill.attacks.attack import Distillation, Role
+from undistill.core.spec import Temperature, Weight
+from undistill.data.batches import Batch
+from undistill.training.losses import cross_entropy, distillation
+from undistill.training.objectives import Terms, Weighted
+from undistill.victims.answer import Answer
+
+EPSILON = 1e-7
+
+
+class LSKD(Distillation):
+    """`CE + weight T^2 KL(victim/T || student/T)` of logits with mean 0 and standard deviation 1 over the classes.
+
+    A temperature, a scale or a shift of the victim's log-probabilities makes no difference to it.
+    """
+
+    role = Role.PLAIN
+    T: Temperature = 2.0
+    weight: Weight = 9.0
+
+    def objective(self, student: nn.Module, batch: Batch, answer: Answer) -> Terms:
+        logits = student(batch.images)
+        soft = distillation(standardised(answer.filled), standardised(logits), self.T)
+        return {"soft": Weighted(soft, self.weight), "ce": cross_entropy(logits, batch.labels)}
+
+
+def standardised(logits: Tensor) -> Tensor:
+    """Logits (B, K) with mean 0 and standard deviation 1 over the classes."""
+    logits = logits.float()
+    spread = (logits.var(1, keepdim=True) + EPSILON**2).sqrt()  # a root of 0 has no gradient
+    return (logits - logits.mean(1, keepdim=True)) / spread
