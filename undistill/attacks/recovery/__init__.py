@@ -1,0 +1,1 @@
+"""Attacks that guess what an answer was before it was defended."""
