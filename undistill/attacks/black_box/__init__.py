@@ -1,0 +1,1 @@
+"""Attacks that query a victim with images of their own making."""

@@ -1,0 +1,1 @@
+"""Attacks that ask for answers to other images than the owner's."""

@@ -1,0 +1,1 @@
+"""Attacks that begin with the victim's weights."""
