@@ -68,6 +68,14 @@ def toy_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Ninety images of the toy world that nobody else has, as the text of a source."""
+    path = tmp_path_factory.mktemp("pool") / "pool.npz"
+    np.savez(path, **toy_arrays(per_class=30, seed=7))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def toy(toy_file: Path) -> Data:
     return Npz(path=str(toy_file)).load()
 

@@ -159,9 +159,9 @@ def test_responses_of_strangers_are_not_executed(honest: Run, tmp_path: Path, mi
         Run.open(run.folder).network()
 
 
-def jobs(run: Run, attack: str, **options: object) -> list[Job]:
+def jobs(run: Run, attack: str, pool: str = "", **options: object) -> list[Job]:
     recipe = RECIPE.model_copy(update={"epochs": 4})
-    pair = VictimPair.of(run, None, [0, 1], None)
+    pair = VictimPair.of(run, None, [0, 1], None, pool)
     return [Job(pair, "victim", Attack.parse(attack), Model.parse(STUDENT), seed, recipe, **options) for seed in (0, 1)]
 
 
