@@ -16,7 +16,7 @@ from undistill import Run, Settings, Source, TrainSettings, protect, train
 from undistill.api import perform
 from undistill.auditing.launchers import Serial
 from undistill.auditing.pair import QueryOptions, VictimPair
-from undistill.auditing.plan import plan
+from undistill.auditing.plan import Plan
 from undistill.cli.audits import show
 from undistill.cli.config import read_settings
 from undistill.core.progress import Progress
@@ -50,8 +50,8 @@ def main() -> None:
             VictimPair(victim, honest, (seed,), options=QueryOptions(compute=recipe.compute))
             for (honest, victim), seed in zip(pairs, chosen.seeds, strict=True)
         ]
-        jobs = list(plan(pairs, "quick", (), [chosen.student], recipe))
-        report = perform(jobs, chosen.out, "quick", Serial(), progress)
+        plan = Plan.of(pairs, "quick-2", (), [chosen.student], recipe)
+        report = perform(plan, chosen.out, Serial(), progress)
     show(report, chosen.out)
 
 

@@ -10,7 +10,7 @@ from undistill.api import audit
 from undistill.auditing.cell import Job, late_gain
 from undistill.auditing.flags import CHECKS, raised
 from undistill.auditing.pair import VictimPair
-from undistill.auditing.plan import plan
+from undistill.auditing.plan import Plan
 from undistill.auditing.schema import Report
 from undistill.core.errors import ModelError, SpecError, StoreError
 from undistill.core.files import seal
@@ -66,7 +66,7 @@ def test_report_json_keeps_its_schema(folder: Path) -> None:
 
 
 def test_a_repeated_audit_trains_nothing(victim: Run, folder: Path, report: Report, monkeypatch) -> None:
-    monkeypatch.setattr(Job, "_train", lambda *_: pytest.fail("a finished cell was trained again"))
+    monkeypatch.setattr(Job, "_attack", lambda *_: pytest.fail("a finished cell was trained again"))
     again = run_audit(victim, folder)
     assert again.cells == report.cells
     assert again.verdict == report.verdict
@@ -97,10 +97,10 @@ def test_a_damaged_or_edited_cell_is_done_again(edit, victim: Run, folder: Path,
 
 def test_more_seeds_reuse_the_old_cells(victim: Run, folder: Path, report: Report, monkeypatch) -> None:
     trained = []
-    train_cell = Job._train
-    monkeypatch.setattr(Job, "_train", lambda job, *rest: trained.append(job.seed) or train_cell(job, *rest))
+    train_cell = Job._attack
+    monkeypatch.setattr(Job, "_attack", lambda job, *rest: trained.append(job.seed) or train_cell(job, *rest))
     more = run_audit(victim, folder, seeds=3)
-    assert set(trained) == {2}
+    assert set(trained) == {2}, "trials are there, too"
     assert more.cells[: len(report.cells)] == report.cells
 
 
@@ -157,7 +157,7 @@ def test_an_attack_that_cannot_be_tried_is_named_before_anything_is_trained(
 
 
 def test_unknown_parts_are_named(victim: Run, tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="did you mean 'quick'"):
+    with pytest.raises(SpecError, match="did you mean 'quick-2'"):
         run_audit(victim, tmp_path / "a", suite="quik")
     with pytest.raises(SpecError, match="did you mean 'SoftLabels'"):
         run_audit(victim, tmp_path / "a", attacks=["SoftLabel"])
@@ -168,13 +168,14 @@ NEWCOMER = '''
 from collections.abc import Mapping
 from pydantic import Field
 from torch import Tensor, nn
-from undistill import Access, Attack, Batch, Fit, Fresh, Oracle, Split
+from undistill import Access, Attack, Batch, Fit, Fresh, Oracle, Split, tries
 
 
 class LogitMatching(Attack):
     """Mean squared error between log-probabilities."""
 
     needs = Access.QUERY
+    space = tries(scale=(0.1, 0.2, 0.4))
     scale: float = Field(0.1, gt=0)
 
     def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
@@ -206,11 +207,11 @@ def test_a_newcomers_attack_is_one_file(victim: Run, folder: Path, tmp_path: Pat
     assert set((folder / "cells").glob("*.json")) == done
     file.write_text(NEWCOMER.replace("square()", "abs()"))
     run_audit(victim, folder, seeds=1, attacks=[text])
-    assert len(set((folder / "cells").glob("*.json")) - done) == 2, "changed code is another attack"
+    assert len(set((folder / "cells").glob("*.json")) - done) == 4, "changed code is another attack"
 
 
 def test_an_edited_attack_of_this_package_is_another_attack(victim: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    (job, *_) = plan([VictimPair.of(victim, None, [0], None)], "quick", (), [STUDENT], RECIPE)
+    (job, *_) = Plan.of([VictimPair.of(victim, None, [0], None)], "quick-2", (), [STUDENT], RECIPE).jobs
     before = job.key
     monkeypatch.setattr("undistill.auditing.cell.source_sha256", lambda kind: f"edited {kind.__name__}")
     assert job.key != before

@@ -123,7 +123,7 @@ def test_list_names_everything() -> None:
     assert {"name", "spec", "about"} == set(entries["defences"][0])
     assert all(entry["about"] for rows in entries.values() for entry in rows)
     text = call("list", "attacks").stdout
-    assert "SoftLabels(T=4.0, alpha=0.9)" in text
+    assert "SoftLabels(once=False, T=4.0, alpha=0.9)" in text
     assert "Nasty" not in text
     refused(call("list", "attack"), "did you mean 'attacks'")
 
@@ -185,7 +185,7 @@ def test_bad_folders(honest: Run, victim: Run, tmp_path: Path) -> None:
     refused(call("report", tmp_path), "writes one")
     out = call("protect", honest.folder, "--defence", NASTY, "--out", honest.folder)
     refused(out, "holds another run")
-    refused(call("audit", victim.folder, "--suite", "quik", "--out", tmp_path / "a"), "did you mean 'quick'")
+    refused(call("audit", victim.folder, "--suite", "quik", "--out", tmp_path / "a"), "did you mean 'quick-2'")
     refused(call("audit", victim.folder, "--out", victim.folder), "holds another run")
 
 

@@ -20,7 +20,7 @@ from undistill.api import audit
 from undistill.auditing.cell import Job
 from undistill.auditing.launchers import Death, Launcher, Order, Pool, Ray, Serial
 from undistill.auditing.pair import VictimPair
-from undistill.auditing.plan import plan
+from undistill.auditing.plan import Plan
 from undistill.auditing.schema import Side
 from undistill.auditing.summary import SIDES
 from undistill.core.errors import LaunchError, ModelError, SpecError
@@ -86,7 +86,7 @@ def mine(tmp_path: Path) -> Callable[[str], str]:
 
 def jobs(victim: Run, attack: str, recipe: Recipe = RECIPE, sides: Sequence[Side] = ("victim",)) -> list[Job]:
     """On each side a cell of one of our attacks, and one of `attack`."""
-    planned = plan([VictimPair.of(victim, None, [0], None)], "quick", [attack], [STUDENT], recipe)
+    planned = Plan.of([VictimPair.of(victim, None, [0], None)], "quick-2", [attack], [STUDENT], recipe).jobs
     chosen = "HardLabels", "Marked"
     return [job for job in planned if type(job.attack).__name__ in chosen and job.side in sides]
 

@@ -3,6 +3,7 @@
 import io
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,14 +98,15 @@ def test_notebooks_show_progress_and_scripts_do_if_asked(
 
 
 def test_a_plan_counts_what_is_left(victim: Run, tmp_path: Path) -> None:
-    jobs = api.plan_audit(victim, students=[STUDENT], seeds=2, device="cpu")
-    assert describe(jobs, tmp_path) == (
-        "Plan: 12 students to train, each for 6 epochs of 5 batches: 4 attacks (Scratch, LabelSmoothing, SoftLabels, "
-        "HardLabels) x 1 network x 2 seeds, on the protected model and on its unprotected twin."
+    plan = api.plan_audit(victim, students=[STUDENT], seeds=2, device="cpu")
+    assert describe(plan, tmp_path) == (
+        "Plan: 20 students to train, each for 6 epochs of 5 batches: 6 attacks (Scratch, LabelSmoothing, HardLabels, "
+        "SoftLabels) x 1 network x 2 seeds, on the protected model and on its unprotected twin. Before, each thief "
+        "tries 1 setting for 33% of the epochs."
     )
-    (tmp_path / f"{jobs[0].key}.json").write_text("{}")
-    assert "Plan: 11 students to train (1 of 12 are there)" in describe(jobs, tmp_path)
-    whole, one = forecast(jobs, tmp_path), forecast(jobs[:2], tmp_path)
+    (tmp_path / f"{plan.jobs[0].key}.json").write_text("{}")
+    assert "Plan: 19 students to train (1 of 20 are there)" in describe(plan, tmp_path)
+    whole, one = forecast(plan, tmp_path), forecast(replace(plan, jobs=plan.jobs[:2]), tmp_path)
     assert whole.seconds > one.seconds > 0
     assert not list((victim.folder / "answers").glob("*/forecast*"))
 
@@ -136,7 +138,7 @@ def test_dry_runs_change_nothing(victim: Run, tmp_path: Path) -> None:
     words = ["audit", str(victim.folder), "--student", STUDENT, "--out", str(tmp_path / "audit"), "--device", "cpu"]
     done = CliRunner().invoke(app, [*words, "--dry-run", *(word for pair in FAST for word in ("--set", pair))])
     assert (done.exit_code, len(done.stdout.splitlines())) == (0, 2), done.stderr
-    assert "Plan: 18 students to train" in done.stdout
+    assert "Plan: 30 students to train" in done.stdout
     assert "That takes about" in done.stdout
     assert not (tmp_path / "audit").exists()
     assert before == sorted(path for path in victim.folder.parent.rglob("*"))

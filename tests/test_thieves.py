@@ -50,7 +50,7 @@ def test_a_budget_is_kept_and_ends_nothing(name: str, budget: int, victim: Run, 
 
 
 def test_a_budget_that_buys_nothing_is_said_before(victim: Run, tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"buys SoftLabels.* less than two images in 6 epochs"):
+    with pytest.raises(SpecError, match=r"buys HardLabels.* less than two images in 6 epochs"):
         audit(victim, tmp_path / "a", students=[STUDENT], budget=11, recipe=RECIPE, device="cpu")
     with pytest.raises(SpecError, match="at least one query"):
         audit(victim, tmp_path / "a", students=[STUDENT], budget=0, device="cpu")

@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from undistill.api import adopt, audit, protect, train
-    from undistill.attacks.attack import Attack, Buying, Distillation, Fresh, Role, ThiefData
+    from undistill.attacks.attack import Attack, Buying, Distillation, Fresh, QueryAttack, Role, ThiefData, tries
     from undistill.data.batches import Batch
     from undistill.data.source import Source
     from undistill.data.split import Data, Samples, Split
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "api": ["adopt", "audit", "protect", "train"],
-    "attacks.attack": ["Attack", "Buying", "Distillation", "Fresh", "Role", "ThiefData"],
+    "attacks.attack": ["Attack", "Buying", "Distillation", "Fresh", "QueryAttack", "Role", "ThiefData", "tries"],
     "data": ["Data", "Samples", "Source", "Split"],
     "data.batches": ["Batch"],
     "defences.defence": ["Defence", "ResponseDefence"],
@@ -48,9 +48,9 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Access", "Answer", "Attack", "Batch", "Buying", "Data", "Defence", "Distillation", "Extra", "Fit", "Form", "Fresh",
-    "Ledger", "Model", "Oracle", "Protected", "Recipe", "Response", "ResponseDefence", "Role", "Run", "Samples",
+    "Ledger", "Model", "Oracle", "Protected", "QueryAttack", "Recipe", "Response", "ResponseDefence", "Role", "Run", "Samples",
     "Settings", "Source", "Split", "ThiefData", "TrainSettings", "Victim", "Weighted", "adopt", "audit", "protect",
-    "train",
+    "train", "tries",
 ]  # fmt: skip
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from torch import nn
 
 from undistill.attacks.attack import Attack
-from undistill.auditing.cell import Job
 from undistill.auditing.forecast import describe
 from undistill.auditing.launchers import Launcher
 from undistill.auditing.pair import QueryOptions, VictimPair
-from undistill.auditing.plan import plan
+from undistill.auditing.plan import Plan
 from undistill.auditing.schema import Report
-from undistill.auditing.suites import MOST_SEEDS
+from undistill.auditing.suites import MOST_SEEDS, Tuning, find_suite
 from undistill.auditing.summary import summarise
+from undistill.auditing.tuning import tune
 from undistill.core import distributed
 from undistill.core.errors import SpecError
 from undistill.core.progress import Progress
@@ -44,10 +44,12 @@ def audit(
     out: str | Path,
     *,
     honest: str | Path | Run | None = None,
-    suite: str = "quick",
+    suite: str = "quick-2",
     attacks: Sequence[str | Attack] = (),
     students: Sequence[str | Model] = (),
     seeds: int = 3,
+    trials: int | None = None,
+    share: float | None = None,
     by: str = "",
     recipe: Recipe | None = None,
     model: str | Model | nn.Module | Callable[..., nn.Module] | None = None,
@@ -69,6 +71,8 @@ def audit(
         attacks: more attacks, beside the suite's.
         students: networks of the thief, instead of the suite's.
         seeds: students of each kind.
+        trials: settings that each thief tries before, instead of as many as the suite says.
+        share: share of the epochs for which a trial trains, instead of the suite's.
         by: whoever audits, for the page.
         recipe: how students are trained, by default as the honest network was.
         model: the user's own network, named again, since a stored run may not execute code by itself.
@@ -82,13 +86,15 @@ def audit(
         progress: True shows it on standard error, False nowhere; None shows it in a notebook.
     """
     launcher = Launcher.from_user(launcher)
-    jobs = plan_audit(
+    plan = plan_audit(
         victim,
         honest=honest,
         suite=suite,
         attacks=attacks,
         students=students,
         seeds=seeds,
+        trials=trials,
+        share=share,
         recipe=recipe,
         model=model,
         defences=defences,
@@ -97,24 +103,26 @@ def audit(
         device=device,
         remember=remember,
     )
-    pair = jobs[0].pair
+    pair = plan.jobs[0].pair
     pair.require_finite()
     request = {"command": "audit", "victim": pair.victim.digest, "honest": pair.honest.digest}
     if pair.victim.record.get("responses"):  # over the same weights there may be others
         request["victim_identity"] = pair.victim.identity
     with claim(Path(out), request), Progress.of(progress) as shown:
-        shown.say(describe(jobs, Path(out) / "cells"))
-        return perform(jobs, Path(out), suite, launcher, shown, by)
+        shown.say(describe(plan, Path(out) / "cells"))
+        return perform(plan, Path(out), launcher, shown, by)
 
 
 def plan_audit(
     victim: str | Path | Run,
     *,
     honest: str | Path | Run | None = None,
-    suite: str = "quick",
+    suite: str = "quick-2",
     attacks: Sequence[str | Attack] = (),
     students: Sequence[str | Model] = (),
     seeds: int = 3,
+    trials: int | None = None,
+    share: float | None = None,
     recipe: Recipe | None = None,
     model: str | Model | nn.Module | Callable[..., nn.Module] | None = None,
     defences: Sequence[str | Defence] = (),
@@ -122,8 +130,8 @@ def plan_audit(
     pool: str | Source = "",
     device: str = "auto",
     remember: float = REMEMBER,
-) -> list[Job]:
-    """The cells of an audit, none of them done yet; the arguments are those of `audit`.
+) -> Plan:
+    """The plan of an audit, of which nothing is done yet; the arguments are those of `audit`.
 
     What cannot be loaded, or attacked, is said here, before work is done.
     """
@@ -137,19 +145,27 @@ def plan_audit(
     pair = VictimPair.of(victim, honest, range(seeds), model, str(Source.from_user(pool)) if pool else "")
     recipe = recipe or recorded_settings(pair.honest).recipe
     pair = replace(pair, options=QueryOptions(pick_device(device), recipe.compute, remember))
-    jobs = list(plan([pair], suite, attacks, students, recipe, budget))
-    for job in jobs:
+    plan = Plan.of([pair], suite, attacks, students, recipe, budget, tuning_of(suite, trials, share))
+    for job in plan.jobs:
         job.check()
-    return jobs
+    return plan
 
 
-def perform(jobs: Sequence[Job], out: Path, suite: str, launcher: Launcher, progress: Progress, by: str = "") -> Report:
-    """Do what is not done yet, then write one report over all cells."""
+def tuning_of(suite: str, trials: int | None, share: float | None) -> Tuning:
+    """How hard thieves tune: as the suite says, or as the user does."""
+    asked = {name: value for name, value in (("trials", trials), ("share", share)) if value is not None}
+    return Tuning(**(find_suite(suite).tuning.model_dump() | asked))
+
+
+def perform(plan: Plan, out: Path, launcher: Launcher, progress: Progress, by: str = "") -> Report:
+    """Let thieves tune, train what is not there yet, then write one report over all cells."""
+    trials, best = tune(plan.searched, plan.tuning, launcher, out / "cells", progress)
+    jobs = plan.tuned(best)
     cells = launcher.run(jobs, out / "cells", progress)
     pairs = list(dict.fromkeys(job.pair for job in jobs))
     last = max((out / "cells" / f"{job.key}.json").stat().st_mtime for job in jobs)
     made = datetime.fromtimestamp(last, UTC).date().isoformat()
-    report = summarise(pairs, cells, suite, jobs[0].recipe, made=made, by=by)
+    report = summarise(pairs, cells, trials, plan, made=made, by=by)
     first = pairs[0]
     sheets: dict[str, Path] = {}
     for job in jobs:

@@ -5,9 +5,10 @@ A new attack is one file in a folder beside this one; CONTRIBUTING.md says how. 
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
-from typing import ClassVar, Protocol
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
@@ -85,6 +86,11 @@ class Fresh(Protocol):
         """The parts of a student after which its feature maps can be read, from the input to the output."""
 
 
+def tries(**values: Sequence[Any]) -> Mapping[str, Sequence[Any]]:
+    """A search space: for each field the values that a careful thief tries."""
+    return MappingProxyType(values)
+
+
 class Attack(Spec):
     """Fields are hyper-parameters; the problem comes as arguments; an attack never grades itself."""
 
@@ -95,6 +101,8 @@ class Attack(Spec):
     data: ClassVar[ThiefData] = ThiefData.LABELLED
     role: ClassVar[Role] = Role.OTHER
     buying: ClassVar[Buying] = Buying.EACH_VIEW
+    space: ClassVar[Mapping[str, Sequence[Any]]] = tries()
+    """Values of its fields that a careful thief tries; an audit tries learning rates and clipping by itself."""
 
     def check(self, victim: nn.Module) -> None:
         """`ModelError` for a victim, as this attack meets it, on which it cannot be tried.

@@ -9,15 +9,16 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from undistill.attacks.attack import Attack, Buying, Role, ThiefData
 from undistill.attacks.data_free.synthesis import without_images
 from undistill.auditing.pair import VictimPair
-from undistill.auditing.schema import Cell, Side
+from undistill.auditing.schema import Cell, Side, Trial, written
 from undistill.core.errors import BudgetExceeded, ModelError, NonFinite, SpecError
 from undistill.core.files import read_json, seal, unseal, write_json
 from undistill.core.identity import fingerprint, program_sha256, source_sha256
@@ -36,6 +37,8 @@ from undistill.victims.oracle import Access, Oracle
 
 log = logging.getLogger(__name__)
 
+Result = Cell | Trial
+
 KNOWING = (Role.ADAPTIVE, Role.RECOVERY)
 """Roles of thieves who know the defence."""
 
@@ -52,6 +55,10 @@ class Job:
     recipe: Recipe
     budget: int | None = None
     """The most queries that the thief may make; None is unlimited."""
+    listed: str = ""
+    """Text of the attack before its thief tuned it, where that is another."""
+
+    kind: ClassVar[type[Cell] | type[Trial]] = Cell
 
     @property
     def key(self) -> str:
@@ -63,6 +70,8 @@ class Job:
         if self.attack.data == ThiefData.SURROGATE:
             thief.append(self.pair.surrogate.train.digest.hex())
         refers = [spec.refers() for spec in (self.attack, self.student, self.pair.model) if spec]
+        if self.kind is Trial:
+            thief.append("trial")
         code: list[object] = [sorted(names.values()) for names in refers if names]
         code += [program_sha256(Path(__file__)), *(source_sha256(type(spec)) for spec in (self.attack, self.student))]
         return fingerprint(*asked, *thief, *code, runs[self.side].program)[:20]
@@ -136,30 +145,29 @@ class Job:
         """Path of the picture of images that the attack makes, if it makes any."""
         return cells / f"{self.key}.png"
 
-    def run(self, cells: Path, progress: Progress, *, exact: bool = False) -> Cell:
-        """The cell from its file, or trained and written there; a stopped training goes on.
+    def run(self, cells: Path, progress: Progress, *, exact: bool = False) -> Result:
+        """The result from its file, or trained and written there; a stopped training goes on.
 
         `exact` does it with exact compute settings and in a folder of its own: the settings asked for crashed.
         """
         file, folders = cells / f"{self.key}.json", [cells / self.key, cells / f"{self.key}-exact"]
-        if cell := read_cell(file, self):
-            return cell
+        if result := read_result(file, self):
+            return result.model_copy(update={"listed": self.listed})  # two attacks may be tuned to the same setting
         asked, folder = self, folders[exact]
         if exact:
             pair = replace(self.pair, options=replace(self.pair.options, compute=EXACT))
             asked = replace(self, pair=pair, recipe=self.recipe.model_copy(update={"compute": EXACT}))
         folder.mkdir(parents=True, exist_ok=True)
-        cell = asked._train(folder, self.sheet(cells), cells.parent / "autotune", progress)
-        write_json(file, seal(cell.model_dump()))
+        result = asked._result(asked._attack(folder, self.sheet(cells), cells.parent / "autotune", progress))
+        write_json(file, seal(result.model_dump()))
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
-        return cell
+        return result
 
-    def _train(self, folder: Path, sheet: Path, trials: Path, progress: Progress) -> Cell:
-        pair, data = self.pair, self.pair.data
-        victim, needs = pair.victims[self.side], self.attack.needs
-        oracle = Oracle(victim, needs, self.budget if needs else None, told=self._told)
-        fresh = Students(self.student, data.shape, data.num_classes, self.seed)
+    def _attack(self, folder: Path, sheet: Path, trials: Path, progress: Progress) -> "Outcome":
+        """The student that the thief trains; None where there is none, since training diverged or the budget ended."""
+        pair, needs = self.pair, self.attack.needs
+        oracle = Oracle(pair.victims[self.side], needs, self.budget if needs else None, told=self._told)
         fit = Fit(
             self.recipe,
             derive(self.seed, "student"),
@@ -172,32 +180,85 @@ class Job:
             sheet=sheet,
             carried=(oracle,),
         )
-        diverged = ""
+        fresh = Students(self.student, pair.data.shape, pair.data.num_classes, self.seed)
         try:
             with seeded(derive(self.seed, "attack")):
                 student = self.attack.run(oracle, fresh, self.data, fit)
-            student = returned(student, self.attack, data.shape, data.num_classes)
-            logits = evaluate(student, data.test).cpu()
+            student = returned(student, self.attack, pair.data.shape, pair.data.num_classes)
+            return Outcome(student, evaluate(student, pair.attackers.validation).cpu(), fit, oracle)
         except (NonFinite, BudgetExceeded) as error:
-            logits, diverged = torch.zeros(len(data.test), data.num_classes), str(error)
-        oracle.ledger.evaluation += len(data.test)  # the victim's answers with which the student's are compared
+            blank = torch.zeros(len(pair.attackers.validation), pair.data.num_classes)
+            return Outcome(None, blank, fit, oracle, str(error))
+
+    def _result(self, outcome: "Outcome") -> Result:
+        """The cell: the student measured on the test images."""
+        data, ledger, fit = self.pair.data, outcome.oracle.ledger, outcome.fit
+        logits, diverged = torch.zeros(len(data.test), data.num_classes), outcome.diverged
+        if outcome.student:
+            try:
+                logits = evaluate(outcome.student, data.test).cpu()
+            except NonFinite as error:
+                diverged = str(error)
+        ledger.evaluation += len(data.test)  # the victim's answers with which the student's are compared
         return Cell(
             side=self.side,
             attack=str(self.attack),
+            listed=self.listed,
             student=str(self.student),
             seed=self.seed,
             accuracy=metrics.accuracy(logits, data.test.labels),
-            fidelity=metrics.fidelity(logits, pair.test_logits(self.side)),
+            fidelity=metrics.fidelity(logits, self.pair.test_logits(self.side)),
+            validation=metrics.accuracy(outcome.validation, self.pair.attackers.validation.labels),
+            predictions=written(logits.argmax(1).numpy(), data.num_classes),
             role=self.attack.role,
-            queries=oracle.ledger.billed,
-            distinct=oracle.ledger.distinct,
-            budget=oracle.ledger.budget,
-            evaluation=oracle.ledger.evaluation,
+            queries=ledger.billed,
+            distinct=ledger.distinct,
+            budget=ledger.budget,
+            evaluation=ledger.evaluation,
             seconds=fit.seconds,
             late_gain=late_gain(fit.history),
             compute=", ".join(dict.fromkeys(fit.computed)),
             diverged=diverged,
-            environment=described(environment(pair.options.device)),
+            environment=described(environment(self.pair.options.device)),
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an attack ended with: a student, and its answers (N, K) to the validation images."""
+
+    student: nn.Module | None
+    validation: Tensor
+    fit: Fit
+    oracle: Oracle
+    diverged: str = ""
+
+
+@dataclass(frozen=True)
+class TrialJob(Job):
+    """One setting of an attack that is tried; nothing of it sees the test images."""
+
+    kind = Trial
+
+    def _result(self, outcome: Outcome) -> Result:
+        pair, logits = self.pair, outcome.validation
+        samples = pair.attackers.validation
+        accuracy = metrics.accuracy(logits, samples.labels)
+        score = accuracy
+        if self.attack.data != ThiefData.LABELLED:
+            score = metrics.fidelity(logits, pair.victims[self.side].answers.plain(samples, pair.data.num_classes))
+        return Trial(
+            side=self.side,
+            attack=str(self.attack),
+            listed=self.listed,
+            student=str(self.student),
+            seed=self.seed,
+            recipe=str(self.recipe),
+            score=0.0 if outcome.diverged else score,
+            validation=0.0 if outcome.diverged else accuracy,
+            queries=outcome.oracle.ledger.billed,
+            seconds=outcome.fit.seconds,
+            diverged=outcome.diverged,
         )
 
 
@@ -218,16 +279,16 @@ class Students:
         return self.model.stages(network)
 
 
-def read_cell(file: Path, job: Job) -> Cell | None:
-    """The finished cell of `job`; None if it is not there, damaged, edited or another's, so that it is done again."""
+def read_result(file: Path, job: Job) -> Result | None:
+    """The result of `job`; None if it is not there, damaged, edited or another's, so that it is done again."""
     if not file.exists():
         return None
     try:
-        cell = Cell.model_validate(unseal(read_json(file) or {}))
+        found = job.kind.model_validate(unseal(read_json(file) or {}))
     except ValidationError:
-        cell = None
-    if cell and (*job.column, job.seed) == (cell.side, cell.attack, cell.student, cell.seed):
-        return cell
+        found = None
+    if found and (*job.column, job.seed) == (found.side, found.attack, found.student, found.seed):
+        return found
     log.warning("%s is damaged or was edited; that cell is done again.", file)
     return None
 

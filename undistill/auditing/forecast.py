@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from undistill.attacks.attack import ThiefData
 from undistill.auditing.cell import Job, Students
 from undistill.auditing.launchers import unfinished
+from undistill.auditing.plan import Plan
 from undistill.core.progress import duration
 from undistill.core.seeds import derive
 from undistill.data.split import Split
@@ -36,8 +37,9 @@ class Forecast:
         return f"That takes {duration(self.seconds)} on this machine, one after another{without}; by a trial of each."
 
 
-def describe(jobs: Sequence[Job], cells: Path) -> str:
+def describe(plan: Plan, cells: Path) -> str:
     """The students of an audit, as a sentence: how many, by which attacks, for how many epochs."""
+    jobs, tuning = plan.jobs, plan.tuning
     todo, recipe = unfinished(jobs, cells), jobs[0].recipe
     attacks = list(dict.fromkeys(job.attack for job in jobs))
     names = ", ".join(dict.fromkeys(type(attack).__name__ for attack in attacks))
@@ -48,13 +50,15 @@ def describe(jobs: Sequence[Job], cells: Path) -> str:
     return (
         f"Plan: {count(len(todo), 'student')} to train{kept}, each for {count(recipe.epochs, 'epoch')} of "
         f"{most}{count(batches, 'batch', 'batches')}: {count(len(attacks), 'attack')} ({names}) x "
-        f"{count(students, 'network')} x {count(seeds, 'seed')}, on the protected model and on its unprotected twin."
+        f"{count(students, 'network')} x {count(seeds, 'seed')}, on the protected model and on its unprotected twin. "
+        f"Before, each thief tries {count(tuning.trials, 'setting')} for {tuning.share:.0%} of the epochs."
     )
 
 
-def forecast(jobs: Sequence[Job], cells: Path) -> Forecast:
-    """A forecast for the unfinished students of an audit, from a trial of each attack."""
-    todo, found = unfinished(jobs, cells), Forecast()
+def forecast(plan: Plan, cells: Path) -> Forecast:
+    """A forecast for the unfinished students of an audit, from a short training of each attack."""
+    jobs, found = plan.jobs, Forecast()
+    todo = unfinished(jobs, cells)
     rates: dict[object, float] = {}
     for job in jobs:
         if job.key not in todo:
@@ -66,6 +70,8 @@ def forecast(jobs: Sequence[Job], cells: Path) -> Forecast:
         if kind not in rates:
             rates[kind] = _seconds(job)
         found.seconds += rates[kind]
+    tuned = (job for job in plan.searched if job.key in todo and (job.attack, job.student) in rates)
+    found.seconds += plan.tuning.trials * plan.tuning.share * sum(rates[job.attack, job.student] for job in tuned)
     return found
 
 

@@ -20,8 +20,7 @@ from typing import Any, Self
 import torch
 from pydantic import Field
 
-from undistill.auditing.cell import Job
-from undistill.auditing.schema import Cell
+from undistill.auditing.cell import Job, Result
 from undistill.auditing.worker import serve
 from undistill.core import code
 from undistill.core.child import death, is_native_fault
@@ -47,14 +46,14 @@ class Launcher(Spec):
     """Lost workers' cells are done again; a cell that fails ends the audit, and finished cells are kept."""
 
     @abstractmethod
-    def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Cell]:
+    def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Any]:
         """The cell of every job, in the jobs' order; `cells` is a folder that all processes share."""
 
 
 class Serial(Launcher):
     """In this process, one after the other."""
 
-    def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Cell]:
+    def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Any]:
         todo, done = unfinished(jobs, cells), []
         with progress.task("audit", len(jobs), done=len(jobs) - len(todo)) as task:
             for job in jobs:
@@ -72,10 +71,10 @@ class Pool(Launcher):
     threads: int = Field(0, ge=0, le=1024)
     """Threads of each worker; 0 divides the cores."""
 
-    def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Cell]:
+    def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Any]:
         orders = {job.key: Order.of(job, cells, self._threads()) for job in jobs}
         todo, new = deque(orders), unfinished(jobs, cells)
-        done: dict[str, Cell] = {}
+        done: dict[str, Result] = {}
         lost = 0  # deaths without a cell in between
         with (
             progress.task("audit", len(orders), done=len(orders) - len(new)) as task,
@@ -185,7 +184,7 @@ class Crew:
             with suppress(OSError):  # one that died meanwhile is noticed by `finished`
                 worker.pipe.send(orders[worker.key])
 
-    def finished(self, seconds: float) -> Iterator[tuple[str, Cell | Exception | Death]]:
+    def finished(self, seconds: float) -> Iterator[tuple[str, Result | Exception | Death]]:
         """Results that workers send within `seconds`, by key."""
         busy: dict[Any, Worker] = {worker.pipe: worker for worker in self._workers if worker.key}
         for pipe in multiprocessing.connection.wait(list(busy), seconds):
@@ -231,7 +230,7 @@ class Ray(Launcher):
     """CPUs of each cell, which computes with as many threads."""
     gpus: float = Field(0.0, ge=0)
 
-    def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Cell]:
+    def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Any]:
         if any(job.pair.options.device.type == "cuda" for job in jobs) and not self.gpus:
             raise LaunchError(
                 "The cells compute on a GPU, and Ray gives them none: --launcher 'Ray(gpus=1)', or a share of one; "
@@ -240,7 +239,7 @@ class Ray(Launcher):
         ray = self._connect()
         remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=PATIENCE)(perform)
         orders = {job.key: Order.of(job, cells, max(int(self.cpus), 1)) for job in jobs}
-        done: dict[str, Cell] = {}
+        done: dict[str, Result] = {}
         new = unfinished(jobs, cells)
         known = len(orders) - len(new)
         try:
@@ -279,9 +278,9 @@ class Ray(Launcher):
             ) from None
         return ray
 
-    def _result(self, ray: Any, future: Any) -> Cell:
+    def _result(self, ray: Any, future: Any) -> Result:
         try:
-            cell: Cell = ray.get(future)
+            cell: Result = ray.get(future)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except ray.exceptions.WorkerCrashedError:
@@ -328,7 +327,7 @@ class Order:
         return cls(pickle.dumps(job), cells.resolve(), threads, Path.cwd(), data_dir(), tuple(code.trusted()))
 
 
-def perform(order: Order, number: int | None = None) -> Cell:
+def perform(order: Order, number: int | None = None) -> Result:
     """Do a cell in this worker; what it says of its progress lies beside it. `number` picks one of the GPUs."""
     if number is not None and (count := torch.cuda.device_count()):
         torch.cuda.set_device(number % count)

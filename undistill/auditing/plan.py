@@ -1,33 +1,68 @@
-"""Every cell of an audit: attack x student x seed, against the victim and its honest twin."""
+"""The plan of an audit: which students are trained, and how hard their thieves tune before."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from undistill.attacks.attack import Attack
 from undistill.auditing.cell import Job
 from undistill.auditing.pair import VictimPair
 from undistill.auditing.schema import Side
-from undistill.auditing.suites import find_suite
+from undistill.auditing.suites import Tuning, find_suite
 from undistill.models.model import Model
 from undistill.training.recipe import Recipe
 from undistill.victims.oracle import Access
 
 
-def plan(
-    pairs: Sequence[VictimPair],
-    suite: str,
-    attacks: Sequence[str | Attack],
-    students: Sequence[str | Model],
-    recipe: Recipe,
-    budget: int | None = None,
-) -> Iterator[Job]:
-    """Every cell of the audit; an attack that asks nobody runs once for both sides."""
-    chosen = find_suite(suite)
-    parsed = dict.fromkeys(Attack.from_user(attack) for attack in [*chosen.attacks, *attacks])
-    networks = dict.fromkeys(Model.from_user(student) for student in students or chosen.students)
-    for pair in pairs:
-        for seed in pair.seeds:
-            for student in networks:
-                for attack in parsed:
-                    sides: tuple[Side, ...] = ("none",) if attack.needs == Access.NONE else ("victim", "honest")
-                    for side in sides:
-                        yield Job(pair, side, attack, student, seed, recipe, budget)
+@dataclass(frozen=True)
+class Plan:
+    """Every cell of an audit, attack x student x seed, against the victim and its honest twin."""
+
+    suite: str
+    tuning: Tuning
+    jobs: tuple[Job, ...]
+
+    @classmethod
+    def of(
+        cls,
+        pairs: Sequence[VictimPair],
+        suite: str,
+        attacks: Sequence[str | Attack],
+        students: Sequence[str | Model],
+        recipe: Recipe,
+        budget: int | None = None,
+        tuning: Tuning | None = None,
+    ) -> "Plan":
+        """The suite's cells and those of more `attacks`; an attack that asks nobody runs once for both sides."""
+        chosen = find_suite(suite)
+        parsed = dict.fromkeys(Attack.from_user(attack) for attack in [*chosen.attacks, *attacks])
+        networks = dict.fromkeys(Model.from_user(student) for student in students or chosen.students)
+        jobs = [
+            Job(pair, side, attack, student, seed, recipe, budget)
+            for pair in pairs
+            for seed in pair.seeds
+            for student in networks
+            for attack in parsed
+            for side in sides_of(attack)
+        ]
+        return cls(suite, tuning or chosen.tuning, tuple(jobs))
+
+    @property
+    def searched(self) -> list[Job]:
+        """One job for each attack, side and student: what thieves tune, on the first pair."""
+        first: dict[object, Job] = {}
+        for job in self.jobs:
+            first.setdefault(job.column, job)
+        return list(first.values())
+
+    def tuned(self, best: Sequence[Job]) -> list[Job]:
+        """All jobs, with the settings of the `best` job of each attack, side and student."""
+        found = {listed.column: job for listed, job in zip(self.searched, best, strict=True)}
+        return [
+            replace(job, attack=chosen.attack, recipe=chosen.recipe, listed=chosen.listed)
+            for job in self.jobs
+            if (chosen := found[job.column])
+        ]
+
+
+def sides_of(attack: Attack) -> tuple[Side, ...]:
+    return ("none",) if attack.needs == Access.NONE else ("victim", "honest")

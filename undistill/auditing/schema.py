@@ -1,7 +1,10 @@
 """`report.json`: the audit's product. Accuracies are shares from 0 to 1; docs/report.schema.json is made from here."""
 
+import base64
 from typing import Annotated, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from undistill.attacks.attack import Role
@@ -14,6 +17,9 @@ Number = Annotated[float, Field(ge=-1e18, le=1e18)]
 NotNegative = Annotated[float, Field(ge=0, le=1e18)]
 Count = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(max_length=10_000)]
+
+
+Predictions = Annotated[str, Field(max_length=2**28)]
 
 
 class Part(BaseModel):
@@ -88,10 +94,17 @@ class Cell(Part):
 
     side: Side
     attack: Text
+    """As it was run, with the settings that its thief chose."""
+    listed: Text = ""
+    """As the suite lists it, before its thief tuned it; empty where that is the same."""
     student: Text
     seed: int
     accuracy: Share
     fidelity: Share
+    validation: Share = 0.0
+    """Accuracy on the thief's validation images."""
+    predictions: Predictions = ""
+    """Top answer to each test image, see `predicted`; empty in report.json, which gives figures alone."""
     role: Role
     """Role in the comparison, such as a floor or the plain attack."""
     queries: Count
@@ -112,6 +125,50 @@ class Cell(Part):
     environment: Text = ""
     """Code and machine of the measurement, in words."""
 
+    @property
+    def column(self) -> tuple[Side, str, str]:
+        """Side, attack as it is listed, student: cells of all seeds are averaged under it."""
+        return self.side, self.listed or self.attack, self.student
+
+
+class Trial(Part):
+    """One setting of an attack that its thief tried, judged by validation images alone."""
+
+    side: Side
+    attack: Text
+    listed: Text = ""
+    """The attack as the suite lists it; empty where that is the same."""
+    student: Text
+    seed: int
+    recipe: Text
+    score: Share
+    """What the thief goes by: accuracy on his validation images, or without labels how often the student gives the
+    victim's top answer to them."""
+    validation: Share
+    """Accuracy on the validation images, by which an auditor picks the worst thief."""
+    queries: Count
+    seconds: NotNegative
+    diverged: Text = ""
+
+    @property
+    def column(self) -> tuple[Side, str, str]:
+        """As of a cell."""
+        return self.side, self.listed or self.attack, self.student
+
+
+def written(predictions: NDArray[np.int64], num_classes: int) -> str:
+    """Top answers (N,) as text: base64 of one byte each, of two or four for more than 256 classes."""
+    return base64.b64encode(predictions.astype(_width(num_classes)).tobytes()).decode()
+
+
+def predicted(text: str, num_classes: int) -> NDArray[np.int64]:
+    """The top answers (N,) that `written` made text of."""
+    return np.frombuffer(base64.b64decode(text), _width(num_classes)).astype(np.int64)
+
+
+def _width(num_classes: int) -> str:
+    return "<u1" if num_classes <= 256 else "<u2" if num_classes <= 65_536 else "<u4"
+
 
 class Verdict(Part):
     """Differences of test accuracy. Positive leaks are good for the thief."""
@@ -127,10 +184,16 @@ class Verdict(Part):
     """Plain KD from the honest twin minus scratch: the positive control."""
     damage: Interval
     """Plain KD from the honest twin minus plain KD from the victim."""
+    damage_best: Interval | None = None
+    """The same for the best thief; null where the unprotected twin was not attacked so."""
     cost: Interval
     """Honest accuracy minus victim accuracy."""
     worst_attack: Text
+    """The attack that was furthest beyond the top answers on validation images."""
     worst_student: Text
+    best_attack: Text = ""
+    """The attack whose student was best on validation images, floors included."""
+    best_student: Text = ""
 
 
 class Costs(Part):
@@ -155,7 +218,7 @@ class Flag(Part):
 class Report(Part):
     """The whole of report.json."""
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     title: Text
     by: Text = ""
     """Whoever audited."""
@@ -170,6 +233,9 @@ class Report(Part):
     honest: Teacher
     pairs: Annotated[list[Pair], Field(min_length=1)]
     cells: Annotated[list[Cell], Field(min_length=1)]
+    trials: list[Trial] = Field(default_factory=list)
+    """Settings that thieves tried before, judged by validation images."""
+    tuning: Text = ""
     divergence: Number
     """T^2 KL(victim/T || honest/T) at T = 4 on the validation split, in nats; mean over pairs."""
     costs: Costs
@@ -180,12 +246,14 @@ class Report(Part):
     @model_validator(mode="before")
     @classmethod
     def _earlier_format(cls, report: Any) -> Any:
-        """Format 1 had other names for some fields."""
-        if not isinstance(report, dict) or report.get("format") != 1:
+        """Format 1 had other names for some fields; 2 had no trials."""
+        if not isinstance(report, dict) or report.get("format") not in (1, 2):
             return report
+        if report["format"] == 2:
+            return report | {"format": 3}
         cells = [_cell_of_format_1(cell) for cell in report.get("cells") or []]
         verdict = _renamed(report.get("verdict"), {"poison": "kd_gain", "control": "kd_gain_honest"})
-        return report | {"format": 2, "cells": cells, "verdict": verdict}
+        return report | {"format": 3, "cells": cells, "verdict": verdict}
 
     @field_validator("cells")
     @classmethod

@@ -9,23 +9,27 @@ from torch import Tensor, nn
 
 from undistill.auditing.flags import raised
 from undistill.auditing.pair import VictimPair
-from undistill.auditing.schema import Cell, Costs, Interval, Pair, Report, Side, Teacher
-from undistill.auditing.verdict import interval, judge, least_spread, paired_interval
+from undistill.auditing.plan import Plan
+from undistill.auditing.schema import Cell, Costs, Interval, Pair, Report, Side, Teacher, Trial
+from undistill.auditing.statistics import interval, least_spread, paired_interval
+from undistill.auditing.verdict import Judge
 from undistill.data.source import Source
 from undistill.data.split import Data, Samples
 from undistill.runs.environment import environment
 from undistill.runs.run import Run
 from undistill.training import metrics
 from undistill.training.metrics import evaluate
-from undistill.training.recipe import Recipe
 
 SIDES: tuple[Side, Side] = ("victim", "honest")
 
 
 def summarise(
-    pairs: Sequence[VictimPair], cells: Sequence[Cell], suite: str, recipe: Recipe, *, made: str = "", by: str = ""
+    pairs: Sequence[VictimPair], cells: Sequence[Cell], trials: Sequence[Trial], plan: Plan, *, made: str, by: str
 ) -> Report:
     """The report over finished cells, with the flags that apply to it, `made` on a date `by` somebody."""
+    test = pairs[0].data.test
+    same = len({pair.data.test.digest for pair in pairs}) == 1
+    judge = Judge(cells, trials, len(test), pairs[0].data.num_classes, test.labels.numpy() if same else None)
     measured = [measure_pair(pair) for pair in pairs]
     first = pairs[0].victim.record
     protection = ", ".join(first.get("defences", ())) or "an unprotected model"
@@ -36,17 +40,17 @@ def summarise(
         data=first["data"],
         classes=len(first["classes"]),
         class_names=first["classes"],
-        suite=suite,
-        recipe=str(recipe),
+        suite=plan.suite,
+        tuning=str(plan.tuning),
+        recipe=str(plan.jobs[0].recipe),
         victim=average([pair.victim for pair in measured]),
         honest=average([pair.honest for pair in measured]),
         pairs=measured,
-        cells=list(cells),
+        cells=[cell.model_copy(update={"predictions": ""}) for cell in cells],
+        trials=list(trials),
         divergence=statistics.fmean(pair.divergence for pair in measured),
         costs=measure_costs(pairs, measured),
-        verdict=judge(
-            cells, accuracy_cost(pairs, measured), Source.parse(first["data"]).title, len(pairs[0].data.test)
-        ),
+        verdict=judge.verdict(accuracy_cost(pairs, measured), Source.parse(first["data"]).title),
         flags=[],
         environment=environment(pairs[0].options.device),
     )

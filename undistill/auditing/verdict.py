@@ -3,18 +3,24 @@
 `Verdict` in schema.py says what each value means, such as `leak_hard`.
 """
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
 
 from undistill.attacks.attack import FLOORS, Role
-from undistill.auditing.schema import Cell, Interval, Side, Verdict
-from undistill.auditing.wording import quantile, sentence
+from undistill.auditing.schema import Cell, Interval, Report, Side, Trial, Verdict, predicted
+from undistill.auditing.statistics import crossed_interval, interval, least_spread
+from undistill.auditing.wording import sentence
 from undistill.core.errors import SpecError
 
-Column = tuple[Side, str, str]  # side, attack, student
+Column = tuple[Side, str, str]  # side, attack as it is listed, student
 Accuracies = dict[int, float]  # by seed
+Students = dict[int, Cell]  # by seed
 EXAMPLES = {
     Role.NO_TEACHER: "Scratch()",
     Role.LABELS: "LabelSmoothing()",
@@ -23,115 +29,148 @@ EXAMPLES = {
 }
 
 
-def interval(values: Sequence[float], least: float = 0.0) -> Interval:
-    """Mean and 95 % t interval. Values that are counted on few images may agree by luck: their spread is `least`."""
-    mean, n = statistics.fmean(values), len(values)
-    if n < 2:
-        return Interval(mean=mean, low=None, high=None, n=n)
-    half = quantile(0.975, n - 1) * max(statistics.stdev(values), least) / math.sqrt(n)
-    return Interval(mean=mean, low=mean - half, high=mean + half, n=n)
-
-
-def paired_interval(differences: Sequence[float]) -> Interval:
-    """Mean difference of two networks over images, each right (1) or wrong (0), with its 95 % interval.
-
-    Half an image is added to each kind of disagreement (Agresti and Min 2005): where two networks agree on all of few
-    images, that is no proof that they agree on others.
-    """
-    n, mean = len(differences), statistics.fmean(differences)
-    more = n + 2
-    spread = sum(value**2 for value in differences) + 1 - (n * mean) ** 2 / more
-    half = quantile(0.975, more - 1) * math.sqrt(spread) / more
-    return Interval(mean=mean, low=mean - half, high=mean + half, n=n)
-
-
 def columns(cells: Iterable[Cell]) -> dict[Column, Accuracies]:
     """Accuracies by seed for every (side, attack, student)."""
-    table: dict[Column, Accuracies] = defaultdict(dict)
+    return {
+        column: {seed: cell.accuracy for seed, cell in found.items()} for column, found in students_of(cells).items()
+    }
+
+
+def students_of(cells: Iterable[Cell]) -> dict[Column, Students]:
+    """Cells by seed for every (side, attack, student)."""
+    table: dict[Column, Students] = defaultdict(dict)
     for cell in cells:
-        table[cell.side, cell.attack, cell.student][cell.seed] = cell.accuracy
+        table[cell.column][cell.seed] = cell
     return dict(table)
 
 
-def judge(cells: Sequence[Cell], cost: Interval, data: str, images: int) -> Verdict:
-    """The verdict over all cells, whose accuracies were measured on so many `images`.
+@dataclass(frozen=True)
+class Judge:
+    """Compares students; what is worst or best is chosen by validation images, and then measured on test images.
 
-    A difference is taken seed by seed, then averaged. The worst attack is the one whose *mean* is
-    highest, so that picking the luckiest student of each seed does not pass for a leak. Attacks are found by their
-    role; where several have one, the first counts. `SpecError` names a role that is lacking.
+    A maximum of test accuracies would count luck as leakage.
     """
-    table = columns(cells)
-    roles = {(cell.side, cell.attack, cell.student): cell.role for cell in cells}
-    attacks = {(c.attack, c.student) for c in cells if c.role not in FLOORS and c.side == "victim"}
-    if not attacks:
-        raise SpecError("The audit has no attack beside the floors; add one, such as SoftLabels(T=4, alpha=0.9).")
 
-    least = least_spread(images)
+    cells: Sequence[Cell]
+    trials: Sequence[Trial]
+    images: int
+    """Test images on which accuracies were measured."""
+    classes: int = 2
+    labels: NDArray[np.int64] | None = None
+    """Their labels (N,), where all students were measured on the same ones."""
 
-    def student_of(role: Role, side: Side, student: str) -> Accuracies:
-        for column, accuracies in table.items():
-            if (roles[column], column[0], column[2]) == (role, side, student):
-                return accuracies
-        raise SpecError(
-            f"The audit has no attack of the role '{role.value}' on side '{side}', beside which others are read. "
-            f"{EXAMPLES[role]} is one."
-        )
+    @cached_property
+    def table(self) -> dict[Column, Students]:
+        return students_of(self.cells)
 
-    def hard(student: str) -> Accuracies:
-        return student_of(Role.TOP_ANSWERS, "victim", student)
+    @cached_property
+    def scores(self) -> dict[Column, float]:
+        """Validation accuracy by which a column is chosen: of its best trial, or the mean of its students."""
+        best: dict[Column, Trial] = {}
+        for trial in self.trials:
+            if trial.column not in best or trial.score > best[trial.column].score:
+                best[trial.column] = trial
+        return {
+            column: best[column].validation
+            if column in best
+            else statistics.fmean(cell.validation or cell.accuracy for cell in found.values())  # once there was none
+            for column, found in self.table.items()
+        }
 
-    def labelled(student: str) -> Accuracies:
-        floors = (student_of(Role.NO_TEACHER, "none", student), student_of(Role.LABELS, "none", student))
-        return max(floors, key=lambda accuracies: statistics.fmean(accuracies.values()))
-
-    def worst(floor: Callable[[str], Accuracies]) -> tuple[Interval, str, str]:
-        leaks = [
-            (minus(table["victim", attack, who], floor(who), least), attack, who) for attack, who in sorted(attacks)
+    def of_role(self, roles: Sequence[Role], side: Side, student: str) -> list[Column]:
+        """The attacks with one of these roles, in their order; `SpecError` where there is none."""
+        found = [
+            column
+            for column, cells in self.table.items()
+            if column[0] == side and column[2] == student and next(iter(cells.values())).role in roles
         ]
-        return max(leaks, key=lambda leak: leak[0].mean)
+        if not found:
+            raise SpecError(
+                f"The audit has no attack of the role '{roles[0].value}' on side '{side}', beside which others are "
+                f"read. {EXAMPLES[roles[0]]} is one."
+            )
+        return found
 
-    students = sorted({who for _, who in attacks})
-    kd = {who: student_of(Role.PLAIN, "victim", who) for who in students}
-    twin = {who: student_of(Role.PLAIN, "honest", who) for who in students}
-    scratch = {who: student_of(Role.NO_TEACHER, "none", who) for who in students}
-    kd_gain = max((minus(kd[who], scratch[who], least) for who in students), key=lambda leak: leak.mean)
-    kd_gain_honest = min((minus(twin[who], scratch[who], least) for who in students), key=lambda leak: leak.mean)
-    damage = min((minus(twin[who], kd[who], least) for who in students), key=lambda gap: gap.mean)
-    leak_hard, worst_attack, worst_student = worst(hard)
-    verdict = Verdict(
-        sentence="",
-        leak_hard=leak_hard,
-        leak_label_smoothing=worst(labelled)[0],
-        kd_gain=kd_gain,
-        kd_gain_honest=kd_gain_honest,
-        damage=damage,
-        cost=cost,
-        worst_attack=worst_attack,
-        worst_student=worst_student,
-    )
-    words = sentence(verdict, data, _thief_in_words(table, roles), len(attacks))
-    return verdict.model_copy(update={"sentence": words})
+    def best(self, among: Iterable[Column]) -> Column:
+        """The column whose students were best on validation images, the first of equal ones."""
+        return max(among, key=lambda column: self.scores[column])
+
+    def minus(self, a: Column, b: Column) -> Interval:
+        """Accuracy of `a` minus that of `b`, paired by seed, and by image where all were measured on the same ones."""
+        ours, theirs = self.table[a], self.table[b]
+        seeds = sorted(ours.keys() & theirs.keys())
+        if self.labels is not None and all(ours[seed].predictions and theirs[seed].predictions for seed in seeds):
+            return crossed_interval(np.stack([self._right(ours[seed]) - self._right(theirs[seed]) for seed in seeds]))
+        lost = [ours[seed].accuracy - theirs[seed].accuracy for seed in seeds]
+        return interval(lost, least_spread(self.images))
+
+    def _right(self, cell: Cell) -> NDArray[np.float64]:
+        return np.asarray(predicted(cell.predictions, self.classes) == self.labels, dtype=float)
+
+    @cached_property
+    def asked(self) -> list[Column]:
+        """Every attack on the victim, the copying of top answers among them."""
+        return [column for column in self.table if column[0] == "victim"]
+
+    @property
+    def best_thief(self) -> Column:
+        return self.best(self.asked)
+
+    def role(self, column: Column) -> Role:
+        return next(iter(self.table[column].values())).role
+
+    def hard(self, student: str) -> Column:
+        """The floor of whoever can query: the better of those who take top answers alone."""
+        return self.best(self.of_role((Role.TOP_ANSWERS, Role.SEMI_SUPERVISED), "victim", student))
+
+    def labelled(self, student: str) -> Column:
+        """The floor of whoever has labels."""
+        self.of_role((Role.NO_TEACHER,), "none", student)
+        return self.best(self.of_role((Role.LABELS, Role.NO_TEACHER), "none", student))
+
+    def verdict(self, cost: Interval, data: str) -> Verdict:
+        """The verdict over all cells. `SpecError` names a role that is lacking.
+
+        Attacks are found by their role; of several plain ones the first counts.
+        """
+        attacks = [column for column in self.asked if self.role(column) not in FLOORS]
+        if not attacks:
+            raise SpecError("The audit has no attack beside the floors; add one, such as SoftLabels(T=4, alpha=0.9).")
+        worst = max(attacks, key=lambda column: self.scores[column] - self.scores[self.hard(column[2])])
+        thief, students = self.best_thief, list(dict.fromkeys(column[2] for column in attacks))
+        plain = {who: self.of_role((Role.PLAIN,), "victim", who)[0] for who in students}
+        twin = {who: self.of_role((Role.PLAIN,), "honest", who)[0] for who in students}
+        scratch = {who: self.of_role((Role.NO_TEACHER,), "none", who)[0] for who in students}
+
+        def ahead(a: Mapping[str, Column], b: Mapping[str, Column]) -> Callable[[str], float]:
+            return lambda who: self.scores[a[who]] - self.scores[b[who]]
+
+        gains, gains_honest = max(students, key=ahead(plain, scratch)), min(students, key=ahead(twin, scratch))
+        spared, unharmed = min(students, key=ahead(twin, plain)), ("honest", *thief[1:])
+        verdict = Verdict(
+            sentence="",
+            leak_hard=self.minus(worst, self.hard(worst[2])),
+            leak_label_smoothing=self.minus(worst, self.labelled(worst[2])),
+            kd_gain=self.minus(plain[gains], scratch[gains]),
+            kd_gain_honest=self.minus(twin[gains_honest], scratch[gains_honest]),
+            damage=self.minus(twin[spared], plain[spared]),
+            damage_best=self.minus(unharmed, thief) if unharmed in self.table else None,
+            cost=cost,
+            worst_attack=worst[1],
+            worst_student=worst[2],
+            best_attack=thief[1],
+            best_student=thief[2],
+        )
+        words = sentence(verdict, data, self._thief_in_words(thief))
+        return verdict.model_copy(update={"sentence": words})
+
+    def _thief_in_words(self, column: Column) -> str:
+        kinds = len({attack for _, attack, _ in self.asked})
+        how = "copying only the top answers" if self.role(column) == Role.TOP_ANSWERS else column[1]
+        accuracy = statistics.fmean(cell.accuracy for cell in self.table[column].values())
+        return f"the best thief of {kinds} that were tried ({how}) gets a {column[2]} of {accuracy:.1%}"
 
 
-def best_thief(table: Mapping[Column, Accuracies]) -> Column:
-    """The attack on the victim, the copying of top answers among them, that made the best student."""
-    asked = [column for column in table if column[0] == "victim"]
-    return max(asked, key=lambda column: statistics.fmean(table[column].values()))
-
-
-def _thief_in_words(table: Mapping[Column, Accuracies], roles: Mapping[Column, Role]) -> str:
-    column = best_thief(table)
-    kinds = len({attack for side, attack, _ in table if side == "victim"})
-    how = "copying only the top answers" if roles[column] == Role.TOP_ANSWERS else column[1]
-    accuracy = statistics.fmean(table[column].values())
-    return f"the best thief of {kinds} that were tried ({how}) gets a {column[2]} of {accuracy:.1%}"
-
-
-def minus(a: Accuracies, b: Accuracies, least: float = 0.0) -> Interval:
-    """a - b, paired by seed; see `interval`."""
-    return interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())], least)
-
-
-def least_spread(images: int) -> float:
-    """Standard deviation of the difference of two accuracies on so many images that luck alone gives."""
-    return 1 / images
+def best_thief(report: Report) -> Column:
+    """The attack on the victim that made the best student on validation images."""
+    return Judge(report.cells, report.trials, report.pairs[0].test_images).best_thief

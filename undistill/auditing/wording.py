@@ -1,20 +1,14 @@
 """The verdict in words, for someone outside the field. They claim no more than was measured."""
 
-from functools import cache
-
-from scipy.stats import t as student_t
-
 from undistill.auditing.schema import Interval, Verdict
 
-RISK = 0.025  # that a claim is made where there is no effect, one for what leaks and one for what is spoilt
 NOTHING = 0.005  # accuracy lost that counts as none
 
 
-def sentence(verdict: Verdict, data: str, thief: str, attempts: int) -> str:
+def sentence(verdict: Verdict, data: str, thief: str) -> str:
     """Say what the best `thief` got, what plain imitation lost, and what the protection costs.
 
-    `attempts` is the number of attacks among which the worst was picked: the more are tried, the more one of them gains
-    by luck. One seed claims nothing.
+    One seed claims nothing.
     """
     if verdict.damage.n < 2:
         return (
@@ -23,7 +17,7 @@ def sentence(verdict: Verdict, data: str, thief: str, attempts: int) -> str:
         )
     leak = (
         f"{verdict.worst_attack} gains {points(verdict.leak_hard.mean)} over copying only the top answers"
-        if is_above_zero(verdict.leak_hard, attempts)
+        if is_above_zero(verdict.leak_hard)
         else "no attack gains measurably over copying only the top answers"
     )
     damage = f"{points(verdict.damage.mean)} worse" if is_above_zero(verdict.damage) else "not measurably worse"
@@ -33,18 +27,9 @@ def sentence(verdict: Verdict, data: str, thief: str, attempts: int) -> str:
     )
 
 
-def is_above_zero(difference: Interval, attempts: int = 1) -> bool:
-    """Whether a mean difference, the largest of so many that were tried, is above zero by more than luck explains."""
-    if difference.low is None or difference.mean <= 0:
-        return False
-    usual, wanted = (quantile(1 - RISK / count, difference.n - 1) for count in (1, attempts))
-    return difference.mean - (difference.mean - difference.low) * wanted / usual > 0
-
-
-@cache
-def quantile(share: float, degrees: int) -> float:
-    """Of Student's t distribution."""
-    return float(student_t.ppf(share, degrees))
+def is_above_zero(difference: Interval) -> bool:
+    """Whether a mean difference is above zero by more than luck explains."""
+    return difference.low is not None and difference.low > 0
 
 
 def price(cost: Interval) -> str:

@@ -51,7 +51,7 @@ def audit(
     honest: Annotated[
         Path | None, typer.Option(help="Its unprotected twin; by default the run it was protected from.")
     ] = None,
-    suite: Annotated[str, typer.Option(help="A listed suite of attacks.")] = "quick",
+    suite: Annotated[str, typer.Option(help="A listed suite of attacks.")] = "quick-2",
     attack: Annotated[
         list[str] | None, typer.Option(help="One more attack, listed or file.py:Name(...); repeatable.")
     ] = None,
@@ -59,6 +59,10 @@ def audit(
         list[str] | None, typer.Option(help="The thief's network instead of the suite's; repeatable.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=MOST_SEEDS, help="Students of each kind.")] = 3,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Settings that each thief tries; by default as many as the suite says.")
+    ] = None,
+    share: Annotated[float | None, typer.Option(help="Share of the epochs for which a trial trains.")] = None,
     budget: Annotated[int | None, typer.Option(min=1, help="The most queries of each thief.")] = None,
     pool: Annotated[str | None, typer.Option(metavar="DATA", help="Images of thieves who have none of yours.")] = None,
     out: AuditOut = None,
@@ -94,6 +98,8 @@ def audit(
         "attacks": attack or (),
         "students": student or (),
         "seeds": seeds,
+        "trials": trials,
+        "share": share,
         "recipe": chosen.recipe,
         "model": model,
         "defences": defence or (),
@@ -103,9 +109,9 @@ def audit(
         "remember": remember,
     }
     if dry_run:
-        jobs = plan_audit(victim, **asked)
-        say(describe(jobs, out / "cells"))
-        say(str(forecast(jobs, out / "cells")))
+        plan = plan_audit(victim, **asked)
+        say(describe(plan, out / "cells"))
+        say(str(forecast(plan, out / "cells")))
         return
     with working() as progress:
         found = work(

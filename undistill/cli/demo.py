@@ -5,7 +5,7 @@ from pathlib import Path
 from undistill.api import perform
 from undistill.auditing.launchers import Serial
 from undistill.auditing.pair import QueryOptions, VictimPair
-from undistill.auditing.plan import plan
+from undistill.auditing.plan import Plan
 from undistill.auditing.schema import Report
 from undistill.core import distributed
 from undistill.core.progress import Progress
@@ -30,8 +30,8 @@ def demo(out: Path, seeds: int, progress: Progress, device: str = "auto") -> Rep
     pick_device(device)
     with claim(out, REQUEST):
         pairs = [pair(out / f"seed-{seed}", seed, progress, device) for seed in range(seeds)]
-        jobs = list(plan(pairs, "quick", (), [STUDENT], Recipe(epochs=STUDENT_EPOCHS)))
-        return perform(jobs, out, "quick", Serial(), progress)
+        plan = Plan.of(pairs, "quick-2", (), [STUDENT], Recipe(epochs=STUDENT_EPOCHS))
+        return perform(plan, out, Serial(), progress)
 
 
 def pair(folder: Path, seed: int, progress: Progress, device: str) -> VictimPair:

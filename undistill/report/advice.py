@@ -6,7 +6,7 @@ from statistics import fmean
 from markupsafe import Markup, escape
 
 from undistill.auditing.schema import Report
-from undistill.auditing.verdict import best_thief, columns
+from undistill.auditing.verdict import best_thief, columns, students_of
 from undistill.auditing.wording import is_above_zero, points
 from undistill.core.errors import UndistillError
 from undistill.data.source import Source
@@ -66,8 +66,8 @@ def _price(report: Report) -> str:
 
 def _open(report: Report) -> str:
     found = columns(report.cells)
-    best = best_thief(found)
-    asked = max(cell.queries for cell in report.cells if (cell.side, cell.attack, cell.student) == best)
+    best = best_thief(report)
+    asked = max(cell.queries for cell in students_of(report.cells)[best].values())
     kinds = len({attack for side, attack, _ in found if side == "victim"})
     return (
         f"The best of {kinds} kind{'s' * (kinds > 1)} of thieves that were tried asked it {asked:,} times, and got a "

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from undistill.auditing.verdict import interval
+from undistill.auditing.statistics import interval
 from undistill.core.errors import StoreError, legible
 from undistill.report.evidence import MOST, Array, read_curve
 from undistill.report.figures import STYLE

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 from undistill.attacks.attack import Role
 from undistill.auditing.schema import Report
-from undistill.auditing.verdict import Column, columns, interval
+from undistill.auditing.statistics import interval
+from undistill.auditing.verdict import Column, columns
 from undistill.core.errors import legible
 from undistill.core.files import write_atomically, write_text
 from undistill.report.evidence import Array, Evidence
@@ -73,7 +74,7 @@ def students(report: Report, *, narrow: bool = False) -> Figure:
         figure = Figure(figsize=(4 if narrow else 8.5, height), layout="constrained")
         for axes, student in zip(figure.subplots(len(panels), 1, squeeze=False).flat, panels, strict=True):
             rows = {column: found[column] for column in reversed(found) if column[2] == student}
-            _panel(axes, rows, {(c.side, c.attack, c.student): c.role for c in report.cells})
+            _panel(axes, rows, {c.column: c.role for c in report.cells})
             axes.set_yticks(range(len(rows)), [names[column] for column in rows], fontsize=10 if lines == 1 else 8)
             floors = "\n" if narrow else "   "
             axes.set_xlabel(

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from pydantic import ValidationError
 
 from undistill.auditing.schema import Interval, Report, plus_minus
-from undistill.auditing.verdict import best_thief, columns, interval
+from undistill.auditing.statistics import interval
+from undistill.auditing.verdict import best_thief, columns
 from undistill.core.errors import StoreError, legible
 from undistill.core.files import parse_json, read_text, require_plain, write_json, write_text
 from undistill.report import figures
@@ -95,7 +96,7 @@ def render(folder: Path) -> Path:
 def best(report: Report) -> dict[str, str]:
     """The best thief: its name and accuracy."""
     found = columns(report.cells)
-    column = best_thief(found)
+    column = best_thief(report)
     return {"attack": figures.label(column), "accuracy": percent(interval(list(found[column].values())))}
 
 
@@ -107,7 +108,7 @@ def table(report: Report) -> list[dict[str, str]]:
     """One row for each (side, attack, student), means over seeds."""
     rows = []
     for column, accuracies in columns(report.cells).items():
-        cells = [cell for cell in report.cells if (cell.side, cell.attack, cell.student) == column]
+        cells = [cell for cell in report.cells if cell.column == column]
         rows.append(
             {
                 "attack": figures.label(column),

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from undistill.auditing.schema import Number, Part, Text, plus_minus
-from undistill.auditing.verdict import interval
+from undistill.auditing.statistics import interval
 from undistill.core.errors import StoreError, legible
 from undistill.core.files import parse_json, read_text, write_json
 

@@ -4,7 +4,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from undistill.attacks.attack import Fresh, QueryAttack, Role
+from undistill.attacks.attack import Fresh, QueryAttack, Role, tries
 from undistill.core.spec import Temperature
 from undistill.data.batches import Batch
 from undistill.data.split import Split
@@ -21,6 +21,7 @@ class Chain(QueryAttack):
     """
 
     role = Role.ADAPTIVE
+    space = tries(n=(2, 3), T=(1.0, 4.0, 20.0), alpha=(0.5, 0.9))
     n: int = Field(3, ge=2, le=100)
     """Students in all."""
     T: Temperature = 4.0

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 from torch import nn
 
-from undistill.attacks.attack import Distillation, Role
+from undistill.attacks.attack import Distillation, Role, tries
 from undistill.core.spec import Temperature
 from undistill.data.batches import Batch
 from undistill.training.losses import cross_entropy, distillation, kl
@@ -21,6 +21,7 @@ class HTC(Distillation):
     """
 
     role = Role.ADAPTIVE
+    space = tries(T=(20.0, 50.0, 70.0), alpha=(0.5, 0.9), sides=("victim", "both"))
     T: Temperature = 50.0
     alpha: float = Field(0.9, ge=0, le=1)
     sides: Literal["victim", "both"] = "victim"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from undistill.attacks.attack import Fresh, QueryAttack, Role
+from undistill.attacks.attack import Fresh, QueryAttack, Role, tries
 from undistill.core.spec import Temperature
 from undistill.data.batches import Batch
 from undistill.data.split import Split
@@ -30,6 +30,7 @@ class MKD(QueryAttack):
     """
 
     role = Role.ADAPTIVE
+    space = tries(T=(1.0, 4.0), alpha=(0.5, 0.9), tau=(0.5, 1.0, 4.0))
     T: Temperature = 4.0
     alpha: float = Field(0.9, ge=0, le=1)
     """Weight of imitation against the thief's own labels."""

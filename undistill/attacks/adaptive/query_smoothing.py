@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from undistill.attacks.attack import Fresh, QueryAttack, Role
+from undistill.attacks.attack import Fresh, QueryAttack, Role, tries
 from undistill.core.spec import Temperature
 from undistill.core.unshown import LOG_ZERO
 from undistill.data.batches import Batch, ViewDataset
@@ -31,6 +31,7 @@ class QuerySmoothing(QueryAttack):
     """
 
     role = Role.ADAPTIVE
+    space = tries(T=(1.0, 4.0), alpha=(0.5, 0.9))
     k: int = Field(3, ge=2, le=1000)
     T: Temperature = 4.0
     alpha: float = Field(0.9, ge=0, le=1)

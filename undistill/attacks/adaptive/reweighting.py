@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from undistill.attacks.attack import Fresh, QueryAttack, Role
+from undistill.attacks.attack import Fresh, QueryAttack, Role, tries
 from undistill.core.seeds import derive
 from undistill.core.spec import Temperature
 from undistill.data.batches import Batch, ViewDataset
@@ -32,6 +32,7 @@ class Reweighting(QueryAttack):
     """
 
     role = Role.ADAPTIVE
+    space = tries(T=(1.0, 4.0), alpha=(0.5, 0.9), beta=(0.5, 1.0))
     T: Temperature = 4.0
     alpha: float = Field(0.9, ge=0, le=1)
     """Weight of imitation against the thief's own labels."""

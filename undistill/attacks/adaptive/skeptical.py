@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from undistill.attacks.attack import Fresh, QueryAttack, Role
+from undistill.attacks.attack import Fresh, QueryAttack, Role, tries
 from undistill.core.errors import ModelError
 from undistill.core.spec import Temperature
 from undistill.data.batches import Batch
@@ -29,6 +29,7 @@ class Skeptical(QueryAttack):
     """
 
     role = Role.ADAPTIVE
+    space = tries(T=(1.0, 4.0, 20.0), alpha=(0.1, 0.5, 0.9))
     T: Temperature = 4.0
     alpha: float = Field(0.9, ge=0, le=1)
     """Weight of imitation against labels, at the shallow head."""

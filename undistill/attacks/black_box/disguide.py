@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from undistill.attacks.attack import Attack, Buying, Fresh, Role, ThiefData
+from undistill.attacks.attack import Attack, Buying, Fresh, Role, ThiefData, tries
 from undistill.attacks.data_free.synthesis import Generator, GeneratorTraining, to_bytes, without_images
 from undistill.core.spec import LearningRate, Weight
 from undistill.data.batches import Batch
@@ -31,6 +31,7 @@ class DisGUIDE(Attack):
     data = ThiefData.NONE
     role = Role.BLACK_BOX
     buying = Buying.CHOSEN
+    space = tries(diversity=(0.04, 0.2, 1.0), lr=(0.0001, 0.001), hard=(False, True))
     hard: bool = False
     """Learn the victim's top answer alone."""
     diversity: Weight = 0.2

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from undistill.attacks.attack import Distillation, Role
+from undistill.attacks.attack import Distillation, Role, tries
 from undistill.core.spec import Temperature, Weight
 from undistill.data.batches import Batch
 from undistill.training.losses import cross_entropy
@@ -21,6 +21,7 @@ class DIST(Distillation):
     """
 
     role = Role.PLAIN
+    space = tries(T=(1.0, 4.0), beta=(1.0, 2.0), gamma=(1.0, 2.0))
     T: Temperature = 4.0
     beta: Weight = 2.0
     gamma: Weight = 2.0

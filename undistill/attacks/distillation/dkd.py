@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from undistill.attacks.attack import Fresh, QueryAttack, Role
+from undistill.attacks.attack import Fresh, QueryAttack, Role, tries
 from undistill.core.spec import Temperature, Weight
 from undistill.core.unshown import LOG_ZERO
 from undistill.data.batches import Batch
@@ -25,6 +25,7 @@ class DKD(QueryAttack):
     """
 
     role = Role.PLAIN
+    space = tries(T=(1.0, 4.0, 8.0), beta=(1.0, 2.0, 8.0))
     T: Temperature = 4.0
     alpha: Weight = 1.0
     beta: Weight = 8.0

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from undistill.attacks.attack import Distillation, Role
+from undistill.attacks.attack import Distillation, Role, tries
 from undistill.data.batches import Batch
 from undistill.training.losses import cross_entropy
 from undistill.training.objectives import Terms, Weighted
@@ -21,6 +21,7 @@ class LogitMatching(Distillation):
     """
 
     role = Role.PLAIN
+    space = tries(alpha=(0.1, 0.5, 0.9), floor=(1e-07, 1e-05, 0.0001, 0.001))
     alpha: float = Field(0.9, ge=0, le=1)
     floor: float = Field(1e-5, gt=0, lt=0.1)
     """Least probability that is believed."""

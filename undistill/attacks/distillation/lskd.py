@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from undistill.attacks.attack import Distillation, Role
+from undistill.attacks.attack import Distillation, Role, tries
 from undistill.core.spec import Temperature, Weight
 from undistill.data.batches import Batch
 from undistill.training.losses import cross_entropy, distillation
@@ -19,6 +19,7 @@ class LSKD(Distillation):
     """
 
     role = Role.PLAIN
+    space = tries(T=(1.0, 2.0, 4.0), weight=(1.0, 3.0, 9.0))
     T: Temperature = 2.0
     weight: Weight = 9.0
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from undistill.attacks.attack import Distillation, Role, ThiefData
+from undistill.attacks.attack import Distillation, Role, ThiefData, tries
 from undistill.core.spec import Temperature
 from undistill.data.batches import Batch
 from undistill.training.losses import distillation
@@ -15,6 +15,7 @@ class SoftOnly(Distillation):
 
     data = ThiefData.UNLABELLED
     role = Role.PLAIN
+    space = tries(T=(0.5, 1.0, 2.0, 4.0, 20.0))
     T: Temperature = 1.0
 
     def objective(self, student: nn.Module, batch: Batch, answer: Answer) -> Terms:

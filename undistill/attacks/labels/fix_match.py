@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from undistill.attacks.attack import Attack, Buying, Fresh, Role, ThiefData
+from undistill.attacks.attack import Attack, Buying, Fresh, Role, ThiefData, tries
 from undistill.core.spec import Weight
 from undistill.data.batches import Batch
 from undistill.data.split import Split
@@ -34,6 +34,7 @@ class FixMatch(Attack):
     data = ThiefData.UNLABELLED
     role = Role.SEMI_SUPERVISED
     buying = Buying.ONCE
+    space = tries(threshold=(0.7, 0.95), mu=(1, 3, 7))
     threshold: float = Field(0.95, ge=0, le=1)
     """Confidence above which a guess counts."""
     mu: int = Field(7, ge=1, le=100)

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from undistill.attacks.attack import Fresh, QueryAttack, Role
+from undistill.attacks.attack import Fresh, QueryAttack, Role, tries
 from undistill.core.spec import Temperature
 from undistill.data.batches import Batch
 from undistill.data.split import Split
@@ -31,6 +31,7 @@ class PBayes(QueryAttack):
     """
 
     role = Role.RECOVERY
+    space = tries(T=(1.0, 4.0), alpha=(0.5, 0.9), c=(2.0, 8.0))
     T: Temperature = 4.0
     alpha: float = Field(0.9, ge=0, le=1)
     """Weight of imitation against the thief's own labels."""

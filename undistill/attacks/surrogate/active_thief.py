@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from undistill.attacks.attack import Attack, Buying, Fresh, Role, ThiefData
+from undistill.attacks.attack import Attack, Buying, Fresh, Role, ThiefData, tries
 from undistill.core.seeds import derive
 from undistill.core.spec import Temperature
 from undistill.data.batches import Batch
@@ -37,6 +37,7 @@ class ActiveThief(Attack):
     data = ThiefData.SURROGATE
     role = Role.SURROGATE
     buying = Buying.CHOSEN
+    space = tries(strategy=("random", "entropy", "k-centre", "bucket"))
     T: Temperature = 1.0
     strategy: Strategy = "entropy"
     rounds: int = Field(10, ge=1, le=1000)

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from undistill.attacks.attack import Attack, Buying, Fresh, Role, ThiefData
+from undistill.attacks.attack import Attack, Buying, Fresh, Role, ThiefData, tries
 from undistill.core.spec import Temperature
 from undistill.data.batches import Batch
 from undistill.data.split import Split
@@ -20,6 +20,7 @@ class Knockoff(Attack):
     data = ThiefData.SURROGATE
     role = Role.SURROGATE
     buying = Buying.ONCE
+    space = tries(T=(1.0, 4.0))
     T: Temperature = 1.0
 
     def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:

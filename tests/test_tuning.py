@@ -1,0 +1,193 @@
+"""Thieves tune on validation images: what is tried, what is chosen, and what is kept."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import RECIPE, STUDENT
+from tests.test_victims import jobs
+from undistill.api import audit, plan_audit
+from undistill.attacks import Attack
+from undistill.auditing.cell import Job
+from undistill.auditing.launchers import Serial
+from undistill.auditing.schema import Trial
+from undistill.auditing.suites import SUITES, Tuning
+from undistill.auditing.tuning import COMMON, SEED, Grid, Optuna, Search, configured, tune
+from undistill.core.errors import SpecError
+from undistill.core.progress import Progress
+from undistill.models import Model
+from undistill.runs.run import Run
+
+FROZEN = {
+    "quick-2": "acd3a5d62e60",
+    "standard-1": "ce3ba1a37898",
+    "thorough-1": "cbec8480db4e",
+    "white-box-1": "d649e4c03161",
+    "budget-1": "8e4f32f1199e",
+}
+
+
+def content(name: str) -> str:
+    """Hash of everything that a suite is."""
+    suite = SUITES[name]
+    return hashlib.sha256(repr((suite.attacks, suite.students, str(suite.tuning))).encode()).hexdigest()[:12]
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_never_changes(name: str) -> None:
+    """Who changes one gives it a new number, and leaves the old one."""
+    assert FROZEN[name] == content(name)
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_says_all_of_its_fields(name: str) -> None:
+    """A default that changes later is no part of it."""
+    suite = SUITES[name]
+    assert [str(Attack.parse(text)) for text in suite.attacks] == list(suite.attacks)
+    assert [str(Model.parse(text)) for text in suite.students] == list(suite.students)
+    assert "MKD" not in str(suite.attacks)
+    assert suite.about[-1] == "."
+
+
+@pytest.mark.parametrize("name", Attack.registry)
+def test_what_a_thief_tries_is_valid_and_holds_the_default(name: str) -> None:
+    attack = Attack.registry[name]()
+    for field, values in attack.space.items():
+        assert getattr(attack, field) in values
+        for value in values:
+            type(attack)(**(attack.model_dump() | {field: value}))
+
+
+def trial(job: Job, score: float) -> Trial:
+    column = {"side": job.side, "attack": str(job.attack), "listed": "", "student": STUDENT, "seed": SEED}
+    return Trial(**column, recipe=str(job.recipe), score=score, validation=score, queries=0, seconds=1.0)
+
+
+@pytest.mark.parametrize("kind", [Grid, Optuna])
+def test_proposals_are_of_the_space_and_the_same_for_the_same_seed(kind: Any) -> None:
+    space = {"T": (1.0, 4.0), "sides": ("victim", "both")}
+    first, again, other = (kind(space, seed) for seed in (0, 0, 1))
+    asked = []
+    for proposals in (first, again, other):
+        asked.append([])
+        for number in range(8):
+            asked[-1].append(proposals.next())
+            proposals.tell(number / 10)
+    assert asked[0] == asked[1] != asked[2]
+    assert all(setting["T"] in space["T"] and setting["sides"] in space["sides"] for setting in asked[0])
+    assert len({str(setting) for setting in asked[0]}) > 1
+
+
+def test_the_best_setting_is_chosen_and_the_listed_one_wins_ties(victim: Run) -> None:
+    search = Search.of(jobs(victim, "SoftLabels()")[0], Tuning(trials=4, share=0.5))
+    for score in (0.5, 0.9, 0.9, 0.1):
+        asked = search.ask()
+        assert asked is not None
+        assert asked.seed == SEED
+        assert asked.recipe.epochs == 2
+        search.tell(trial(asked, score))
+    assert len({str(job.attack) + str(job.recipe) for job in search.asked}) == 4, "nothing is tried twice"
+    assert str(search.asked[0].attack) == "SoftLabels(T=4, alpha=0.9)"
+    assert search.best == search.asked[1]
+    assert search.best.listed == "SoftLabels(T=4, alpha=0.9)"
+    assert search.best.recipe.epochs == 4, "the best setting is trained in full"
+
+
+def test_a_search_ends_where_nothing_is_left(victim: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("undistill.auditing.tuning.COMMON", {"recipe.lr": (1.0, 0.5)})
+    search = Search.of(jobs(victim, "Knockoff()")[0], Tuning(trials=1000))
+    monkeypatch.setattr(type(search.job.attack), "space", {})
+    count = 0
+    while (asked := search.ask()) and count < 50:
+        search.tell(trial(asked, 0.5))
+        count += 1
+    assert 2 <= count <= 4
+
+
+def test_settings_change_the_attack_and_the_recipe(victim: Run) -> None:
+    job = jobs(victim, "SoftLabels()")[0]
+    found = configured(job, {"T": 20.0, "recipe.lr": 3.0, "recipe.clip": 0.2})
+    assert str(found.attack) == "SoftLabels(T=20, alpha=0.9)"
+    assert found.recipe.lr == pytest.approx(3 * job.recipe.lr)
+    assert found.recipe.clip == pytest.approx(1.0)
+    assert configured(job, dict.fromkeys(COMMON, 1.0)).recipe == job.recipe
+
+
+def test_trials_never_see_test_images(victim: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from undistill.training import metrics
+
+    job = jobs(victim, "SoftLabels()")[0]
+    test, seen = job.pair.data.test.labels, []
+    real = metrics.accuracy
+
+    def watched(logits: Any, labels: Any) -> float:
+        seen.append(labels)
+        return real(logits, labels)
+
+    monkeypatch.setattr("undistill.auditing.cell.metrics.accuracy", watched)
+    (tried, *_), _ = tune([job], Tuning(trials=1), Serial(), tmp_path / "cells", Progress.silent())
+    assert seen
+    assert not any(labels is test for labels in seen)
+    assert tried.score == tried.validation > 0
+
+
+def test_a_thief_without_labels_goes_by_what_the_victim_says(victim: Run, tmp_path: Path) -> None:
+    job = jobs(victim, "SoftOnly()")[0]
+    (tried, *_), _ = tune([job], Tuning(trials=1, share=1), Serial(), tmp_path / "cells", Progress.silent())
+    pair = job.pair
+    answers = pair.victims["victim"].answers.plain(pair.attackers.validation, 3)
+    assert (answers.argmax(1) == pair.attackers.validation.labels).all() or tried.score != tried.validation
+    assert tried.score > 0
+
+
+def test_an_audit_tunes_measures_the_best_and_resumes(victim: Run, tmp_path: Path) -> None:
+    def go(out: Path) -> Any:
+        return audit(
+            victim, out, students=[STUDENT], seeds=2, trials=2, share=0.5, recipe=RECIPE, device="cpu", suite="quick-2"
+        )
+
+    report = go(tmp_path / "a")
+    assert len(report.trials) == 2 * 10
+    assert {trial.seed for trial in report.trials} == {SEED}
+    assert {cell.seed for cell in report.cells} == {0, 1}
+    for cell in report.cells:
+        listed = cell.listed or cell.attack
+        tried = [
+            t for t in report.trials if (t.side, t.listed or t.attack, t.student) == (cell.side, listed, cell.student)
+        ]
+        assert len(tried) == 2
+        best = max(tried, key=lambda one: one.score)
+        assert cell.attack == best.attack
+    whole = (tmp_path / "a" / "report.json").read_bytes()
+    kept = sorted((tmp_path / "a" / "cells").glob("*.json"))
+    for path in kept[::3]:
+        path.unlink()
+    assert len(kept) == 20 + 20
+    assert _stripped(go(tmp_path / "a").model_dump_json()) == _stripped(whole.decode())
+
+
+def _stripped(text: str) -> Any:
+    """A report without times."""
+    report = json.loads(text)
+    for part in [*report["cells"], *report["trials"]]:
+        part.pop("seconds")
+    report.pop("costs")
+    return report
+
+
+def test_bad_tuning_is_said_in_a_sentence(victim: Run) -> None:
+    for fields, said in (({"trials": 0}, "trials = 0 is refused"), ({"share": 1.5}, "share = 1.5 is refused")):
+        with pytest.raises(SpecError, match=said):
+            plan_audit(victim, students=[STUDENT], device="cpu", **fields)
+
+
+def test_trials_and_cells_have_keys_of_their_own(victim: Run) -> None:
+    from undistill.auditing.tuning import trial_of
+
+    job = jobs(victim, "SoftLabels()")[0]
+    keys = {job.key, trial_of(job, 1.0).key, trial_of(job, 0.5).key, replace(job, seed=SEED).key}
+    assert len(keys) == 4

@@ -1,0 +1,139 @@
+"""Thieves tune their attacks: settings are tried on validation images, and the best one is measured."""
+
+import dataclasses
+import importlib.util
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+from undistill.auditing.cell import Job, TrialJob
+from undistill.auditing.launchers import Launcher
+from undistill.auditing.schema import Trial
+from undistill.auditing.suites import Tuning
+from undistill.core.identity import fingerprint
+from undistill.core.progress import Progress
+
+Setting = Mapping[str, Any]
+"""Values of fields of an attack; `recipe.lr` and `recipe.clip` are factors of the recipe's."""
+
+COMMON: Setting = {"recipe.lr": (1.0, 0.3, 3.0), "recipe.clip": (1.0, 0.2)}
+"""Tried by every thief."""
+SEED = 1_000_000
+"""Seed of all trials. Students that are measured have others: the luck of a seed that won is not counted as skill."""
+ATTEMPTS = 20  # to be proposed a setting that was not tried yet, of which there may be none
+
+
+def tune(
+    jobs: Sequence[Job], tuning: Tuning, launcher: Launcher, cells: Path, progress: Progress
+) -> tuple[list[Trial], list[Job]]:
+    """All trials of some attacks, and the jobs with the best setting of each; what is tried first wins ties."""
+    searches = [Search.of(job, tuning) for job in jobs]
+    for _ in range(tuning.trials):
+        asked = {search: trial for search in searches if (trial := search.ask())}
+        for search, result in zip(asked, launcher.run(list(asked.values()), cells, progress), strict=True):
+            search.tell(cast(Trial, result))
+    return [trial for search in searches for trial in search.trials], [search.best for search in searches]
+
+
+class Grid:
+    """Settings drawn from all combinations, the same ones for the same seed."""
+
+    def __init__(self, space: Mapping[str, Sequence[Any]], seed: int) -> None:
+        self.space, self.random = space, random.Random(seed)
+
+    def next(self) -> Setting:
+        return {name: self.random.choice(values) for name, values in self.space.items()}
+
+    def tell(self, score: float) -> None:
+        """Nothing is learnt from the score of the last setting."""
+
+
+class Optuna:
+    """Settings that Optuna proposes by what it was told of others (TPE), the same ones for the same scores."""
+
+    def __init__(self, space: Mapping[str, Sequence[Any]], seed: int) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.space = space
+        # by position, since Optuna takes only simple values
+        self.ranges: dict[str, optuna.distributions.BaseDistribution] = {
+            name: optuna.distributions.CategoricalDistribution(range(len(values))) for name, values in space.items()
+        }
+        self.study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+
+    def next(self) -> Setting:
+        self.trial = self.study.ask(self.ranges)
+        return {name: self.space[name][place] for name, place in self.trial.params.items()}
+
+    def tell(self, score: float) -> None:
+        self.study.tell(self.trial, score)
+
+
+@dataclass(eq=False)
+class Search:
+    """The search of one thief."""
+
+    job: Job
+    tuning: Tuning
+    proposals: Grid | Optuna
+    asked: list[Job] = field(default_factory=list)
+    """The job with each setting that was tried."""
+    trials: list[Trial] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, job: Job, tuning: Tuning) -> "Search":
+        kind = Optuna if importlib.util.find_spec("optuna") else Grid
+        seed = int(fingerprint(*map(str, job.column))[:8], 16)
+        return cls(job, tuning, kind({**job.attack.space, **COMMON}, seed))
+
+    def ask(self) -> TrialJob | None:
+        """The next trial, of the listed setting at first; None where nothing new was proposed."""
+        job: Job | None = self._new() if self.asked else self.job
+        if job is None:
+            return None
+        self.asked.append(job)
+        return trial_of(job, self.tuning.share)
+
+    def _new(self) -> Job | None:
+        """The job with a setting that was not tried yet."""
+        for _ in range(ATTEMPTS):
+            job = configured(self.job, self.proposals.next())
+            known = [trial for trial, old in zip(self.trials, self.asked, strict=True) if same_setting(job, old)]
+            if not known:
+                return job
+            self.proposals.tell(known[0].score)
+        return None
+
+    def tell(self, trial: Trial) -> None:
+        if self.trials:  # the listed setting was proposed by nobody
+            self.proposals.tell(trial.score)
+        self.trials.append(trial)
+
+    @property
+    def best(self) -> Job:
+        """The job with the setting whose trial had the highest score."""
+        scores = [trial.score for trial in self.trials]
+        return self.asked[scores.index(max(scores))]
+
+
+def configured(job: Job, setting: Setting) -> Job:
+    """The job with another setting of its attack; it remembers how the attack was listed."""
+    own = {name: value for name, value in setting.items() if not name.startswith("recipe.")}
+    factors = {name.removeprefix("recipe."): value for name, value in setting.items() if name.startswith("recipe.")}
+    recipe = job.recipe.model_copy(update={name: getattr(job.recipe, name) * by for name, by in factors.items()})
+    attack = type(job.attack)(**(job.attack.model_dump() | own))
+    return replace(job, attack=attack, recipe=recipe, listed=job.listed or str(job.attack))
+
+
+def same_setting(one: Job, other: Job) -> bool:
+    return (str(one.attack), str(one.recipe)) == (str(other.attack), str(other.recipe))
+
+
+def trial_of(job: Job, share: float) -> TrialJob:
+    """The job for a share of its epochs, judged by validation images."""
+    recipe = job.recipe.model_copy(update={"epochs": max(round(share * job.recipe.epochs), 1)})
+    fields = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)}
+    return TrialJob(**(fields | {"recipe": recipe, "seed": SEED}))
