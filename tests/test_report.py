@@ -12,6 +12,7 @@ from torch import nn
 
 from tests.conftest import STUDENT
 from undistill.api import audit
+from undistill.auditing.flags import CHECKS
 from undistill.auditing.schema import Interval
 from undistill.core.errors import StoreError
 from undistill.report.advice import GLOSSARY, advice, explained
@@ -247,3 +248,11 @@ def test_numbers_are_written_for_people() -> None:
 )
 def test_shares_stay_between_0_and_100(value: float | Interval, shown: str) -> None:
     assert percent(value) == shown
+
+
+def test_every_flag_is_documented() -> None:
+    """Raised if, explanation, what to do: four cells, none of them empty."""
+    rows = [line for line in Path("docs/flags.md").read_text().splitlines() if line.startswith("| `")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[0].strip("`") for row in cells] == list(CHECKS)
+    assert all(len(row) == 4 and all(row) for row in cells)

@@ -48,9 +48,9 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Access", "Answer", "Attack", "Batch", "Buying", "Data", "Defence", "Distillation", "Extra", "Fit", "Form", "Fresh",
-    "Ledger", "Model", "Oracle", "Protected", "QueryAttack", "Recipe", "Response", "ResponseDefence", "Role", "Run", "Samples",
-    "Settings", "Source", "Split", "ThiefData", "TrainSettings", "Victim", "Weighted", "adopt", "audit", "protect",
-    "train", "tries",
+    "Ledger", "Model", "Oracle", "Protected", "QueryAttack", "Recipe", "Response", "ResponseDefence", "Role", "Run",
+    "Samples", "Settings", "Source", "Split", "ThiefData", "TrainSettings", "Victim", "Weighted", "adopt", "audit",
+    "protect", "train", "tries",
 ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Every way in which the values of an audit can mislead, each with a name; a reader sees those that apply."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from statistics import fmean
 
@@ -60,6 +61,39 @@ def no_gain_from_honest(report: Report) -> str | None:
     return (
         f"Distilling from the unprotected model is {-gain:.1%} worse than learning without any teacher, "
         "so weak students of the victim prove little. Tune the attack (T, alpha, epochs) first."
+    )
+
+
+@check
+def not_tuned(report: Report) -> str | None:
+    tried = Counter(trial.column for trial in report.trials)
+    if not tried or max(tried.values()) > 1:
+        return None
+    return (
+        "No thief tuned his attack: each tried the listed setting alone. A careful one may get more; audit with "
+        "--suite standard-1, or with --trials 3."
+    )
+
+
+@check
+def labels_suffice(report: Report) -> str | None:
+    verdict = report.verdict
+    if verdict.leak_hard.mean > 0.005 or verdict.leak_hard.n < 2:
+        return None
+    return (
+        "Copying the top answers alone is as good as any attack here. No protection of answers that keeps the top "
+        "answer can lower that; only fewer answers do (--budget shows how fast a copy becomes good)."
+    )
+
+
+@check
+def zeros_in_answers(report: Report) -> str | None:
+    share = max(pair.zeros for pair in report.pairs)
+    if share <= 0:
+        return None
+    return (
+        f"{share:.1%} of the victim's probabilities are 0. An attack that takes their logarithm reads a floor there, "
+        "which may weaken it for no reason of the protection; a careful thief tunes that floor."
     )
 
 

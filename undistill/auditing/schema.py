@@ -76,6 +76,8 @@ class Pair(Part):
     """The victim answers one image differently each time."""
     self_agreement: Share = 1.0
     """Share of test images that get the same top answer from the victim however often it is asked."""
+    zeros: Share = 0.0
+    """Share of the victim's probabilities on test images that are 0 though they were shown."""
     victim_sha256: Text = ""
     """Hash of the victim's weights."""
     honest_sha256: Text = ""

@@ -13,6 +13,7 @@ from undistill.auditing.plan import Plan
 from undistill.auditing.schema import Cell, Costs, Interval, Pair, Report, Side, Teacher, Trial
 from undistill.auditing.statistics import interval, least_spread, paired_interval
 from undistill.auditing.verdict import Judge
+from undistill.core.unshown import LOG_ZERO
 from undistill.data.source import Source
 from undistill.data.split import Data, Samples
 from undistill.runs.environment import environment
@@ -74,6 +75,7 @@ def measure_pair(pair: VictimPair) -> Pair:
         adopted_weights=pair.honest.has_history,
         answers_vary=not pair.victims["victim"].repeatable,
         self_agreement=metrics.self_agreement(pair.asked("victim")),
+        zeros=zeros(pair),
         unseen=pair.honest.record.get("unseen") == "test",
         membership_gap=metrics.confidence(train) - metrics.confidence(logits["honest"]),
         same_origin=made_from == pair.honest.digest,
@@ -82,6 +84,14 @@ def measure_pair(pair: VictimPair) -> Pair:
         honest_sha256=pair.honest.digest,
         data_sha256=pair.victim.record["data_sha256"],
     )
+
+
+def zeros(pair: VictimPair) -> float:
+    """Share of the probabilities that the victim shows for test images, and that are 0."""
+    test = pair.data.test
+    some = Samples(test.images, test.labels)[torch.arange(min(512, len(test)))]
+    answer = pair.victims["victim"].answer_samples(some, pair.data.num_classes)
+    return float(((answer.log_p <= LOG_ZERO) & answer.shown).sum() / answer.shown.sum())
 
 
 def measure_teacher(run: Run, asked: Sequence[Tensor], data: Data) -> Teacher:

@@ -12,14 +12,13 @@ def sentence(verdict: Verdict, data: str, thief: str) -> str:
     """
     if verdict.damage.n < 2:
         return (
-            f"On {data}, {thief}. With one student of each kind that is no claim about what the protection does; more "
-            f"seeds make one. {price(verdict.cost)}"
+            f"On {data}, {thief}. With one student of each kind it is not assessed what answers give beyond their "
+            f"labels, nor what the protection does; more seeds assess it. {price(verdict.cost)}"
         )
-    leak = (
-        f"{verdict.worst_attack} gains {points(verdict.leak_hard.mean)} over copying only the top answers"
-        if is_above_zero(verdict.leak_hard)
-        else "no attack gains measurably over copying only the top answers"
-    )
+    leak = "its answers give nothing measurable beyond their labels"
+    if is_above_zero(verdict.leak_hard):
+        beyond = points(verdict.leak_hard.mean)
+        leak = f"its answers give {beyond} beyond their labels ({verdict.worst_attack})"
     damage = f"{points(verdict.damage.mean)} worse" if is_above_zero(verdict.damage) else "not measurably worse"
     return (
         f"On {data}, {thief}; {leak}. Plain distillation from the protected model gives a student {damage} than from "

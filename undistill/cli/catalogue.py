@@ -32,7 +32,7 @@ def catalogue(kind: str | None = None) -> dict[str, list[Entry]]:
         {
             "name": name,
             "spec": name,
-            "about": f"{suite.about}: {', '.join(suite.attacks)}; students {', '.join(suite.students)}",
+            "about": f"{suite.about} {', '.join(suite.attacks)}; students {', '.join(suite.students)}; {suite.tuning}",
         }
         for name, suite in SUITES.items()
     ]

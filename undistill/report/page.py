@@ -1,6 +1,7 @@
 """report.json, and the two pages made from it: report.html for people, report.md for repositories."""
 
 import re
+from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
@@ -9,7 +10,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from pydantic import ValidationError
 
-from undistill.auditing.schema import Interval, Report, plus_minus
+from undistill.attacks.attack import Role
+from undistill.auditing.schema import Cell, Interval, Report, plus_minus
 from undistill.auditing.statistics import interval
 from undistill.auditing.verdict import best_thief, columns
 from undistill.core.errors import StoreError, legible
@@ -18,6 +20,7 @@ from undistill.report import figures
 from undistill.report.advice import GLOSSARY, advice, anchor, explained, word
 from undistill.report.curves import training
 from undistill.report.evidence import read_evidence
+from undistill.training.recipe import Recipe
 
 _HTML = Environment(
     loader=PackageLoader("undistill.report"),
@@ -105,13 +108,19 @@ def draw(figure: Figure) -> Markup:
 
 
 def table(report: Report) -> list[dict[str, str]]:
-    """One row for each (side, attack, student), means over seeds."""
-    rows = []
-    for column, accuracies in columns(report.cells).items():
+    """One row for each (side, attack, student), means over seeds; attacks of one family stand together."""
+    rows, tried = [], Counter(trial.column for trial in report.trials)
+    worst = ("victim", report.verdict.worst_attack, report.verdict.worst_student)
+    families = {cell.column: cell.role for cell in report.cells}
+    for column, accuracies in sorted(columns(report.cells).items(), key=lambda row: list(Role).index(families[row[0]])):
         cells = [cell for cell in report.cells if cell.column == column]
         rows.append(
             {
+                "family": families[column].value,
                 "attack": figures.label(column),
+                "tuned": tuned(report, cells[0]),
+                "trials": str(tried[column]) if tried else "–",
+                "mark": "worst case" if column == worst else "",
                 "student": column[2],
                 "accuracy": percent(interval(list(accuracies.values()))),
                 "fidelity": percent(interval([cell.fidelity for cell in cells])) if column[0] != "none" else "–",
@@ -120,6 +129,19 @@ def table(report: Report) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def tuned(report: Report, cell: Cell) -> str:
+    """The setting that a thief chose, where it is not the listed one."""
+    if not cell.listed:
+        return ""
+    tried = (trial for trial in report.trials if trial.column == cell.column)
+    best = max(tried, key=lambda trial: trial.score, default=None)
+    if best is None:  # a report that somebody edited
+        return cell.attack
+    recipe, usual = Recipe.parse(best.recipe), Recipe.parse(report.recipe)
+    values = ((name, getattr(recipe, name), getattr(usual, name)) for name in ("lr", "clip"))
+    return ", ".join([cell.attack, *(f"{name} {value:g}" for name, value, other in values if value != other)])
 
 
 def percent(value: Interval | float) -> str:
