@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from undistill.attacks.attack import Attack
+from undistill.auditing.curve import curve_jobs, thief_of
 from undistill.auditing.forecast import describe
 from undistill.auditing.launchers import Launcher
 from undistill.auditing.pair import QueryOptions, VictimPair
@@ -50,6 +51,7 @@ def audit(
     seeds: int = 3,
     trials: int | None = None,
     share: float | None = None,
+    curve: bool = False,
     by: str = "",
     recipe: Recipe | None = None,
     model: str | Model | nn.Module | Callable[..., nn.Module] | None = None,
@@ -73,6 +75,7 @@ def audit(
         seeds: students of each kind.
         trials: settings that each thief tries before, instead of as many as the suite says.
         share: share of the epochs for which a trial trains, instead of the suite's.
+        curve: whether to measure, too, how good a copy 100, 300, 1,000, ... queries buy.
         by: whoever audits, for the page.
         recipe: how students are trained, by default as the honest network was.
         model: the user's own network, named again, since a stored run may not execute code by itself.
@@ -95,6 +98,7 @@ def audit(
         seeds=seeds,
         trials=trials,
         share=share,
+        curve=curve,
         recipe=recipe,
         model=model,
         defences=defences,
@@ -123,6 +127,7 @@ def plan_audit(
     seeds: int = 3,
     trials: int | None = None,
     share: float | None = None,
+    curve: bool = False,
     recipe: Recipe | None = None,
     model: str | Model | nn.Module | Callable[..., nn.Module] | None = None,
     defences: Sequence[str | Defence] = (),
@@ -145,7 +150,7 @@ def plan_audit(
     pair = VictimPair.of(victim, honest, range(seeds), model, str(Source.from_user(pool)) if pool else "")
     recipe = recipe or recorded_settings(pair.honest).recipe
     pair = replace(pair, options=QueryOptions(pick_device(device), recipe.compute, remember))
-    plan = Plan.of([pair], suite, attacks, students, recipe, budget, tuning_of(suite, trials, share))
+    plan = Plan.of([pair], suite, attacks, students, recipe, budget, tuning_of(suite, trials, share), curve)
     for job in plan.jobs:
         job.check()
     return plan
@@ -166,6 +171,10 @@ def perform(plan: Plan, out: Path, launcher: Launcher, progress: Progress, by: s
     last = max((out / "cells" / f"{job.key}.json").stat().st_mtime for job in jobs)
     made = datetime.fromtimestamp(last, UTC).date().isoformat()
     report = summarise(pairs, cells, trials, plan, made=made, by=by)
+    if plan.curve:
+        thief = thief_of(plan, best, report.verdict.worst_attack, report.verdict.worst_student)
+        points = launcher.run(curve_jobs(plan, thief), out / "cells", progress)
+        report = report.model_copy(update={"curve": [cell.model_copy(update={"predictions": ""}) for cell in points]})
     first = pairs[0]
     sheets: dict[str, Path] = {}
     for job in jobs:

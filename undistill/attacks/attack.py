@@ -101,6 +101,8 @@ class Attack(Spec):
     data: ClassVar[ThiefData] = ThiefData.LABELLED
     role: ClassVar[Role] = Role.OTHER
     buying: ClassVar[Buying] = Buying.EACH_VIEW
+    passes_over_spare: ClassVar[bool] = False
+    """Whether its epochs pass over all images of the thief, also over those for which he bought nothing."""
     space: ClassVar[Mapping[str, Sequence[Any]]] = tries()
     """Values of its fields that a careful thief tries; an audit tries learning rates and clipping by itself."""
 

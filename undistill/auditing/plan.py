@@ -20,6 +20,8 @@ class Plan:
     suite: str
     tuning: Tuning
     jobs: tuple[Job, ...]
+    curve: bool = False
+    """Whether students of several budgets are trained, too."""
 
     @classmethod
     def of(
@@ -31,6 +33,7 @@ class Plan:
         recipe: Recipe,
         budget: int | None = None,
         tuning: Tuning | None = None,
+        curve: bool = False,
     ) -> "Plan":
         """The suite's cells and those of more `attacks`; an attack that asks nobody runs once for both sides."""
         chosen = find_suite(suite)
@@ -44,7 +47,7 @@ class Plan:
             for attack in parsed
             for side in sides_of(attack)
         ]
-        return cls(suite, tuning or chosen.tuning, tuple(jobs))
+        return cls(suite, tuning or chosen.tuning, tuple(jobs), curve)
 
     @property
     def searched(self) -> list[Job]:

@@ -238,6 +238,8 @@ class Report(Part):
     trials: list[Trial] = Field(default_factory=list)
     """Settings that thieves tried before, judged by validation images."""
     tuning: Text = ""
+    curve: list[Cell] = Field(default_factory=list)
+    """Students of thieves with smaller and larger budgets, each of whom buys one answer for each image."""
     divergence: Number
     """T^2 KL(victim/T || honest/T) at T = 4 on the validation split, in nats; mean over pairs."""
     costs: Costs

@@ -63,6 +63,9 @@ def audit(
         int | None, typer.Option(min=1, help="Settings that each thief tries; by default as many as the suite says.")
     ] = None,
     share: Annotated[float | None, typer.Option(help="Share of the epochs for which a trial trains.")] = None,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Measure how good a copy 100, 300, 1,000, ... queries buy.")
+    ] = False,
     budget: Annotated[int | None, typer.Option(min=1, help="The most queries of each thief.")] = None,
     pool: Annotated[str | None, typer.Option(metavar="DATA", help="Images of thieves who have none of yours.")] = None,
     out: AuditOut = None,
@@ -100,6 +103,7 @@ def audit(
         "seeds": seeds,
         "trials": trials,
         "share": share,
+        "curve": curve,
         "recipe": chosen.recipe,
         "model": model,
         "defences": defence or (),

@@ -65,7 +65,7 @@ def data_check(
 
 
 def figure(
-    name: Annotated[str, typer.Argument(help="answers, maps, students, synthesised, training or ablation.")],
+    name: Annotated[str, typer.Argument(help="answers, maps, students, curve, synthesised, training or ablation.")],
     sources: Annotated[list[Path] | None, typer.Argument(help="An audit, runs, or a table of 'reproduce'.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where it goes, both .svg and .png: a name, or a folder.")] = None,
     model: Code = None,
@@ -77,6 +77,8 @@ def figure(
     answers, maps: of an audit, of a protected model's run, or of two runs, the unprotected one first
 
     students: of an audit
+
+    curve: of an audit that was made with --curve
 
     synthesised: of an audit, or the JSON of a table with attacks that have no data
 

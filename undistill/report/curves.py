@@ -11,10 +11,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from undistill.auditing.curve import lines
+from undistill.auditing.schema import Report
 from undistill.auditing.statistics import interval
 from undistill.core.errors import StoreError, legible
 from undistill.report.evidence import MOST, Array, read_curve
-from undistill.report.figures import STYLE
+from undistill.report.figures import HONEST, STYLE, label
 from undistill.report.table import read_table
 from undistill.runs.run import Run
 
@@ -53,6 +55,34 @@ def training(curves: Mapping[str, Array]) -> Figure:
         for under in below:
             under.set_ylabel("T² KL at the T of training, nats")
         figure.axes[-1].set_xlabel("epoch")
+        above.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def queries(report: Report) -> Figure:
+    """Accuracy and fidelity of each thief against the queries that he bought, with both models' accuracies."""
+    if not report.curve:
+        raise StoreError("This audit has no curve; make one: undistill audit RUN --curve.")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.5, 6.5), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True)
+        for line, mark, dashes in zip(lines(report.curve), cycle(MARKS), cycle(LINES), strict=False):
+            name = label((line.side, line.attack, ""))
+            colour = HONEST if line.side == "honest" else None
+            for axes, field in ((above, "accuracy"), (below, "fidelity")):
+                spread = [interval([100 * getattr(cell, field) for cell in cells]) for cells in line.cells.values()]
+                means = np.array([value.mean for value in spread])
+                ends = np.array([0.0 if value.high is None else value.high - value.mean for value in spread])
+                low, high = np.minimum(ends, means), np.minimum(ends, 100 - means)
+                axes.errorbar(
+                    list(line.cells), means, (low, high), marker=mark, linestyle=dashes, label=name, color=colour
+                )
+        for teacher, level in zip((report.victim, report.honest), LEVELS, strict=False):
+            above.axhline(100 * teacher.accuracy, color="#555555", linestyle=level, linewidth=1)
+        above.set_xscale("log")
+        above.set_ylabel("test accuracy, % (· · · protected model, – – unprotected)", fontsize=8)
+        below.set_ylabel("agrees with its teacher, %", fontsize=8)
+        below.set_xlabel("queries: images of which the thief bought one answer each")
         above.legend(frameon=False, fontsize=8)
     return figure
 

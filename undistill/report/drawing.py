@@ -11,7 +11,7 @@ from undistill.core.files import inside
 from undistill.data.pictures import read_sheet
 from undistill.models.model import Model
 from undistill.report import figures
-from undistill.report.curves import ablation, of_runs, training
+from undistill.report.curves import ablation, of_runs, queries, training
 from undistill.report.evidence import Array, Evidence, evidence_of, read_evidence
 from undistill.report.page import read_report
 from undistill.report.table import read_table
@@ -69,6 +69,7 @@ def _synthesised(source: Path) -> Figure:
 FIGURES: dict[str, tuple[str, Callable[[Sequence[Path], Model | None], Figure]]] = {
     "answers": ("AUDIT | RUN...", lambda sources, model: figures.answers(_evidence(sources, model))),
     "maps": ("AUDIT | RUN...", lambda sources, model: figures.maps(_evidence(sources, model))),
+    "curve": ("AUDIT", lambda sources, _: queries(read_report(_one(sources)))),
     "students": ("AUDIT", lambda sources, _: figures.students(read_report(_one(sources)))),
     "synthesised": ("AUDIT | TABLE.json", lambda sources, _: _synthesised(_one(sources))),
     "training": ("RUN...", lambda sources, _: training(of_runs([Run.open(source) for source in sources]))),

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from pydantic import ValidationError
 
 from undistill.attacks.attack import Role
+from undistill.auditing.curve import price_of_a_copy
 from undistill.auditing.schema import Cell, Interval, Report, plus_minus
 from undistill.auditing.statistics import interval
 from undistill.auditing.verdict import best_thief, columns
@@ -18,7 +19,7 @@ from undistill.core.errors import StoreError, legible
 from undistill.core.files import parse_json, read_text, require_plain, write_json, write_text
 from undistill.report import figures
 from undistill.report.advice import GLOSSARY, advice, anchor, explained, word
-from undistill.report.curves import training
+from undistill.report.curves import queries, training
 from undistill.report.evidence import read_evidence
 from undistill.training.recipe import Recipe
 
@@ -71,6 +72,7 @@ def render(folder: Path) -> Path:
         "students_narrow": draw(figures.students(report, narrow=True)),
         "answers": draw(figures.answers(evidence)),
         "maps": draw(figures.maps(evidence)),
+        "curve": draw(queries(report)) if report.curve else None,
         "training": draw(training(evidence.curves)) if evidence.curves else None,
         "sheets": draw(figures.sheets(evidence.sheets)) if evidence.sheets else None,
     }
@@ -86,6 +88,7 @@ def render(folder: Path) -> Path:
         "explained": explained,
         "word": word,
         "rows": table(report),
+        "copy_price": price_of_a_copy(report) if report.curve else "",
         "agreement": agreement,
         "percent": percent,
         "points": points,

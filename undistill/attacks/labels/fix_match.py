@@ -34,6 +34,7 @@ class FixMatch(Attack):
     data = ThiefData.UNLABELLED
     role = Role.SEMI_SUPERVISED
     buying = Buying.ONCE
+    passes_over_spare = True
     space = tries(threshold=(0.7, 0.95), mu=(1, 3, 7))
     threshold: float = Field(0.95, ge=0, le=1)
     """Confidence above which a guess counts."""

@@ -1,0 +1,89 @@
+"""The curve: a fresh student for every budget, and what a copy costs in queries."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import RECIPE, STUDENT
+from tests.test_cli import call
+from undistill.api import audit, plan_audit
+from undistill.attacks import Attack
+from undistill.auditing.curve import bought_once, budgets, curve_jobs, lines, price_of_a_copy, stretched, thief_of
+from undistill.auditing.schema import Cell, Report
+from undistill.core.errors import StoreError
+from undistill.report.drawing import draw_named
+from undistill.report.page import read_report
+from undistill.runs.run import Run
+
+
+def test_budgets_end_with_all_images() -> None:
+    assert budgets(2500) == [100, 300, 1000, 2500]
+    assert budgets(100) == [100]
+    assert budgets(77) == [77]
+
+
+def test_few_images_are_seen_more_often() -> None:
+    assert stretched(RECIPE, 10).epochs == 10 * RECIPE.epochs
+    assert bought_once(Attack.parse("SoftLabels()")) == Attack.parse("SoftLabels(once=True)")
+    assert bought_once(Attack.parse("FixMatch()")) == Attack.parse("FixMatch()")
+
+
+@pytest.fixture(scope="module")
+def report(victim: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
+    out = tmp_path_factory.mktemp("curve") / "audit"
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr("undistill.auditing.curve.budgets", lambda images: [20, images])
+    try:
+        return audit(victim, out, students=[STUDENT], seeds=2, curve=True, recipe=RECIPE, device="cpu"), out
+    finally:
+        monkeypatch.undo()
+
+
+def test_a_curve_has_every_thief_at_every_budget(report: tuple[Report, Path]) -> None:
+    found, _ = report
+    names = [(line.side, line.attack.split("(")[0]) for line in lines(found.curve)]
+    thief = names[0][1]
+    assert names == [("victim", thief), ("honest", thief), ("victim", "HardLabels"), ("victim", "FixMatch")]
+    for line in lines(found.curve):
+        assert [len(cells) for cells in line.cells.values()] == [2, 2]
+        assert min(line.cells) == 20
+        for queries, cells in line.cells.items():
+            assert {cell.queries for cell in cells} == {queries}, "each answer was bought once"
+    assert not any(cell.predictions for cell in found.curve)
+
+
+def test_a_curve_is_drawn_and_priced(report: tuple[Report, Path]) -> None:
+    found, out = report
+    assert len(draw_named("curve", [out]).axes) == 2
+    html = (out / "report.html").read_text()
+    assert "What a copy costs in queries" in html
+    assert price_of_a_copy(found) in html
+    assert call("figure", "curve", out).exit_code == 0
+    plain = read_report(out).model_copy(update={"curve": []})
+    from undistill.report.curves import queries
+
+    with pytest.raises(StoreError, match=r"has no curve.*--curve"):
+        queries(plain)
+
+
+def test_the_price_of_a_copy_by_hand(report: tuple[Report, Path]) -> None:
+    found, _ = report
+
+    def cell(budget: int, accuracy: float, validation: float, attack: str = "A()") -> Cell:
+        new = {"budget": budget, "accuracy": accuracy, "validation": validation, "attack": attack, "side": "victim"}
+        return found.curve[0].model_copy(update=new)
+
+    teacher = found.victim.model_copy(update={"accuracy": 0.9})
+    curve = [cell(100, 0.7, 0.7), cell(100, 0.9, 0.6, "Lucky()"), cell(1000, 0.86, 0.8), cell(3000, 0.87, 0.9)]
+    made = found.model_copy(update={"victim": teacher, "curve": curve})
+    assert price_of_a_copy(made) == (
+        "1,000 queries buy a copy within 5 points of the protected model; not even 3,000 queries buy a copy within 2 "
+        "points of the protected model."
+    )
+
+
+def test_a_thief_with_weights_has_no_curve_and_the_plain_one_takes_its_place(victim: Run) -> None:
+    plan = plan_audit(victim, students=[STUDENT], attacks=["ZSKT()"], device="cpu")
+    thief = thief_of(plan, plan.searched, "ZSKT(lr=0.001, latent=100, width=64, student_steps=10)", STUDENT)
+    assert type(thief.attack).__name__ == "SoftLabels"
+    assert {job.side for job in curve_jobs(plan, thief)} == {"victim", "honest"}
