@@ -171,7 +171,7 @@ def words(victim: Run, out: Path, *launcher: object) -> list[object]:
 def report_of(out: Path) -> dict[str, object]:
     """report.json without measured times and where it was made."""
     report = json.loads((out / "report.json").read_text())
-    for cell in report["cells"]:
+    for cell in [*report["cells"], *report["trials"]]:
         del cell["seconds"]
     for measured in ("ms_per_query_victim", "ms_per_query_honest"):
         del report["costs"][measured]

@@ -8,13 +8,14 @@ from pathlib import Path
 from torch import nn
 
 from undistill.attacks.attack import Attack
+from undistill.auditing import MOST_SEEDS
 from undistill.auditing.curve import curve_jobs, thief_of
 from undistill.auditing.forecast import describe
 from undistill.auditing.launchers import Launcher
 from undistill.auditing.pair import QueryOptions, VictimPair
 from undistill.auditing.plan import Plan
 from undistill.auditing.schema import Report
-from undistill.auditing.suites import MOST_SEEDS, Tuning, find_suite
+from undistill.auditing.suites import Tuning, find_suite
 from undistill.auditing.summary import summarise
 from undistill.auditing.tuning import tune
 from undistill.core import distributed

@@ -106,6 +106,11 @@ class Attack(Spec):
     space: ClassVar[Mapping[str, Sequence[Any]]] = tries()
     """Values of its fields that a careful thief tries; an audit tries learning rates and clipping by itself."""
 
+    @property
+    def buys(self) -> Buying:
+        """How this thief spends a budget."""
+        return self.buying
+
     def check(self, victim: nn.Module) -> None:
         """`ModelError` for a victim, as this attack meets it, on which it cannot be tried.
 
@@ -129,6 +134,10 @@ class QueryAttack(Attack):
     quiet = ("once",)
     once: bool = False
     """Buy one answer for each image as it is, and take it for all its views; else ask for every view."""
+
+    @property
+    def buys(self) -> Buying:
+        return Buying.ONCE if self.once else self.buying
 
     def queries_per_image(self, recipe: Recipe) -> int:
         return 1 if self.once else recipe.epochs

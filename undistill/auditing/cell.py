@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from undistill.attacks.attack import Attack, Buying, Role, ThiefData
 from undistill.attacks.data_free.synthesis import without_images
 from undistill.auditing.pair import VictimPair
-from undistill.auditing.schema import Cell, Side, Trial, written
+from undistill.auditing.schema import Cell, Side, Threat, Trial, written
 from undistill.core.errors import BudgetExceeded, ModelError, NonFinite, SpecError
 from undistill.core.files import read_json, seal, unseal, write_json
 from undistill.core.identity import fingerprint, program_sha256, source_sha256
@@ -136,6 +136,18 @@ class Job:
         return f"{type(self.attack).__name__} on {self.side}, seed {self.seed}"
 
     @property
+    def threat(self) -> Threat:
+        """What the thief has, and how he asks."""
+        access = {Access.NONE: "nothing", Access.QUERY: "answers", Access.WEIGHTS: "weights"}
+        return Threat(
+            access=access[self.attack.needs],
+            data=self.attack.data,
+            form=self.attack.form.name.lower(),
+            buying=self.attack.buys,
+            images=0 if self.attack.data == ThiefData.NONE else len(self.data.everything),
+        )
+
+    @property
     def _told(self) -> str | None:
         """Text of the defences, for an adaptive thief; None for others."""
         run = self.pair.honest if self.side == "honest" else self.pair.victim
@@ -214,6 +226,7 @@ class Job:
             queries=ledger.billed,
             distinct=ledger.distinct,
             budget=ledger.budget,
+            threat=self.threat,
             evaluation=ledger.evaluation,
             seconds=fit.seconds,
             late_gain=late_gain(fit.history),

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from undistill.attacks.attack import Role
+from undistill.attacks.attack import Buying, Role, ThiefData
 
 Side = Literal["victim", "honest", "none"]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -91,6 +91,18 @@ class Pair(Part):
         return self.adopted_weights and not self.unseen
 
 
+class Threat(Part):
+    """What a thief has, and how he asks."""
+
+    access: Literal["nothing", "answers", "weights"]
+    data: ThiefData
+    form: Literal["label", "top", "full"]
+    """The least that answers must show."""
+    buying: Buying
+    images: Count
+    """Images of his own."""
+
+
 class Cell(Part):
     """One student. Side 'none' is an attack that asks nobody; its fidelity is to the victim."""
 
@@ -115,6 +127,8 @@ class Cell(Part):
     """Different images among them."""
     budget: Count | None = None
     """The most queries that it was allowed."""
+    threat: Threat | None = None
+    """Null in reports of earlier versions."""
     evaluation: Count = 0
     """Answers of the victim that the auditor needed for measuring this student."""
     seconds: NotNegative

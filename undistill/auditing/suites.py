@@ -10,8 +10,6 @@ from pydantic import Field
 from undistill.core.errors import SpecError, unknown
 from undistill.core.spec import Spec
 
-MOST_SEEDS = 1000
-
 
 class Tuning(Spec):
     """How hard every thief tunes."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from undistill.auditing.suites import MOST_SEEDS
+from undistill.auditing import MOST_SEEDS
 from undistill.cli.options import (
     Address,
     AuditOut,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from undistill.auditing.suites import MOST_SEEDS
+from undistill.auditing import MOST_SEEDS
 from undistill.cli.options import (
     Address,
     DataDir,

@@ -10,9 +10,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from pydantic import ValidationError
 
-from undistill.attacks.attack import Role
+from undistill.attacks.attack import Buying, Role, ThiefData
 from undistill.auditing.curve import price_of_a_copy
-from undistill.auditing.schema import Cell, Interval, Report, plus_minus
+from undistill.auditing.schema import Cell, Interval, Report, Threat, plus_minus
 from undistill.auditing.statistics import interval
 from undistill.auditing.verdict import best_thief, columns
 from undistill.core.errors import StoreError, legible
@@ -121,6 +121,7 @@ def table(report: Report) -> list[dict[str, str]]:
             {
                 "family": families[column].value,
                 "attack": figures.label(column),
+                "threat": threat(cells[0].threat),
                 "tuned": tuned(report, cells[0]),
                 "trials": str(tried[column]) if tried else "–",
                 "mark": "worst case" if column == worst else "",
@@ -132,6 +133,25 @@ def table(report: Report) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def threat(found: Threat | None) -> str:
+    """What the thief has, in words; empty for cells of earlier versions."""
+    if found is None:
+        return ""
+    data = {
+        ThiefData.LABELLED: f"{found.images:,} labelled images",
+        ThiefData.UNLABELLED: f"{found.images:,} images without labels",
+        ThiefData.SURROGATE: f"a pool of {found.images:,} other images",
+        ThiefData.NONE: "no images",
+    }[found.data]
+    buying = {
+        Buying.EACH_VIEW: "asks for every view",
+        Buying.ONCE: "buys each answer once",
+        Buying.CHOSEN: "chooses what to ask",
+    }[found.buying]
+    asks = {"nothing": "asks nobody", "weights": "has the weights", "answers": buying}[found.access]
+    return f"{data}, {asks}"
 
 
 def tuned(report: Report, cell: Cell) -> str:
