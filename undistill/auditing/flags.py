@@ -82,7 +82,7 @@ def labels_suffice(report: Report) -> str | None:
         return None
     return (
         "Copying the top answers alone is as good as any attack here. No protection of answers that keeps the top "
-        "answer can lower that; only fewer answers do (--budget shows how fast a copy becomes good)."
+        "answer can lower that; only fewer answers do (--curve shows how fast a copy becomes good)."
     )
 
 
