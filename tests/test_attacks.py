@@ -1,6 +1,7 @@
 """The formula of every attack, against one that is computed in another way."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.conftest import RECIPE, STUDENT, students
+from tests.test_victims import jobs
 from undistill.attacks import Attack
 from undistill.attacks.adaptive.averager import ClassMeans
 from undistill.attacks.adaptive.htc import HTC
@@ -23,9 +25,10 @@ from undistill.attacks.distillation.logit_matching import LogitMatching
 from undistill.attacks.distillation.lskd import LSKD, standardised
 from undistill.attacks.recovery.p_bayes import recovered
 from undistill.core.errors import ModelError
+from undistill.core.progress import Progress
 from undistill.core.seeds import seeded
 from undistill.core.unshown import LOG_ZERO
-from undistill.data import Data
+from undistill.data import Data, Samples
 from undistill.data.batches import Batch, ViewDataset
 from undistill.data.views import Views, to_float
 from undistill.defences.responses.rounding import Rounded
@@ -365,3 +368,19 @@ def test_a_fine_tuned_copy_begins_with_the_weights_without_responses(toy: Data, 
     assert type(copy) is type(honest.network())
     assert accuracy(evaluate(copy, toy.test), toy.test.labels) > 0.6
     assert len(fit.history) == 1
+
+
+def test_a_mixture_of_two_top_answers_holds_both() -> None:
+    top = Answer(torch.tensor([[0.0, LOG_ZERO], [LOG_ZERO, 0.0]]), torch.eye(2, dtype=torch.bool))
+    dataset = ViewDataset(Samples(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.arange(2)), Views(mixup=1.0), 3, 2)
+    index = torch.tensor([0, 1])
+    images, shares = dataset.show(0, index)
+    found = Bought(top)(Batch.of(dataset, 0, index, to_float(images), shares)).filled.exp()
+    assert torch.allclose(found, shares, atol=1e-5), "as the labels are mixed"
+
+
+def test_the_designers_bound_keeps_a_budget(victim: Run, tmp_path: Path) -> None:
+    job = jobs(victim, "PBayes(oracle=True, draws=2)", budget=40)[0]
+    cell = job.run(tmp_path / "cells", Progress.silent())
+    assert not cell.diverged
+    assert 0 < cell.queries <= 40

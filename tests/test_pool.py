@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import RECIPE, STUDENT, students, toy_arrays
+from tests.test_cli import call, refused
 from tests.test_victims import jobs
 from undistill.api import audit
 from undistill.attacks import Attack
@@ -101,3 +102,8 @@ def test_a_thief_learns_from_other_images(victim: Run, honest: Run, pool: str, t
     fit = Fit(RECIPE.model_copy(update={"epochs": 20}), 0, job.pair.options.device)
     student = Attack.parse("Knockoff()").run(Oracle(honest.network(), Access.QUERY), students(toy), job.data, fit)
     assert accuracy(evaluate(student, toy.test), toy.test.labels) > 0.6
+
+
+def test_without_a_pool_the_current_folder_is_none(victim: Run, tmp_path: Path) -> None:
+    words = ["audit", victim.folder, "--student", STUDENT, "--attack", "Knockoff()", "--out", tmp_path / "a"]
+    refused(call(*words), "name some: --pool DATA")

@@ -12,7 +12,7 @@ from tests.conftest import RECIPE, STUDENT
 from tests.test_victims import jobs
 from undistill.api import audit, plan_audit
 from undistill.attacks import Attack
-from undistill.auditing.cell import Job
+from undistill.auditing.cell import Job, late_gain, relisted
 from undistill.auditing.launchers import Serial
 from undistill.auditing.schema import Trial
 from undistill.auditing.suites import SUITES, Tuning
@@ -191,3 +191,17 @@ def test_trials_and_cells_have_keys_of_their_own(victim: Run) -> None:
     job = jobs(victim, "SoftLabels()")[0]
     keys = {job.key, trial_of(job, 1.0).key, trial_of(job, 0.5).key, replace(job, seed=SEED).key}
     assert len(keys) == 4
+
+
+def test_two_attacks_that_are_tuned_to_one_setting_keep_their_columns(victim: Run, tmp_path: Path) -> None:
+    job = jobs(victim, "SoftLabels()")[0]
+    both = [replace(job, listed=name) for name in ("SoftLabels(T=1, alpha=0.9)", "SoftLabels(T=20, alpha=0.9)")]
+    found = Serial().run(both, tmp_path / "cells", Progress.silent())
+    assert [cell.listed for cell in found] == [one.listed for one in both]
+    assert [relisted(found[0], one).column[1] for one in both] == [one.listed for one in both]
+
+
+def test_what_is_still_learning_is_the_last_student() -> None:
+    """A chain of students that have all converged has."""
+    curve = [{"epoch": n + 1, "validation_accuracy": 1 - 0.5 ** (n + 1)} for n in range(40)]
+    assert late_gain(curve * 3) == late_gain(curve) < 0.001

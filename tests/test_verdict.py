@@ -5,7 +5,7 @@ import pytest
 
 from undistill.attacks.attack import FLOORS as FLOOR_ROLES
 from undistill.attacks.attack import Role
-from undistill.auditing.schema import Cell, Interval, Trial, predicted, written
+from undistill.auditing.schema import Cell, Interval, Threat, Trial, predicted, written
 from undistill.auditing.statistics import crossed_interval, interval, least_spread, paired_interval, quantile
 from undistill.auditing.verdict import Judge
 from undistill.auditing.wording import is_above_zero, price
@@ -226,3 +226,14 @@ def test_two_models_that_agree_on_few_images_may_differ_on_others() -> None:
     cost = paired_interval([1.0, -1.0, *[0.0] * 8])
     half = quantile(0.975, 11) * math.sqrt(3) / 12  # (1 + 1 + 1 - 0) / 12**2
     assert (cost.mean, cost.high) == (0, pytest.approx(half))
+
+
+def test_who_has_the_weights_says_nothing_about_answers() -> None:
+    copy = cell("FineTune()", "victim", 0.97).model_copy(update={"role": Role.WHITE_BOX})
+    verdict = Judge([*cells(seeds=1), copy], (), 10**9).verdict(COST, "toys")
+    assert verdict.best_attack == "FineTune()"
+    assert verdict.worst_attack == "SoftLabels(T=4, alpha=0.9)"
+    bound = cell("PBayes(oracle=True)", "victim", 0.97).model_copy(
+        update={"threat": Threat(access="weights", data="labelled", form="label", buying="once", images=9)}
+    )
+    assert Judge([*cells(seeds=1), bound], (), 10**9).verdict(COST, "toys").worst_attack == verdict.worst_attack

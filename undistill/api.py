@@ -104,7 +104,7 @@ def audit(
         model=model,
         defences=defences,
         budget=budget,
-        pool="" if pool is None else str(stored(pool, out)),
+        pool=None if pool is None else str(stored(pool, out)),
         device=device,
         remember=remember,
     )
@@ -133,7 +133,7 @@ def plan_audit(
     model: str | Model | nn.Module | Callable[..., nn.Module] | None = None,
     defences: Sequence[str | Defence] = (),
     budget: int | None = None,
-    pool: str | Source = "",
+    pool: str | Source | None = None,
     device: str = "auto",
     remember: float = REMEMBER,
 ) -> Plan:

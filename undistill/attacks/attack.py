@@ -119,7 +119,7 @@ class Attack(Spec):
 
     def queries_per_image(self, recipe: Recipe) -> int:
         """How often it asks for each training image in a training by `recipe`; it sizes what a budget buys."""
-        return 1 if self.buying == Buying.ONCE else recipe.epochs
+        return 1 if self.buys == Buying.ONCE else recipe.epochs
 
     @abstractmethod
     def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
@@ -138,9 +138,6 @@ class QueryAttack(Attack):
     @property
     def buys(self) -> Buying:
         return Buying.ONCE if self.once else self.buying
-
-    def queries_per_image(self, recipe: Recipe) -> int:
-        return 1 if self.once else recipe.epochs
 
     def asking(self, oracle: Oracle, data: Split) -> Callable[[Batch], Answer]:
         """The answer to each batch of a training on `data`: from the victim, or from what was bought of it."""

@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from undistill.attacks.attack import Attack, Buying, Role, ThiefData
+from undistill.attacks.attack import Attack, Buying, QueryAttack, Role, ThiefData
 from undistill.attacks.data_free.synthesis import without_images
 from undistill.auditing.pair import VictimPair
 from undistill.auditing.schema import Cell, Side, Threat, Trial, written
@@ -103,7 +103,8 @@ class Job:
     @property
     def _is_allotted(self) -> bool:
         """Whether the budget decides how many images the thief gets."""
-        asks = self.attack.needs == Access.QUERY and self.attack.buying != Buying.CHOSEN
+        asks = isinstance(self.attack, QueryAttack) or self.attack.needs == Access.QUERY
+        asks = asks and self.attack.buying != Buying.CHOSEN
         return self.budget is not None and asks
 
     @property
@@ -144,8 +145,13 @@ class Job:
             data=self.attack.data,
             form=self.attack.form.name.lower(),
             buying=self.attack.buys,
-            images=0 if self.attack.data == ThiefData.NONE else len(self.data.everything),
+            images=0 if self.attack.data == ThiefData.NONE else self._images,
         )
+
+    @property
+    def _images(self) -> int:
+        data = self.data
+        return len(data.train) + (len(data.spare) if data.spare and self.attack.passes_over_spare else 0)
 
     @property
     def _told(self) -> str | None:
@@ -164,7 +170,7 @@ class Job:
         """
         file, folders = cells / f"{self.key}.json", [cells / self.key, cells / f"{self.key}-exact"]
         if result := read_result(file, self):
-            return result.model_copy(update={"listed": self.listed})  # two attacks may be tuned to the same setting
+            return relisted(result, self)
         asked, folder = self, folders[exact]
         if exact:
             pair = replace(self.pair, options=replace(self.pair.options, compute=EXACT))
@@ -292,6 +298,11 @@ class Students:
         return self.model.stages(network)
 
 
+def relisted(result: Result, job: Job) -> Result:
+    """The result of `job`, which may be that of another that was tuned to the same setting."""
+    return result.model_copy(update={"listed": job.listed})
+
+
 def read_result(file: Path, job: Job) -> Result | None:
     """The result of `job`; None if it is not there, damaged, edited or another's, so that it is done again."""
     if not file.exists():
@@ -308,6 +319,8 @@ def read_result(file: Path, job: Job) -> Result | None:
 
 def late_gain(history: Sequence[dict[str, float]]) -> float:
     """Validation accuracy gained in the last fifth of the epochs, each end averaged over a tenth of them."""
+    begins = max((number for number, epoch in enumerate(history) if epoch.get("epoch") == 1), default=0)
+    history = history[begins:]  # an attack may train several networks, of which the last is measured
     width = max(len(history) // 10, 1)
     if len(history) < 3 * width:
         return 0.0

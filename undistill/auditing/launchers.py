@@ -20,7 +20,7 @@ from typing import Any, Self
 import torch
 from pydantic import Field
 
-from undistill.auditing.cell import Job, Result
+from undistill.auditing.cell import Job, Result, relisted
 from undistill.auditing.worker import serve
 from undistill.core import code
 from undistill.core.child import death, is_native_fault
@@ -95,7 +95,7 @@ class Pool(Launcher):
                     if key in new:
                         task.advance()
                 board.look()
-        return [done[job.key] for job in jobs]
+        return [relisted(done[job.key], job) for job in jobs]
 
     def _again(self, order: "Order", death: "Death", lost: int) -> "Order":
         """The order to try after a worker's death; `LaunchError` where nothing is left to try."""
@@ -260,7 +260,7 @@ class Ray(Launcher):
                     board.look()
         finally:
             ray.shutdown()
-        return [done[job.key] for job in jobs]
+        return [relisted(done[job.key], job) for job in jobs]
 
     def _connect(self) -> Any:
         try:

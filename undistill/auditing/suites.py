@@ -1,6 +1,6 @@
 """Frozen suites of attacks. A published suite never changes; a better one gets a new number.
 
-`tests/test_suite.py` fails when the content of one changes.
+`tests/test_tuning.py` fails when the content of one changes.
 """
 
 from dataclasses import dataclass

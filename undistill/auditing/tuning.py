@@ -86,7 +86,8 @@ class Search:
     @classmethod
     def of(cls, job: Job, tuning: Tuning) -> "Search":
         kind = Optuna if importlib.util.find_spec("optuna") else Grid
-        seed = int(fingerprint(*map(str, job.column))[:8], 16)
+        # not of the side: a victim and its twin are tried with the same settings
+        seed = int(fingerprint(str(job.attack), str(job.student))[:8], 16)
         return cls(job, tuning, kind({**job.attack.space, **COMMON}, seed))
 
     def ask(self) -> TrialJob | None:

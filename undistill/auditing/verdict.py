@@ -119,6 +119,13 @@ class Judge:
     def role(self, column: Column) -> Role:
         return next(iter(self.table[column].values())).role
 
+    def asks(self, column: Column) -> bool:
+        """Whether the thief has answers alone: what he gains beyond labels, answers gave away."""
+        threat = next(iter(self.table[column].values())).threat
+        if threat is None:  # a cell of an earlier version
+            return self.role(column) not in (Role.WHITE_BOX, Role.DATA_FREE)
+        return threat.access == "answers"
+
     def hard(self, student: str) -> Column:
         """The floor of whoever can query: the better of those who take top answers alone."""
         return self.best(self.of_role((Role.TOP_ANSWERS, Role.SEMI_SUPERVISED), "victim", student))
@@ -133,7 +140,7 @@ class Judge:
 
         Attacks are found by their role; of several plain ones the first counts.
         """
-        attacks = [column for column in self.asked if self.role(column) not in FLOORS]
+        attacks = [column for column in self.asked if self.role(column) not in FLOORS and self.asks(column)]
         if not attacks:
             raise SpecError("The audit has no attack beside the floors; add one, such as SoftLabels(T=4, alpha=0.9).")
         worst = max(attacks, key=lambda column: self.scores[column] - self.scores[self.hard(column[2])])

@@ -108,7 +108,7 @@ def audit(
         "model": model,
         "defences": defence or (),
         "budget": budget,
-        "pool": pool or "",
+        "pool": pool,
         "device": device,
         "remember": remember,
     }

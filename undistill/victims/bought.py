@@ -35,6 +35,6 @@ def by_sample(batch: Batch, answer: Callable[[Tensor], Answer]) -> Answer:
     own, mixture = answer(batch.index), batch.mixture
     if mixture is None:
         return own
-    other, share = answer(mixture.partner), mixture.share[:, None]
-    log_p = torch.logaddexp(own.log_p + share.log(), other.log_p + (1 - share).log())
-    return Answer(log_p.clamp_min(LOG_ZERO), own.shown & other.shown)
+    other, share = answer(mixture.partner).filled, mixture.share[:, None].to(own.log_p.device)
+    log_p = torch.logaddexp(own.filled + share.log(), other + (1 - share).log()).clamp_min(LOG_ZERO)
+    return Answer(log_p, torch.ones_like(log_p, dtype=torch.bool))

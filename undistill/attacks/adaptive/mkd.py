@@ -4,6 +4,8 @@ A US patent application (US 2025/0348752 A1) covers this attack. It is here so t
 it, and in no suite that is run by default.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -19,7 +21,7 @@ from undistill.training.objectives import Terms, Weighted
 from undistill.training.optimisers import ADAM_LR, Extra
 from undistill.victims.oracle import Oracle
 
-DIAGONAL = 5.0  # of a new matrix before its softmax: nearly the identity
+DIAGONAL = 3.0  # of a new matrix before its softmax, beyond log(K - 1): 0.95 after it, whatever the number of classes
 
 
 class MKD(QueryAttack):
@@ -61,7 +63,7 @@ class Markov(nn.Module):
 
     def __init__(self, num_classes: int, rank: int) -> None:
         super().__init__()
-        self.s = nn.Parameter(torch.full((num_classes,), DIAGONAL))
+        self.s = nn.Parameter(torch.full((num_classes,), DIAGONAL + math.log(num_classes - 1)))
         self.u = nn.Parameter(torch.randn(num_classes, num_classes, rank) / num_classes)
         self.v = nn.Parameter(torch.randn(num_classes, num_classes, rank) / num_classes)
 
