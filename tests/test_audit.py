@@ -318,6 +318,9 @@ LIES = {
     "few_seeds": lambda r: r.model_copy(update={"verdict": verdict_with(r, damage=1)}),
     "one_teacher": lambda r: r.model_copy(update={"pairs": r.pairs[:1]}),
     "no_gain_from_honest": lambda r: r.model_copy(update={"verdict": verdict_with(r, kd_gain_honest=-0.05)}),
+    "not_tuned": lambda r: r.model_copy(update={"trials": r.trials[: len(r.trials) // 2]}),
+    "labels_suffice": lambda r: r.model_copy(update={"verdict": verdict_with(r, leak_hard=0.0)}),
+    "zeros_in_answers": lambda r: pairs_with(r, zeros=0.3),
     "costly": lambda r: r.model_copy(update={"verdict": verdict_with(r, cost=0.1)}),
     "barely_diverged": lambda r: r.model_copy(update={"divergence": 0.2}),
     "underfitted_teacher": lambda r: pairs_with(r, honest_train_accuracy=0.9),
@@ -349,12 +352,13 @@ def cells_with(report: Report, **change: float) -> Report:
 @pytest.fixture
 def sound(report: Report) -> Report:
     """A report on which no flag is raised."""
-    good = report.model_copy(update={"divergence": 9.0, "pairs": report.pairs * 3})
+    good = report.model_copy(update={"divergence": 9.0, "pairs": report.pairs * 3, "trials": report.trials * 2})
     good = pairs_with(cells_with(good, late_gain=0.0, accuracy=0.9), test_images=1000, honest_train_accuracy=1.0)
     verdict = verdict_with(good, damage=3)
     good = good.model_copy(update={"verdict": verdict})
     good = good.model_copy(update={"verdict": verdict_with(good, kd_gain_honest=0.01)})
     good = good.model_copy(update={"verdict": verdict_with(good, cost=0.0)})
+    good = good.model_copy(update={"verdict": verdict_with(good, leak_hard=0.1)})
     assert not raised(good)
     return good
 
