@@ -39,7 +39,7 @@ def content(name: str) -> str:
 
 @pytest.mark.parametrize("name", SUITES)
 def test_a_suite_never_changes(name: str) -> None:
-    """Who changes one gives it a new number, and leaves the old one."""
+    """A changed suite gets a new number; the old one stays."""
     assert FROZEN[name] == content(name)
 
 

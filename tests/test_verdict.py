@@ -76,7 +76,7 @@ def test_differences_are_paired_by_seed() -> None:
 
 
 def test_worst_is_chosen_by_validation_images_and_floors_too() -> None:
-    """Who was lucky on test images is not the worst thief."""
+    """Luck on test images does not make the worst thief."""
     lucky = [cell(f"{name}()", "victim", 0.9 if name == "Lucky" else 0.8) for name in ("Lucky", "Strong")]
     lucky = [one.model_copy(update={"validation": 0.99 if "Strong" in one.attack else 0.7}) for one in lucky]
     verdict = Judge([*cells(seeds=1), *lucky], (), 10**9).verdict(COST, "toys")

@@ -138,7 +138,7 @@ class Job:
 
     @property
     def threat(self) -> Threat:
-        """What the thief has, and how he asks."""
+        """The thief's access, data and way of asking."""
         access = {Access.NONE: "nothing", Access.QUERY: "answers", Access.WEIGHTS: "weights"}
         return Threat(
             access=access[self.attack.needs],
@@ -244,7 +244,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an attack ended with: a student, and its answers (N, K) to the validation images."""
+    """Result of an attack: a student, and its answers (N, K) to the validation images."""
 
     student: nn.Module | None
     validation: Tensor

@@ -92,7 +92,7 @@ class Pair(Part):
 
 
 class Threat(Part):
-    """What a thief has, and how he asks."""
+    """A thief's access, data and way of asking."""
 
     access: Literal["nothing", "answers", "weights"]
     data: ThiefData
@@ -158,7 +158,7 @@ class Trial(Part):
     seed: int
     recipe: Text
     score: Share
-    """What the thief goes by: accuracy on his validation images, or without labels how often the student gives the
+    """The thief's own measure: accuracy on his validation images, or without labels how often the student gives the
     victim's top answer to them."""
     validation: Share
     """Accuracy on the validation images, by which an auditor picks the worst thief."""

@@ -136,7 +136,7 @@ def table(report: Report) -> list[dict[str, str]]:
 
 
 def threat(found: Threat | None) -> str:
-    """What the thief has, in words; empty for cells of earlier versions."""
+    """The threat in words; empty for cells of earlier versions."""
     if found is None:
         return ""
     data = {

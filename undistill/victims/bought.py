@@ -31,7 +31,7 @@ class Bought:
 
 
 def by_sample(batch: Batch, answer: Callable[[Tensor], Answer]) -> Answer:
-    """What a batch of views gets where `answer` gives one answer to each of the samples `index`."""
+    """The answer to a batch of views, from `answer`, which gives one answer to each of the samples `index`."""
     own, mixture = answer(batch.index), batch.mixture
     if mixture is None:
         return own
