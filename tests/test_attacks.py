@@ -16,7 +16,7 @@ from undistill.attacks.adaptive.averager import ClassMeans
 from undistill.attacks.adaptive.htc import HTC
 from undistill.attacks.adaptive.mkd import MKD, Markov
 from undistill.attacks.adaptive.query_smoothing import Copies
-from undistill.attacks.adaptive.reweighting import Reweighting, hold_out, logits_after_step, soft_losses, weights_of
+from undistill.attacks.adaptive.reweighting import Reweighting, hold_out, logits_around_step, soft_losses, weights_of
 from undistill.attacks.adaptive.skeptical import Heads, head
 from undistill.attacks.black_box.disguide import disagreeing
 from undistill.attacks.distillation.dist import correlation
@@ -228,8 +228,8 @@ def test_a_skeptical_student_needs_stages(toy: Data, honest: Run) -> None:
         def stages(self, network: nn.Module) -> list[nn.Module]:
             return [network]
 
-    with pytest.raises(ModelError, match="a single stage"):
-        Attack.parse("Skeptical()").run(Oracle(honest.network(), Access.QUERY), One(), toy, Fit(RECIPE, 0, CPU))
+    with pytest.raises(ModelError, match="a single one"):
+        Attack.parse("Skeptical()").check(honest.network(), One())
 
 
 def test_weights_of_gains_by_hand() -> None:
@@ -248,8 +248,8 @@ def test_planted_wrong_answers_lose_weight(toy: Data) -> None:
     rest, held = hold_out(toy.train, 0.3, 0)
     images, wrong = to_float(rest.pixels), torch.arange(len(rest)) % 3 == 0
     answers = 5 * F.one_hot(torch.where(wrong, (rest.labels + 1) % 3, rest.labels), 3).float()
-    before = soft_losses(answers, network.train()(images), 1.0).detach()
-    after = soft_losses(answers, logits_after_step(network, to_float(held.pixels), held.labels, images), 1.0)
+    around = logits_around_step(network.train(), to_float(held.pixels), held.labels, images)
+    before, after = (soft_losses(answers, logits, 1.0) for logits in around)
     weights = weights_of((before - after) / 1e-3, 1.0)
     assert weights[wrong].mean() < 0.7 * weights[~wrong].mean()
 
@@ -257,10 +257,20 @@ def test_planted_wrong_answers_lose_weight(toy: Data) -> None:
 def test_a_trial_step_is_undone(toy: Data) -> None:
     network = Model.parse(STUDENT).build(toy.shape, 3, 0).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    logits_after_step(network, to_float(toy.test.pixels), toy.test.labels, to_float(toy.test.pixels))
+    logits_around_step(network, to_float(toy.test.pixels), toy.test.labels, to_float(toy.test.pixels))
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
     assert "beta" in Reweighting.model_fields
+
+
+def test_a_trial_step_is_computed_in_fp32_under_autocast(toy: Data) -> None:
+    network = Model.parse(STUDENT).build(toy.shape, 3, 0).train()
+    given = to_float(toy.test.pixels), toy.test.labels, to_float(toy.train.pixels)
+    exact = logits_around_step(network, *given)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits_around_step(network, *given)
+    assert all(torch.equal(one, other) for one, other in zip(exact, found, strict=True))
+    assert not torch.equal(*exact)
 
 
 def test_smoothed_answers_are_the_mean_of_the_answers_to_copies(toy: Data, honest: Run) -> None:
@@ -268,7 +278,7 @@ def test_smoothed_answers_are_the_mean_of_the_answers_to_copies(toy: Data, hones
     copies = [ViewDataset(toy.train, Views(crop=0.25), seed, 3) for seed in range(3)]
     index = torch.arange(8)
     shown = Batch.of(copies[0], 2, index, to_float(copies[0].show(2, index)[0]), toy.train.labels[index])
-    found = Copies(oracle, copies)(shown)
+    found = Copies(oracle, copies, CPU)(shown)
     with torch.no_grad():
         p = torch.stack([network(to_float(one.show(2, index)[0])).softmax(1) for one in copies]).mean(0)
     assert torch.allclose(found.log_p.exp(), p, atol=1e-4)

@@ -8,8 +8,9 @@ from tests.conftest import RECIPE, STUDENT
 from tests.test_cli import call
 from undistill.api import audit, plan_audit
 from undistill.attacks import Attack
-from undistill.auditing.curve import bought_once, budgets, curve_jobs, lines, price_of_a_copy, stretched, thief_of
+from undistill.auditing.curve import bought_once, budgets, curve_jobs, lines, named_or_plain, price_of_a_copy, stretched
 from undistill.auditing.schema import Cell, Report
+from undistill.auditing.tuning import configured
 from undistill.core.errors import StoreError
 from undistill.report.drawing import draw_named
 from undistill.report.page import read_report
@@ -84,6 +85,22 @@ def test_the_price_of_a_copy_by_hand(report: tuple[Report, Path]) -> None:
 
 def test_a_thief_with_weights_has_no_curve_and_the_plain_one_takes_its_place(victim: Run) -> None:
     plan = plan_audit(victim, students=[STUDENT], attacks=["ZSKT()"], device="cpu")
-    thief = thief_of(plan, plan.searched, "ZSKT(lr=0.001, latent=100, width=64, student_steps=10)", STUDENT)
-    assert type(thief.attack).__name__ == "SoftLabels"
-    assert {job.side for job in curve_jobs(plan, thief)} == {"victim", "honest"}
+    name = "ZSKT(lr=0.001, latent=100, width=64, student_steps=10)"
+    assert named_or_plain(plan, name, STUDENT) == "SoftLabels(T=4, alpha=0.9)"
+
+
+def test_each_line_of_a_curve_has_the_settings_that_were_best_for_it(victim: Run) -> None:
+    plan = plan_audit(victim, students=[STUDENT], device="cpu", curve=True)
+    best = [configured(job, {"recipe.lr": 3.0 if job.side == "honest" else 0.3}) for job in plan.searched]
+    jobs = curve_jobs(plan, best, "SoftLabels(T=4, alpha=0.9)", STUDENT)
+    kinds = {(job.side, type(job.attack).__name__): job.recipe.lr / plan.jobs[0].recipe.lr for job in jobs}
+    assert kinds == pytest.approx(
+        {
+            ("victim", "SoftLabels"): 0.3,
+            ("honest", "SoftLabels"): 3.0,
+            ("victim", "HardLabels"): 0.3,
+            ("victim", "FixMatch"): 0.3,
+        }
+    )
+    floors = {column[1].split("(")[0] for job in plan.searched if (column := job.column)}
+    assert {"FixMatch", "HardLabels"} <= floors, "floors are tuned like the thief"

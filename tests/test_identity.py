@@ -198,7 +198,7 @@ def test_a_command_of_an_earlier_version_is_instant(toy_file: Path, tmp_path: Pa
         record["refers"] = dict.fromkeys(record["refers"], sha256(tmp_path / "net.py"))
         record["settings"]["recipe"]["engine"] = record["settings"]["recipe"].pop("compute")
         (run.folder / name).write_text(json.dumps(record))
-    monkeypatch.setattr("undistill.training.loop.Loop.one_epoch", None)
+    monkeypatch.setattr("undistill.training.loop.Loop.one_round", None)
     again = train(*words, settings=settings, device="cpu")
     assert again.digest == run.digest
     again.network(again.model())

@@ -139,7 +139,7 @@ def test_every_experiment_runs_on_digits(name: str, hurried_folder: Path, monkey
 
 def test_what_is_measured_is_not_measured_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = json.loads((folder / "table1-smoke.json").read_text())["rows"]
-    monkeypatch.setattr("undistill.training.loop.Loop.one_epoch", None)
+    monkeypatch.setattr("undistill.training.loop.Loop.one_round", None)
     reproduce("table1", "smoke", [0, 1], "*", Runner(folder, Serial()))
     assert json.loads((folder / "table1-smoke.json").read_text())["rows"] == before
 
@@ -297,7 +297,7 @@ def test_a_folder_may_be_moved(toy_file: Path, tmp_path: Path, monkeypatch: pyte
     case = case_of("other", teacher, "Nasty(omega=0.1)", adversary=other)
     before = list(Runner(tmp_path / "here", Serial()).measure([case], 0))
     (tmp_path / "here").rename(tmp_path / "there")
-    monkeypatch.setattr("undistill.training.loop.Loop.one_epoch", None)
+    monkeypatch.setattr("undistill.training.loop.Loop.one_round", None)
     assert list(Runner(tmp_path / "there", Serial()).measure([case], 0)) == before
 
 

@@ -16,7 +16,7 @@ from undistill.auditing.cell import Job, late_gain, relisted
 from undistill.auditing.launchers import Serial
 from undistill.auditing.schema import Trial
 from undistill.auditing.suites import SUITES, Tuning
-from undistill.auditing.tuning import COMMON, SEED, Grid, Optuna, Search, configured, tune
+from undistill.auditing.tuning import COMMON, SEED, Grid, Optuna, Search, configured, trial_of, tune
 from undistill.core.errors import SpecError
 from undistill.core.progress import Progress
 from undistill.models import Model
@@ -84,12 +84,12 @@ def test_proposals_are_of_the_space_and_the_same_for_the_same_seed(kind: Any) ->
 
 def test_the_best_setting_is_chosen_and_the_listed_one_wins_ties(victim: Run) -> None:
     search = Search.of(jobs(victim, "SoftLabels()")[0], Tuning(trials=4, share=0.5))
-    for score in (0.5, 0.9, 0.9, 0.1):
-        asked = search.ask()
-        assert asked is not None
-        assert asked.seed == SEED
-        assert asked.recipe.epochs == 2
-        search.tell(trial(asked, score))
+    scores = iter((0.5, 0.9, 0.9, 0.1))
+    while asked := search.ask():
+        for one in asked:
+            assert one.seed == SEED
+            assert one.schedule.epochs == 2
+            search.tell(trial(one, next(scores)))
     assert len({str(job.attack) + str(job.recipe) for job in search.asked}) == 4, "nothing is tried twice"
     assert str(search.asked[0].attack) == "SoftLabels(T=4, alpha=0.9)"
     assert search.best == search.asked[1]
@@ -97,15 +97,22 @@ def test_the_best_setting_is_chosen_and_the_listed_one_wins_ties(victim: Run) ->
     assert search.best.recipe.epochs == 4, "the best setting is trained in full"
 
 
+def test_settings_that_wait_for_no_score_are_tried_side_by_side(victim: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = jobs(victim, "SoftLabels()")[0]
+    assert len(Search.of(job, Tuning(trials=4)).ask()) == 1
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert len(Search.of(job, Tuning(trials=4)).ask()) == 4
+
+
 def test_a_search_ends_where_nothing_is_left(victim: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("undistill.auditing.tuning.COMMON", {"recipe.lr": (1.0, 0.5)})
     search = Search.of(jobs(victim, "Knockoff()")[0], Tuning(trials=1000))
     monkeypatch.setattr(type(search.job.attack), "space", {})
-    count = 0
-    while (asked := search.ask()) and count < 50:
-        search.tell(trial(asked, 0.5))
-        count += 1
-    assert 2 <= count <= 4
+    while asked := search.ask():
+        assert len(search.asked) < 50
+        for one in asked:
+            search.tell(trial(one, 0.5))
+    assert 2 <= len(search.trials) <= 4
 
 
 def test_settings_change_the_attack_and_the_recipe(victim: Run) -> None:
@@ -142,6 +149,20 @@ def test_a_thief_without_labels_goes_by_what_the_victim_says(victim: Run, tmp_pa
     answers = pair.victims["victim"].answers.plain(pair.attackers.validation, 3)
     assert (answers.argmax(1) == pair.attackers.validation.labels).all() or tried.score != tried.validation
     assert tried.score > 0
+
+
+def test_answers_by_which_a_thief_without_labels_is_judged_are_counted(victim: Run, tmp_path: Path) -> None:
+    for name, granted in (("SoftOnly()", True), ("SoftLabels()", False)):
+        job = jobs(victim, name)[0]
+        (tried, *_), _ = tune([job], Tuning(trials=1, share=0.2), Serial(), tmp_path / "cells", Progress.silent())
+        assert tried.granted == granted * len(job.pair.attackers.validation)
+
+
+def test_a_trial_buys_as_many_images_as_the_whole_training(victim: Run) -> None:
+    job = jobs(victim, "SoftLabels()", budget=60)[0]
+    tried = trial_of(job, 0.5)
+    assert tried.schedule.epochs == job.schedule.epochs / 2
+    assert len(tried.data.train) == len(job.data.train) == 60 // job.recipe.epochs
 
 
 def test_an_audit_tunes_measures_the_best_and_resumes(victim: Run, tmp_path: Path) -> None:
@@ -186,8 +207,6 @@ def test_bad_tuning_is_said_in_a_sentence(victim: Run) -> None:
 
 
 def test_trials_and_cells_have_keys_of_their_own(victim: Run) -> None:
-    from undistill.auditing.tuning import trial_of
-
     job = jobs(victim, "SoftLabels()")[0]
     keys = {job.key, trial_of(job, 1.0).key, trial_of(job, 0.5).key, replace(job, seed=SEED).key}
     assert len(keys) == 4

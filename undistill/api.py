@@ -9,7 +9,7 @@ from torch import nn
 
 from undistill.attacks.attack import Attack
 from undistill.auditing import MOST_SEEDS
-from undistill.auditing.curve import curve_jobs, thief_of
+from undistill.auditing.curve import curve_jobs
 from undistill.auditing.forecast import describe
 from undistill.auditing.launchers import Launcher
 from undistill.auditing.pair import QueryOptions, VictimPair
@@ -173,8 +173,8 @@ def perform(plan: Plan, out: Path, launcher: Launcher, progress: Progress, by: s
     made = datetime.fromtimestamp(last, UTC).date().isoformat()
     report = summarise(pairs, cells, trials, plan, made=made, by=by)
     if plan.curve:
-        thief = thief_of(plan, best, report.verdict.worst_attack, report.verdict.worst_student)
-        points = launcher.run(curve_jobs(plan, thief), out / "cells", progress)
+        bought = curve_jobs(plan, best, report.verdict.worst_attack, report.verdict.worst_student)
+        points = launcher.run(bought, out / "cells", progress)
         report = report.model_copy(update={"curve": [cell.model_copy(update={"predictions": ""}) for cell in points]})
     first = pairs[0]
     sheets: dict[str, Path] = {}

@@ -111,8 +111,8 @@ class Attack(Spec):
         """How this thief spends a budget."""
         return self.buying
 
-    def check(self, victim: nn.Module) -> None:
-        """`ModelError` for a victim, as this attack meets it, on which it cannot be tried.
+    def check(self, victim: nn.Module, fresh: "Fresh") -> None:
+        """`ModelError` for a victim, as this attack meets it, or for students with which it cannot be tried.
 
         An audit asks before it trains anything.
         """

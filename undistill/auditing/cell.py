@@ -66,12 +66,12 @@ class Job:
         runs = {"victim": self.pair.victim, "honest": self.pair.honest, "none": self.pair.victim}
         asked = [runs[self.side].identity, self.pair.victim.record["data_sha256"], self.side, str(self.attack)]
         budget = self.budget if self.attack.needs else None  # of no effect on who asks nothing
-        thief = [str(self.student), self.seed, str(self.recipe), self.pair.share, budget]
+        thief = [str(self.student), self.seed, str(self.schedule), self.pair.share, budget]
         if self.attack.data == ThiefData.SURROGATE:
             thief.append(self.pair.surrogate.train.digest.hex())
         refers = [spec.refers() for spec in (self.attack, self.student, self.pair.model) if spec]
         if self.kind is Trial:
-            thief.append("trial")
+            thief += ["trial", self.recipe.epochs]  # which size what its budget buys
         code: list[object] = [sorted(names.values()) for names in refers if names]
         code += [program_sha256(Path(__file__)), *(source_sha256(type(spec)) for spec in (self.attack, self.student))]
         return fingerprint(*asked, *thief, *code, runs[self.side].program)[:20]
@@ -79,7 +79,7 @@ class Job:
     def check(self) -> None:
         """`ModelError` or `SpecError` for what cannot be tried; an audit asks before it trains anything."""
         victim = self.pair.victims[self.side]
-        self.attack.check(victim.bare if self.attack.needs == Access.WEIGHTS else victim.network)
+        self.attack.check(victim.bare if self.attack.needs == Access.WEIGHTS else victim.network, self._students)
         if self.attack.needs == Access.QUERY and self.attack.form > victim.form:
             raise ModelError(
                 f"{self.attack} needs answers of the form {self.attack.form.name}, and this victim's show no more than "
@@ -112,6 +112,15 @@ class Job:
         """How many images the budget buys to a thief who does not choose."""
         assert self.budget is not None
         return self.budget // max(self.attack.queries_per_image(self.recipe), 1)
+
+    @property
+    def schedule(self) -> Recipe:
+        """How the student is trained in fact."""
+        return self.recipe
+
+    @property
+    def _students(self) -> "Students":
+        return Students(self.student, self.pair.data.shape, self.pair.data.num_classes, self.seed)
 
     @property
     def data(self) -> Split:
@@ -187,7 +196,7 @@ class Job:
         pair, needs = self.pair, self.attack.needs
         oracle = Oracle(pair.victims[self.side], needs, self.budget if needs else None, told=self._told)
         fit = Fit(
-            self.recipe,
+            self.schedule,
             derive(self.seed, "student"),
             pair.options.device,
             folder,
@@ -198,10 +207,9 @@ class Job:
             sheet=sheet,
             carried=(oracle,),
         )
-        fresh = Students(self.student, pair.data.shape, pair.data.num_classes, self.seed)
         try:
             with seeded(derive(self.seed, "attack")):
-                student = self.attack.run(oracle, fresh, self.data, fit)
+                student = self.attack.run(oracle, self._students, self.data, fit)
             student = returned(student, self.attack, pair.data.shape, pair.data.num_classes)
             return Outcome(student, evaluate(student, pair.attackers.validation).cpu(), fit, oracle)
         except (NonFinite, BudgetExceeded) as error:
@@ -255,16 +263,24 @@ class Outcome:
 
 @dataclass(frozen=True)
 class TrialJob(Job):
-    """One setting of an attack that is tried; nothing of it sees the test images."""
+    """One setting of an attack that is tried for a `share` of the epochs; nothing of it sees the test images.
+
+    Its budget buys as much as in a whole training.
+    """
+
+    share: float = 1.0
 
     kind = Trial
 
+    @property
+    def schedule(self) -> Recipe:
+        return self.recipe.model_copy(update={"epochs": max(round(self.share * self.recipe.epochs), 1)})
+
     def _result(self, outcome: Outcome) -> Result:
         pair, logits = self.pair, outcome.validation
-        samples = pair.attackers.validation
-        accuracy = metrics.accuracy(logits, samples.labels)
-        score = accuracy
-        if self.attack.data != ThiefData.LABELLED:
+        samples, judged_by_answers = pair.attackers.validation, self.attack.data != ThiefData.LABELLED
+        score = accuracy = metrics.accuracy(logits, samples.labels)
+        if judged_by_answers:
             score = metrics.fidelity(logits, pair.victims[self.side].answers.plain(samples, pair.data.num_classes))
         return Trial(
             side=self.side,
@@ -272,10 +288,11 @@ class TrialJob(Job):
             listed=self.listed,
             student=str(self.student),
             seed=self.seed,
-            recipe=str(self.recipe),
+            recipe=str(self.schedule),
             score=0.0 if outcome.diverged else score,
             validation=0.0 if outcome.diverged else accuracy,
             queries=outcome.oracle.ledger.billed,
+            granted=len(samples) if judged_by_answers else 0,
             seconds=outcome.fit.seconds,
             diverged=outcome.diverged,
         )

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 
 from undistill.attacks.attack import Attack, QueryAttack, Role
 from undistill.auditing.cell import Job
-from undistill.auditing.plan import Plan
+from undistill.auditing.plan import CURVE_FLOORS, Plan
 from undistill.auditing.schema import Cell, Report, Side
 from undistill.training.recipe import Recipe
 
-FLOORS = ("HardLabels(once=True)", "FixMatch(threshold=0.95, mu=7, weight=1)")
 WITHIN = (0.05, 0.02)
 """How far below the victim a copy may be that is worth having."""
 MOST_EPOCHS = 1_000_000
@@ -24,33 +23,29 @@ def budgets(images: int) -> list[int]:
     return [*(count for count in steps if count < images), images]
 
 
-def curve_jobs(plan: Plan, thief: Job) -> list[Job]:
-    """The cells of a curve: `thief` against both sides, and the floors of whoever takes labels, at every budget.
+def curve_jobs(plan: Plan, best: Sequence[Job], attack: str, student: str) -> list[Job]:
+    """The cells of a curve: a thief against both sides, and the floors of whoever takes labels, at every budget.
 
-    Each buys one answer for each image, and trains for as many steps as with all images.
+    Each buys one answer for each image, and trains for as many steps as with all images, with the settings of the
+    `best` jobs, one for each that the plan searched.
     """
-    pair = plan.jobs[0].pair
-    images = len(pair.attackers.train)
-    attacks: list[tuple[Attack, Recipe, tuple[Side, ...]]] = [
-        (bought_once(thief.attack), thief.recipe, ("victim", "honest")),
-        *((Attack.parse(text), plan.jobs[0].recipe, ("victim",)) for text in FLOORS),
-    ]
+    pair, tuned = plan.jobs[0].pair, {listed.column: job for listed, job in zip(plan.searched, best, strict=True)}
+    images, name = len(pair.attackers.train), named_or_plain(plan, attack, student)
+    columns: list[tuple[Side, str, str]] = [("victim", name, student), ("honest", name, student)]
     return [
-        replace(
-            plan.jobs[0],
-            side=side,
-            attack=attack,
-            recipe=recipe if attack.passes_over_spare else stretched(recipe, images / budget),
-            student=thief.student,
-            seed=seed,
-            budget=budget,
-            listed="",
-        )
+        at_budget(tuned[column], budget, images, seed)
         for budget in budgets(images)
-        for attack, recipe, sides in attacks
-        for side in sides
+        for column in [*columns, *(("victim", floor, student) for floor in CURVE_FLOORS)]
         for seed in pair.seeds
     ]
+
+
+def at_budget(job: Job, budget: int, images: int, seed: int) -> Job:
+    """The job of a thief who buys one answer for each of `budget` of his `images`."""
+    attack, recipe = bought_once(job.attack), job.recipe
+    if not attack.passes_over_spare:
+        recipe = stretched(recipe, images / budget)
+    return replace(job, attack=attack, recipe=recipe, seed=seed, budget=budget, listed=job.column[1])
 
 
 def bought_once(attack: Attack) -> Attack:
@@ -62,16 +57,14 @@ def stretched(recipe: Recipe, by: float) -> Recipe:
     return recipe.model_copy(update={"epochs": min(math.ceil(by * recipe.epochs), MOST_EPOCHS)})
 
 
-def thief_of(plan: Plan, best: Sequence[Job], attack: str, student: str) -> Job:
-    """The tuned job of an attack on the victim; the first plain one where that attack does not ask for its images."""
-    asks = [
-        (str(listed.attack), job)
-        for listed, job in zip(plan.searched, best, strict=True)
+def named_or_plain(plan: Plan, attack: str, student: str) -> str:
+    """That attack, or the first plain one where it does not ask for the thief's own images."""
+    asks = {
+        str(job.attack): job.attack.role
+        for job in plan.searched
         if job.side == "victim" and str(job.student) == student and isinstance(job.attack, QueryAttack)
-    ]
-    named = [job for text, job in asks if text == attack]
-    plain = [job for _, job in asks if job.attack.role == Role.PLAIN]
-    return (named or plain)[0]
+    }
+    return attack if attack in asks else next(name for name, role in asks.items() if role == Role.PLAIN)
 
 
 @dataclass(frozen=True)
@@ -92,7 +85,7 @@ def lines(curve: Sequence[Cell]) -> list[Points]:
     """The lines of a curve, one for each thief and side."""
     found: dict[tuple[Side, str], dict[int, list[Cell]]] = defaultdict(lambda: defaultdict(list))
     for cell in curve:
-        found[cell.side, cell.attack][cell.budget or cell.queries].append(cell)
+        found[cell.column[:2]][cell.budget or cell.queries].append(cell)
     return [Points(side, attack, dict(sorted(cells.items()))) for (side, attack), cells in found.items()]
 
 

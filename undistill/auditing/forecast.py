@@ -10,8 +10,10 @@ import torch
 
 from undistill.attacks.attack import ThiefData
 from undistill.auditing.cell import Job, Students
+from undistill.auditing.curve import curve_jobs
 from undistill.auditing.launchers import unfinished
 from undistill.auditing.plan import Plan
+from undistill.auditing.tuning import trial_of
 from undistill.core.progress import duration
 from undistill.core.seeds import derive
 from undistill.data.split import Split
@@ -57,32 +59,36 @@ def describe(plan: Plan, cells: Path) -> str:
 
 def forecast(plan: Plan, cells: Path) -> Forecast:
     """A forecast for the unfinished students of an audit, from a short training of each attack."""
-    jobs, found = plan.jobs, Forecast()
-    todo = unfinished(jobs, cells)
+    tuning, found = plan.tuning, Forecast()
+    trials = [trial_of(job, tuning.share) for job in plan.searched]
+    # who will be the worst thief is not known yet
+    likely = curve_jobs(plan, plan.searched, "", str(plan.jobs[0].student)) if plan.curve else []
+    jobs = [*plan.jobs, *likely]
+    todo = unfinished([*jobs, *trials], cells)
     rates: dict[object, float] = {}
-    for job in jobs:
+    for job, trainings in [*((job, 1.0) for job in jobs), *((job, tuning.trials * tuning.share) for job in trials)]:
         if job.key not in todo:
             continue
         if job.attack.data == ThiefData.NONE:
             found.untried.add(type(job.attack).__name__)
             continue
-        kind = job.attack, job.student
+        kind = job.attack, job.student, job.recipe, job.budget
         if kind not in rates:
             rates[kind] = _seconds(job)
-        found.seconds += rates[kind]
-    tuned = (job for job in plan.searched if job.key in todo and (job.attack, job.student) in rates)
-    found.seconds += plan.tuning.trials * plan.tuning.share * sum(rates[job.attack, job.student] for job in tuned)
+        found.seconds += trainings * rates[kind]
     return found
 
 
 def _seconds(job: Job) -> float:
-    pair = job.pair
+    pair, data = job.pair, job.data
     students = Students(job.student, pair.data.shape, pair.data.num_classes, job.seed)
+    if job.attack.passes_over_spare:
+        data = replace(data, train=data.everything, spare=None)
 
     def train(data: Split, fit: Fit) -> None:
         job.attack.run(Oracle(pair.network(job.side), job.attack.needs), students, data, fit)
 
-    return seconds_of(train, job.data, job.recipe, pair.options.device)
+    return seconds_of(train, data, job.recipe, pair.options.device)
 
 
 def seconds_of(train: Callable[[Split, Fit], object], data: Split, recipe: Recipe, device: torch.device) -> float:

@@ -12,6 +12,9 @@ from undistill.models.model import Model
 from undistill.training.recipe import Recipe
 from undistill.victims.oracle import Access
 
+CURVE_FLOORS = ("HardLabels(once=True)", "FixMatch(threshold=0.95, mu=7, weight=1)")
+"""Attacks of whoever takes labels alone, beside which a curve is read."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -51,11 +54,22 @@ class Plan:
 
     @property
     def searched(self) -> list[Job]:
-        """One job for each attack, side and student: what thieves tune, on the first pair."""
+        """One job for each attack, side and student, those of a curve's floors among them: what thieves tune.
+
+        On the first pair.
+        """
         first: dict[object, Job] = {}
-        for job in self.jobs:
+        for job in [*self.jobs, *self._curve_floors]:
             first.setdefault(job.column, job)
         return list(first.values())
+
+    @property
+    def _curve_floors(self) -> list[Job]:
+        first, floors = self.jobs[0], [Attack.parse(text) for text in CURVE_FLOORS if self.curve]
+        students = dict.fromkeys(job.student for job in self.jobs)
+        return [
+            replace(first, side="victim", attack=floor, student=student) for floor in floors for student in students
+        ]
 
     def tuned(self, best: Sequence[Job]) -> list[Job]:
         """All jobs, with the settings of the `best` job of each attack, side and student."""

@@ -163,6 +163,8 @@ class Trial(Part):
     validation: Share
     """Accuracy on the validation images, by which an auditor picks the worst thief."""
     queries: Count
+    granted: Count = 0
+    """Answers to validation images by which a thief without labels was judged. They are not in his queries."""
     seconds: NotNegative
     diverged: Text = ""
 

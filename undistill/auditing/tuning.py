@@ -30,15 +30,17 @@ def tune(
 ) -> tuple[list[Trial], list[Job]]:
     """All trials of some attacks, and the jobs with the best setting of each; what is tried first wins ties."""
     searches = [Search.of(job, tuning) for job in jobs]
-    for _ in range(tuning.trials):
-        asked = {search: trial for search in searches if (trial := search.ask())}
-        for search, result in zip(asked, launcher.run(list(asked.values()), cells, progress), strict=True):
+    while asked := [(search, trial) for search in searches for trial in search.ask()]:
+        results = launcher.run([trial for _, trial in asked], cells, progress)
+        for (search, _), result in zip(asked, results, strict=True):
             search.tell(cast(Trial, result))
     return [trial for search in searches for trial in search.trials], [search.best for search in searches]
 
 
 class Grid:
     """Settings drawn from all combinations, the same ones for the same seed."""
+
+    learns = False
 
     def __init__(self, space: Mapping[str, Sequence[Any]], seed: int) -> None:
         self.space, self.random = space, random.Random(seed)
@@ -52,6 +54,8 @@ class Grid:
 
 class Optuna:
     """Settings that Optuna proposes by what it was told of others (TPE), the same ones for the same scores."""
+
+    learns = True
 
     def __init__(self, space: Mapping[str, Sequence[Any]], seed: int) -> None:
         import optuna
@@ -90,22 +94,27 @@ class Search:
         seed = int(fingerprint(str(job.attack), str(job.student))[:8], 16)
         return cls(job, tuning, kind({**job.attack.space, **COMMON}, seed))
 
-    def ask(self) -> TrialJob | None:
-        """The next trial, of the listed setting at first; None where nothing new was proposed."""
-        job: Job | None = self._new() if self.asked else self.job
-        if job is None:
-            return None
-        self.asked.append(job)
-        return trial_of(job, self.tuning.share)
+    def ask(self) -> list[TrialJob]:
+        """The next trials, the listed setting first: one, or all where proposals wait for no score; none at the end."""
+        left = self.tuning.trials - len(self.asked)
+        asked: list[TrialJob] = []
+        for _ in range(min(left, 1) if self.proposals.learns else left):
+            job = self._new() if self.asked else self.job
+            if job is None:
+                break
+            self.asked.append(job)
+            asked.append(trial_of(job, self.tuning.share))
+        return asked
 
     def _new(self) -> Job | None:
-        """The job with a setting that was not tried yet."""
+        """The job with a setting that was not tried yet; None where there is none, or none is proposed."""
         for _ in range(ATTEMPTS):
             job = configured(self.job, self.proposals.next())
-            known = [trial for trial, old in zip(self.trials, self.asked, strict=True) if same_setting(job, old)]
+            known = [number for number, old in enumerate(self.asked) if same_setting(job, old)]
             if not known:
                 return job
-            self.proposals.tell(known[0].score)
+            if self.proposals.learns:
+                self.proposals.tell(self.trials[known[0]].score)
         return None
 
     def tell(self, trial: Trial) -> None:
@@ -135,6 +144,5 @@ def same_setting(one: Job, other: Job) -> bool:
 
 def trial_of(job: Job, share: float) -> TrialJob:
     """The job for a share of its epochs, judged by validation images."""
-    recipe = job.recipe.model_copy(update={"epochs": max(round(share * job.recipe.epochs), 1)})
     fields = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)}
-    return TrialJob(**(fields | {"recipe": recipe, "seed": SEED}))
+    return TrialJob(**(fields | {"seed": SEED, "share": share}))

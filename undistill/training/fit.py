@@ -57,9 +57,10 @@ class Fit:
     carried: Sequence[Stateful] = ()
     """Saved and restored with every checkpoint of every call, such as an oracle's ledger."""
     watch: Callable[[nn.Module], None] | None = None
-    """An auditor's probe, called with the network in eval mode after every epoch that is trained now."""
+    """An auditor's probe, called with the network in eval mode each time it was measured now."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """Metrics of every epoch: the terms without their weights, the loss, validation accuracy and NLL, seconds."""
+    """Metrics of every epoch, or of one in several where training images are few: the terms without their weights, the
+    loss, validation accuracy and NLL, seconds."""
     computed: list[str] = field(default_factory=list)
     """Compute settings of each call."""
     asides: list[float] = field(default_factory=list)
@@ -120,7 +121,8 @@ class Fit:
 
         Args:
             network: what is trained, called by the objective as (B, C, H, W) in [0, 1] to logits (B, K).
-            data: training images, and validation images on which every epoch is measured.
+            data: training images, and validation images on which every epoch is measured. Where those are more, so
+                that measuring would take longest, it is done every few epochs, and still 100 times.
             objective: gives the terms of the loss of one batch; it must not wait for a GPU.
             extra: modules that are trained beside the network, in training mode meanwhile.
             beside: frozen networks that the objective calls; they get the layout in memory of the trained one.
@@ -153,14 +155,15 @@ class Fit:
         saved = time.monotonic()
         with self.progress.task(self.name, loop.epochs, done=loop.epoch) as task:
             while loop.epoch < loop.epochs:
-                metrics = loop.one_epoch()
+                metrics = loop.one_round()
                 if self.watch:
                     self.watch(loop.current.eval())
                 last = loop.epoch == loop.epochs
                 if checkpoint and (last or time.monotonic() - saved >= CHECKPOINT_SECONDS):
                     loop.save(checkpoint)
                     saved = time.monotonic()
-                task.advance(f"loss {metrics['loss']:.3f} · validation {metrics['validation_accuracy']:.1%}")
+                note = f"loss {metrics['loss']:.3f} · validation {metrics['validation_accuracy']:.1%}"
+                task.reach(loop.epoch, note)
         self.history += loop.history
         if self.folder:
             write_lines(self.folder / "metrics.jsonl", self.history)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LEAST_ROUNDS = 100  # of training and measuring, unless there are fewer epochs
+
 
 class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
@@ -78,6 +80,8 @@ class Loop:
         self.called = self.compute.compiled(distributed.parallel(self.network, self._sample))
         self.average = Average(self.network, self.recipe.ema) if self.recipe.ema else None
         self.best: dict[str, Tensor] | None = None
+        # measuring on many images is not to take longer than learning from few
+        self.per_round = min(math.ceil(len(self.validation) / len(self.train)), max(epochs // LEAST_ROUNDS, 1))
         self.epoch = 0
         self.history: list[dict[str, float]] = []
 
@@ -106,12 +110,15 @@ class Loop:
     def current(self) -> nn.Module:
         return self.average.module if self.average else self.network
 
-    def one_epoch(self) -> dict[str, float]:
+    def one_round(self) -> dict[str, float]:
+        """Train for an epoch, or for several where training images are fewer than validation images, and measure."""
         began = time.perf_counter()
         for module in (self.called, *self.extra):
             module.train()
-        with seeded(epoch_seed(self.fit.seed, self.epoch)), self.compute.backend():
-            metrics = self._train_epoch()
+        first, last = self.epoch, min(self.epoch + self.per_round, self.epochs) - 1
+        for self.epoch in range(first, last + 1):
+            with seeded(epoch_seed(self.fit.seed, self.epoch)), self.compute.backend():
+                metrics = self._train_epoch()
         for module in (self.network, *self.extra):
             self._require_finite(module.state_dict(), "the weights after it")
         logits = self._validate()
@@ -273,12 +280,16 @@ class Loop:
             "optimiser": all(ours.could_be(theirs, steps) for ours, theirs in trained),
             "average": same_form(state["average"], own["average"]),
             "best": state["best"] is None or same_form(state["best"], own["network"]),
-            "history": [past["epoch"] for past in state["history"]] == list(range(1, epoch + 1))
+            "history": [past["epoch"] for past in state["history"]] == self._measured(epoch)
             and all(map(_is_measured, state["history"])),
         }
         for name, right in alike.items():
             if not right:
                 raise ValueError(f"its {name} has another form")
+
+    def _measured(self, epoch: int) -> list[int]:
+        """The epochs at the end of which the network was measured, up to `epoch`, which is one of them."""
+        return sorted({*range(self.per_round, epoch, self.per_round), epoch})
 
 
 def _is_measured(epoch: Mapping[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """`Answer`: what a victim's interface shows for a batch of inputs."""
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -43,6 +44,12 @@ class Answer(NamedTuple):
     def of_served(cls, served: Tensor) -> "Answer":
         """An answer that `served` holds in one tensor, as `to_served` writes it."""
         return cls(served.clamp_min(LOG_ZERO), served != UNSHOWN)
+
+    @classmethod
+    def joined(cls, answers: Sequence["Answer"]) -> "Answer":
+        """Answers to several sets of inputs as one, in their order."""
+        log_p, shown, whole = zip(*answers, strict=True)
+        return cls(torch.cat(log_p), torch.cat(shown), all(whole))
 
     def to_served(self) -> Tensor:
         """Both in one tensor (B, K): log-probabilities, and `UNSHOWN` where nothing was served."""

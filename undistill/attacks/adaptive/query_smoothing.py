@@ -43,7 +43,8 @@ class QuerySmoothing(QueryAttack):
 
     def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         views = fit.recipe.views.model_copy(update={"mixup": 0.0, "cutmix": 0.0})
-        copies = Copies(oracle, [fit.views(data.train, views, f"copy {number}") for number in range(self.k)])
+        datasets = [fit.views(data.train, views, f"copy {number}") for number in range(self.k)]
+        copies = Copies(oracle, datasets, fit.device)
         ask = Bought(copies.of_all()) if self.once else copies
 
         def objective(student: nn.Module, batch: Batch) -> Terms:
@@ -57,24 +58,22 @@ class QuerySmoothing(QueryAttack):
 class Copies:
     """`copies(batch)`: the mean answer to several other views of each image of a batch."""
 
-    def __init__(self, oracle: Oracle, datasets: Sequence[ViewDataset]) -> None:
-        self.oracle, self.datasets = oracle, datasets
+    def __init__(self, oracle: Oracle, datasets: Sequence[ViewDataset], device: torch.device) -> None:
+        self.oracle, self.datasets, self.device = oracle, datasets, device
 
     def __call__(self, batch: Batch) -> Answer:
         return by_sample(batch, lambda index: self._mean(batch.epoch, index))
 
     def of_all(self) -> Answer:
         """The mean answers (N, K) to the first views of all images."""
-        parts = [self._mean(0, index) for index in self.datasets[0].samples.parts(PART)]
-        return Answer(torch.cat([part.log_p for part in parts]), torch.cat([part.shown for part in parts]))
+        return Answer.joined([self._mean(0, index) for index in self.datasets[0].samples.parts(PART)])
 
     def _mean(self, epoch: int, index: Tensor) -> Answer:
-        answers = [self.oracle(view(dataset, epoch, index)) for dataset in self.datasets]
+        answers = [self.oracle(self._view(dataset, epoch, index)) for dataset in self.datasets]
         log_p = torch.stack([answer.filled for answer in answers]).logsumexp(0) - math.log(len(answers))
         return Answer(log_p.clamp_min(LOG_ZERO), torch.stack([answer.shown for answer in answers]).any(0))
 
-
-def view(dataset: ViewDataset, epoch: int, index: Tensor) -> Batch:
-    """The views of some samples as a batch, so that its answers are remembered."""
-    images, labels = dataset.show(epoch, index)
-    return Batch.of(dataset, epoch, index, to_float(images), labels)
+    def _view(self, dataset: ViewDataset, epoch: int, index: Tensor) -> Batch:
+        """The views of some samples as a batch, so that its answers are remembered."""
+        images, labels = (part.to(self.device) for part in dataset.show(epoch, index))
+        return Batch.of(dataset, epoch, index, to_float(images), labels)

@@ -48,12 +48,11 @@ class Reweighting(QueryAttack):
         def objective(student: nn.Module, batch: Batch) -> Terms:
             logits = student(batch.images)
             answers = ask(batch).filled
-            soft = soft_losses(answers, logits, self.T)
             drawn = torch.randint(len(held), (len(batch.images),), device=held.labels.device)
             images, labels = (part.to(logits.device) for part in views.show(batch.epoch, drawn))
-            after = logits_after_step(network, to_float(images), labels, batch.images)
-            gains = (soft.detach() - soft_losses(answers, after, self.T)) / STEP
-            ce = cross_entropy(logits, batch.labels)
+            before, after = logits_around_step(network, to_float(images), labels, batch.images)
+            gains = (soft_losses(answers, before, self.T) - soft_losses(answers, after, self.T)) / STEP
+            soft, ce = soft_losses(answers, logits, self.T), cross_entropy(logits, batch.labels)
             weights = weights_of(gains, self.beta)
             return {"soft": Weighted((weights * soft).mean(), self.alpha), "ce": Weighted(ce, 1 - self.alpha)}
 
@@ -79,13 +78,20 @@ def weights_of(gains: Tensor, beta: float) -> Tensor:
     return torch.softmax(beta * gains.clamp(-LARGEST, LARGEST), 0) * len(gains)
 
 
-def logits_after_step(network: nn.Module, held: Tensor, labels: Tensor, images: Tensor) -> Tensor:
-    """Logits (B, K) for `images` after a small step of the network that helps on `held` images, which is undone."""
+def logits_around_step(network: nn.Module, held: Tensor, labels: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (B, K) for `images` before and after a small step of the network that helps on `held` images.
+
+    The step is undone. All is computed in fp32: in bf16, rounding changes logits by more than the step does.
+    """
     parameters = {name: value for name, value in network.named_parameters() if value.requires_grad}
     buffers = {name: value.clone() for name, value in network.named_buffers()}  # batch norm counts images once
-    loss = cross_entropy(functional_call(network, parameters | buffers, (held,)), labels)
-    downhill = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
-    with torch.no_grad():
-        moved = {name: value - STEP * slope for (name, value), slope in zip(parameters.items(), downhill, strict=True)}
-        after: Tensor = functional_call(network, moved | buffers, (images,))
-    return after
+    with torch.autocast(images.device.type, enabled=False):
+        loss = cross_entropy(functional_call(network, parameters | buffers, (held,)), labels)
+        downhill = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        slopes = zip(parameters.items(), downhill, strict=True)
+        with torch.no_grad():
+            before: Tensor = functional_call(network, parameters | buffers, (images,))
+            after: Tensor = functional_call(
+                network, {name: value - STEP * slope for (name, value), slope in slopes} | buffers, (images,)
+            )
+    return before, after

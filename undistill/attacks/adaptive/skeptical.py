@@ -38,11 +38,16 @@ class Skeptical(QueryAttack):
     wait: float = Field(0.05, ge=0, le=1)
     """Share of the epochs in which only the output learns."""
 
+    def check(self, victim: nn.Module, fresh: Fresh) -> None:
+        if len(fresh.stages(fresh())) < 2:
+            raise ModelError(
+                "A skeptical student needs a head before its last stage, and this network names a single one. Give its "
+                "attribute more, such as network.stages = ['layer1', 'layer2'], or leave Skeptical out."
+            )
+
     def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         student, ask = fresh(), self.asking(oracle, data)
         stages = fresh.stages(student)[:-1]
-        if not stages:
-            raise ModelError("The student names a single stage, and a skeptical student needs a head before its last.")
         heads = Heads(student, stages, data)
         first = self.wait * fit.recipe.epochs
 

@@ -58,7 +58,7 @@ class DeepInversion(Attack):
             raise ValueError(f"{self.rounds} rounds need at least {2 * self.rounds} images (count)")
         return self
 
-    def check(self, victim: nn.Module) -> None:
+    def check(self, victim: nn.Module, fresh: Fresh) -> None:
         if self.statistics and not batch_norms(victim):
             raise ModelError(
                 "DeepInversion reads the statistics of batch norms, and the victim has none. Leave this attack out, or "
@@ -67,7 +67,7 @@ class DeepInversion(Attack):
 
     def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         victim = oracle.weights
-        self.check(victim)
+        self.check(victim, fresh)
         student, made = fresh(), list[Tensor]()
         for number in range(self.rounds):
             rival = student if number else None

@@ -1,6 +1,5 @@
 """ActiveThief (Pal et al., AAAI 2020): a thief who chooses what to ask."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -54,7 +53,7 @@ class ActiveThief(Attack):
             more = (budget - len(asked)) // left
             if more == 0:
                 continue
-            chosen = self._choose(more, student, data.train, asked, joined(bought), generator)
+            chosen = self._choose(more, student, data.train, asked, Answer.joined(bought), generator)
             bought.append(oracle.once(data.train[chosen], data.num_classes))
             asked = torch.cat([asked, chosen])
             student = self._learn(fresh(), data, asked, bought, fit)
@@ -62,7 +61,7 @@ class ActiveThief(Attack):
 
     def _learn(self, student: nn.Module, data: Split, asked: Tensor, bought: list[Answer], fit: Fit) -> nn.Module:
         """The student, trained on all images that were asked, in their order."""
-        ask = Bought(joined(bought))
+        ask = Bought(Answer.joined(bought))
 
         def objective(student: nn.Module, batch: Batch) -> Terms:
             return {"soft": distillation(ask(batch).filled, student(batch.images), self.T)}
@@ -87,11 +86,6 @@ class ActiveThief(Attack):
         else:
             worth = -bought.log_p.cpu().max(1).values[nearest(p[left], p[asked])]
         return left[worth.argsort(descending=True, stable=True)[:count]]
-
-
-def joined(answers: Sequence[Answer]) -> Answer:
-    """Answers to several sets of images as one."""
-    return Answer(torch.cat([one.log_p for one in answers]), torch.cat([one.shown for one in answers]))
 
 
 def nearest(points: Tensor, others: Tensor) -> Tensor:
