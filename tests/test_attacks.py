@@ -285,6 +285,16 @@ def test_smoothed_answers_are_the_mean_of_the_answers_to_copies(toy: Data, hones
     assert oracle.ledger.billed == 24
 
 
+def test_answers_to_copies_are_remembered(victim: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (job, *_), (again, *_) = (jobs(victim, "QuerySmoothing()") for _ in range(2))
+    first = job.run(tmp_path / "first", Progress.silent())
+    asked = again.pair.victims["victim"].answers
+    known = again.run(tmp_path / "again", Progress.silent())
+    assert (known.accuracy, known.queries) == (first.accuracy, first.queries)
+    assert asked.computed == 0
+    assert not caplog.records
+
+
 def test_what_was_bought_once_is_the_answer_to_every_view(toy: Data, honest: Run) -> None:
     oracle = Oracle(honest.network(), Access.QUERY)
     bought, index = Bought.of(oracle, toy.split), torch.tensor([5, 0, 7])
@@ -367,7 +377,7 @@ def test_disagreement_by_hand_and_its_generator_raises_it() -> None:
         optimiser.zero_grad()
         lost.backward()
         optimiser.step()
-        values.append(float(lost))
+        values.append(lost.item())
     assert values[-1] < 1.5 * values[0] < 0
 
 

@@ -86,13 +86,13 @@ class Fit:
         self.asides.append(held["seconds"])
         return cast(Tensor, held["made"])
 
-    def views(self, samples: Samples, views: Views, role: str) -> ViewDataset:
+    def views(self, samples: Samples, views: Views, role: str, num_classes: int = 1) -> ViewDataset:
         """A second kind of view of the same samples, such as strongly changed ones, drawn apart for each `role`.
 
-        `batch.seen_as(dataset)` gives those of a batch.
+        `batch.seen_as(dataset)` gives those of a batch. Whoever asks a network for them says how many classes it has.
         """
         seed = self.seed if self.view_seed is None else self.view_seed
-        return ViewDataset(samples.unlabelled.to(self.device), views, derive(seed, role), num_classes=1)
+        return ViewDataset(samples.unlabelled.to(self.device), views, derive(seed, role), num_classes)
 
     def show(self, images: Tensor) -> None:
         """Leave a sheet of the first of (N, C, H, W) uint8 images that an attack made, if it made any."""

@@ -43,7 +43,7 @@ class QuerySmoothing(QueryAttack):
 
     def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         views = fit.recipe.views.model_copy(update={"mixup": 0.0, "cutmix": 0.0})
-        datasets = [fit.views(data.train, views, f"copy {number}") for number in range(self.k)]
+        datasets = [fit.views(data.train, views, f"copy {number}", data.num_classes) for number in range(self.k)]
         copies = Copies(oracle, datasets, fit.device)
         ask = Bought(copies.of_all()) if self.once else copies
 
