@@ -81,7 +81,7 @@ def queries(report: Report) -> Figure:
             above.axhline(100 * teacher.accuracy, color="#555555", linestyle=level, linewidth=1)
         above.set_xscale("log")
         above.set_ylabel("test accuracy, % (· · · protected model, – – unprotected)", fontsize=8)
-        below.set_ylabel("agrees with its teacher, %", fontsize=8)
+        below.set_ylabel("agreement with its teacher, %", fontsize=8)
         below.set_xlabel("queries: images of which the thief bought one answer each")
         above.legend(frameon=False, fontsize=8)
     return figure
