@@ -108,6 +108,9 @@ def test_a_plan_counts_what_is_left(victim: Run, tmp_path: Path) -> None:
     assert "Plan: 19 students to train (1 of 20 are there)" in describe(plan, tmp_path)
     whole, one = forecast(plan, tmp_path), forecast(replace(plan, jobs=plan.jobs[:2]), tmp_path)
     assert whole.seconds > one.seconds > 0
+    curved = replace(plan, curve=True)  # one budget, all images: a thief on two sides and two floors, two seeds
+    assert describe(curved, tmp_path).endswith("33% of the epochs. The curve takes 8 more students.")
+    assert forecast(curved, tmp_path).seconds > whole.seconds
     assert not list((victim.folder / "answers").glob("*/forecast*"))
 
 

@@ -127,7 +127,7 @@ def test_verdict_by_hand() -> None:
     assert verdict.damage.mean == pytest.approx(0.84 - 0.70)
     assert verdict.leak_hard.high == pytest.approx(verdict.leak_hard.low)  # the shift of a seed cancels
     assert verdict.sentence == (
-        "On toys, the best thief of 2 that were tried (copying only the top answers) gets a ConvNet(width=2) of 87.0%; "
+        "On toys, the best thief of 2 that were tried (copying only the top answers) gets a copy of 87.0% accuracy; "
         "its answers give nothing measurable beyond their labels. Plain distillation from the protected model "
         "gives a student 14.0 points worse than from the unprotected one. The protection costs between 0.0 and 2.0 "
         "points of accuracy."
@@ -139,7 +139,7 @@ def test_worst_attack_decides() -> None:
     assert verdict.worst_attack == "Clever()"
     assert verdict.leak_hard.mean == pytest.approx(0.03)
     assert verdict.kd_gain.mean == pytest.approx(-0.10)  # the paper's figure is about plain KD alone
-    assert "of 90.0%; its answers give 3.0 points beyond their labels (Clever())" in verdict.sentence
+    assert "of 90.0% accuracy; its answers give 3.0 points beyond their labels (Clever())" in verdict.sentence
 
 
 def test_worst_student_decides() -> None:

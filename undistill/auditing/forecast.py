@@ -41,7 +41,7 @@ class Forecast:
 
 def describe(plan: Plan, cells: Path) -> str:
     """The students of an audit, as a sentence: how many, by which attacks, for how many epochs."""
-    jobs, tuning = plan.jobs, plan.tuning
+    jobs, tuning, curve = plan.jobs, plan.tuning, _likely_curve(plan)
     todo, recipe = unfinished(jobs, cells), jobs[0].recipe
     attacks = list(dict.fromkeys(job.attack for job in jobs))
     names = ", ".join(dict.fromkeys(type(attack).__name__ for attack in attacks))
@@ -54,6 +54,7 @@ def describe(plan: Plan, cells: Path) -> str:
         f"{most}{count(batches, 'batch', 'batches')}: {count(len(attacks), 'attack')} ({names}) x "
         f"{count(students, 'network')} x {count(seeds, 'seed')}, on the protected model and on its unprotected twin. "
         f"Before, each thief tries {count(tuning.trials, 'setting')} for {tuning.share:.0%} of the epochs."
+        + (f" The curve takes {count(len(curve), 'more student', 'more students')}." if curve else "")
     )
 
 
@@ -61,9 +62,7 @@ def forecast(plan: Plan, cells: Path) -> Forecast:
     """A forecast for the unfinished students of an audit, from a short training of each attack."""
     tuning, found = plan.tuning, Forecast()
     trials = [trial_of(job, tuning.share) for job in plan.searched]
-    # who will be the worst thief is not known yet
-    likely = curve_jobs(plan, plan.searched, "", str(plan.jobs[0].student)) if plan.curve else []
-    jobs = [*plan.jobs, *likely]
+    jobs = [*plan.jobs, *_likely_curve(plan)]
     todo = unfinished([*jobs, *trials], cells)
     rates: dict[object, float] = {}
     for job, trainings in [*((job, 1.0) for job in jobs), *((job, tuning.trials * tuning.share) for job in trials)]:
@@ -77,6 +76,11 @@ def forecast(plan: Plan, cells: Path) -> Forecast:
             rates[kind] = _seconds(job)
         found.seconds += trainings * rates[kind]
     return found
+
+
+def _likely_curve(plan: Plan) -> list[Job]:
+    """The students of the curve by a plain thief; who will be the worst one is not known yet."""
+    return curve_jobs(plan, plan.searched, "", str(plan.jobs[0].student)) if plan.curve else []
 
 
 def _seconds(job: Job) -> float:

@@ -175,7 +175,7 @@ class Judge:
         kinds = len({attack for _, attack, _ in self.asked})
         how = "copying only the top answers" if self.role(column) == Role.TOP_ANSWERS else column[1]
         accuracy = statistics.fmean(cell.accuracy for cell in self.table[column].values())
-        return f"the best thief of {kinds} that were tried ({how}) gets a {column[2]} of {accuracy:.1%}"
+        return f"the best thief of {kinds} that were tried ({how}) gets a copy of {accuracy:.1%} accuracy"
 
 
 def best_thief(report: Report) -> Column:
