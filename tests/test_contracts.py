@@ -155,12 +155,12 @@ class Interrupted(Progress):
         self.epochs = 0
 
     def advance(self, note: str = "") -> None:
-        self.epochs += "validation" in note
-        if self.epochs == 4:
-            raise KeyboardInterrupt
+        """Images that an attack makes are no epochs."""
 
     def reach(self, done: int, note: str) -> None:
-        raise AssertionError
+        self.epochs += 1
+        if self.epochs == 4:
+            raise KeyboardInterrupt
 
 
 @attacks
