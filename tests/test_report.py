@@ -121,6 +121,14 @@ def test_the_first_box_claims_what_was_seen(folder: Path) -> None:
     )
     bare = report.model_copy(update={"title": "Audit of an unprotected model"})
     assert advice(bare)["Protected"].endswith("It has no protection.")
+    cells = [
+        cell.model_copy(update={"threat": cell.threat.model_copy(update={"access": "weights"})})
+        for cell in report.cells
+    ]
+    assert (
+        "that were tried had its file, and got" in advice(report.model_copy(update={"cells": cells}))["What stays open"]
+    )
+    assert "that were tried asked it" in box["What stays open"]
     foreign = {"title": "Audit of def.py:my_noise(s=1), Rounding(digits=1)", "data": "my.py:Data(n=3)"}
     said = advice(report.model_copy(update=foreign))["Protected"]
     assert said.startswith("A model that sorts the images of “my.py:Data(n=3)”")

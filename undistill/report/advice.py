@@ -67,12 +67,16 @@ def _price(report: Report) -> str:
 def _open(report: Report) -> str:
     found = columns(report.cells)
     best = best_thief(report)
-    asked = max(cell.queries for cell in students_of(report.cells)[best].values())
+    copies = list(students_of(report.cells)[best].values())
     kinds = len({attack for side, attack, _ in found if side == "victim"})
+    did = f"asked it {max(cell.queries for cell in copies):,} times"
+    why = "Whatever the protection, a thief can learn from each right answer; only fewer answers slow him down."
+    if any(cell.threat and cell.threat.access == "weights" for cell in copies):
+        did = "had its file"
+        why = "Whoever has the file has the model: no protection of answers changes that."
     return (
-        f"The best of {kinds} kind{'s' * (kinds > 1)} of thieves that were tried asked it {asked:,} times, and got a "
-        f"copy that sorts {100 * fmean(found[best].values()):.0f} of 100 images rightly. Whatever the protection, a "
-        "thief can learn from each right answer; only fewer answers slow him down."
+        f"The best of {kinds} kind{'s' * (kinds > 1)} of thieves that were tried {did}, and got a copy that sorts "
+        f"{100 * fmean(found[best].values()):.0f} of 100 images rightly. {why}"
     )
 
 
