@@ -169,7 +169,7 @@ def test_a_stopped_attack_goes_on_with_the_same_bits(
 ) -> None:
     """Generators, banks and images that an attack made are part of it."""
     monkeypatch.setattr("undistill.training.fit.CHECKPOINT_SECONDS", 0.0)
-    recipe = RECIPE.model_copy(update={"epochs": 10})
+    recipe = RECIPE.model_copy(update={"epochs": 6})
 
     def go(folder: Path | None, progress: Progress) -> nn.Module:
         oracle = Oracle(honest.network(), attack.needs)
@@ -186,7 +186,7 @@ def test_a_stopped_attack_goes_on_with_the_same_bits(
 def test_students_beat_chance(attack: Attack, toy: Data, honest: Run) -> None:
     """In the mean of three seeds: one alone may be lost, and on which machine is a matter of rounding. Those that must
     first make their images get more time, the one whose generator plays against the student most. Who has neither data
-    nor weights learns too little of stripes: see `test_black_box.py`."""
+    nor weights learns too little of stripes: see `test_digits.py`."""
     epochs = {"ZSKT": 60}.get(type(attack).__name__, 20) if attack.needs == Access.WEIGHTS else RECIPE.epochs
     recipe = RECIPE.model_copy(update={"epochs": epochs})
     networks = [student(toy, attack, honest.network(), recipe=recipe, seed=seed) for seed in range(3)]
@@ -211,7 +211,7 @@ def test_data_free_attacks_that_read_statistics_need_some(toy: Data) -> None:
 def test_who_needs_no_data_has_none(attack: Attack, toy: Data, honest: Run) -> None:
     """Other images, and other labels, by which another epoch would be chosen: the same student."""
     train = Samples(255 - toy.train.pixels, (toy.train.labels + 1) % toy.num_classes)
-    recipe = RECIPE.model_copy(update={"selection": "best", "epochs": 20})
+    recipe = RECIPE.model_copy(update={"selection": "best", "epochs": 8})
     one, other = (student(data, attack, honest.network(), recipe=recipe) for data in (toy, replace(toy, train=train)))
     assert same(one, other)
 
