@@ -127,6 +127,16 @@ def test_a_stopped_audit_ends_with_the_same_cells(victim: Run, report: Report, t
     assert not list((tmp_path / "a" / "cells").glob("*/"))
 
 
+def test_a_finished_audit_writes_the_same_report_again(victim: Run, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "cells", tmp_path / "a" / "cells")
+
+    def written() -> list[bytes]:
+        run_audit(victim, tmp_path / "a")
+        return [(tmp_path / "a" / name).read_bytes() for name in ("report.json", "report.html", "report.md")]
+
+    assert written() == written()
+
+
 def test_an_audit_against_the_wrong_twin_is_refused(victim: Run, tmp_path: Path) -> None:
     other = train(
         "digits", TEACHER, tmp_path / "digits", settings=TrainSettings(recipe=RECIPE.model_copy(update={"epochs": 0}))
