@@ -128,7 +128,7 @@ def test_a_stopped_audit_ends_with_the_same_cells(victim: Run, report: Report, t
 
 
 def test_a_finished_audit_writes_the_same_report_again(victim: Run, folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder / "cells", tmp_path / "a" / "cells")
+    shutil.copytree(folder, tmp_path / "a")
 
     def written() -> list[bytes]:
         run_audit(victim, tmp_path / "a")
