@@ -23,6 +23,7 @@ from undistill.core.progress import Progress
 from undistill.models import Model
 from undistill.runs.settings import recorded_settings
 from undistill.training.compute import pick_device
+from undistill.training.recipe import Recipe
 from undistill.victims.oracle import Access
 
 PLAIN = ["SoftLabels(T=1)", "SoftLabels(T=4)", "SoftLabels(T=20)"]
@@ -63,20 +64,33 @@ def trial_rows(trials: Sequence[Trial]) -> list[list[str]]:
         own = [trial for trial in trials if trial.column == best.column]
         minutes = sum(trial.seconds for trial in own) / 60
         validation = f"{100 * best.validation:.1f}", f"{100 * own[0].validation:.1f}"
-        rows.append([best.attack, *validation, str(len(own)), f"{best.queries:,}", f"{minutes:.1f}"])
+        recipe = Recipe.parse(best.recipe)
+        rows.append(
+            [
+                best.attack,
+                f"{recipe.lr:g}, {recipe.clip:g}",
+                *validation,
+                str(len(own)),
+                f"{best.queries:,}",
+                f"{minutes:.1f}",
+            ]
+        )
     return rows
 
 
 def cell_rows(cells: Sequence[Cell]) -> list[list[str]]:
     rows = []
-    for attack in dict.fromkeys(cell.attack for cell in cells):
-        of = {side: [c for c in cells if (c.attack, c.side) == (attack, side)] for side in ("victim", "honest", "none")}
+    for attack, listed in dict.fromkeys((cell.attack, cell.listed) for cell in cells):
+        own = [cell for cell in cells if (cell.attack, cell.listed) == (attack, listed)]
+        of = {side: [cell for cell in own if cell.side == side] for side in ("victim", "honest", "none")}
         shown = of["victim"] or of["none"]
         honest = spread([cell.accuracy for cell in of["honest"]]) if of["honest"] else "–"
         agrees = spread([cell.fidelity for cell in shown])
         minutes = fmean(cell.seconds for cell in shown) / 60
         counts = str(len(shown)), f"{shown[0].queries:,}", f"{minutes:.1f}"
-        rows.append([attack, spread([cell.accuracy for cell in shown]), honest, agrees, *counts])
+        rows.append(
+            [f"{attack}{', tuned' * bool(listed)}", spread([cell.accuracy for cell in shown]), honest, agrees, *counts]
+        )
     return rows
 
 
@@ -107,17 +121,21 @@ def main() -> None:
     def job(attack: str | Attack, seed: int = 0) -> Job:
         return Job(pair, "victim", Attack.from_user(attack), Model.parse(asked.student), seed, recipe)
 
-    def measure(title: str, jobs: Sequence[Job]) -> None:
-        found = launcher.run(jobs, cells, progress)
-        head = "attack|of the victim, %|of its honest twin, %|agreement, %|n|queries|minutes"
-        tables.append(f"## {title}\n\n{table(head, cell_rows(found))}")
+    def tell(title: str, head: str, rows: Sequence[Sequence[str]]) -> None:
+        tables.append(f"## {title}\n\n{table(head, rows)}")
         (asked.out / "thieves.md").write_text("\n\n".join(tables) + "\n")
+
+    def measure(title: str, jobs: Sequence[Job]) -> None:
+        head = "attack|of the victim, %|of its honest twin, %|agreement, %|n|queries|minutes"
+        tell(title, head, cell_rows(launcher.run(jobs, cells, progress)))
 
     with Progress.of(True) as progress:
         listed = [job(attack) for attack in asked.attack or candidates()]
+        for one in listed:
+            one.check()
         trials, best = tune(listed, Tuning(trials=asked.trials, share=asked.share), launcher, cells, progress)
-        head = "attack, tuned|validation, %|as listed, %|trials|queries|minutes of all trials"
-        tables.append(f"## Trials\n\n{table(head, trial_rows(trials))}")
+        head = "attack, tuned|lr, clip|validation, %|as listed, %|trials|queries|minutes of all trials"
+        tell("Trials", head, trial_rows(trials))
         tuned = dict(zip((one.column for one in listed), best, strict=True))
         winners = [tuned[trial.column] for trial in ranked(trials) if tuned[trial.column].attack.role not in FLOORS]
         finals = [*map(job, LABELS), *map(job, PLAIN), *winners[: asked.best]]

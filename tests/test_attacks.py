@@ -285,6 +285,14 @@ def test_smoothed_answers_are_the_mean_of_the_answers_to_copies(toy: Data, hones
     assert oracle.ledger.billed == 24
 
 
+def test_a_trial_step_drops_the_same_units_before_and_after() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3)).train()
+    images = torch.rand(8, 1, 4, 4)
+    before, after = logits_around_step(network, images, torch.arange(8) % 3, images)
+    assert torch.allclose(before, after, atol=0.01)
+    assert not torch.equal(before, after)
+
+
 def test_answers_to_copies_are_remembered(victim: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (job, *_), (again, *_) = (jobs(victim, "QuerySmoothing()") for _ in range(2))
     first = job.run(tmp_path / "first", Progress.silent())

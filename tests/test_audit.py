@@ -379,8 +379,10 @@ def test_every_flag_fires_alone_on_its_lie(name: str, sound: Report) -> None:
 
 
 def test_late_gain_by_hand() -> None:
-    rising = [{"validation_accuracy": epoch / 100} for epoch in range(100)]
-    flat = [{"validation_accuracy": 0.9} for _ in range(100)]
+    rising = [{"epoch": epoch + 1, "validation_accuracy": epoch / 100} for epoch in range(100)]
+    flat = [{"epoch": epoch + 1, "validation_accuracy": 0.9} for epoch in range(100)]
+    seldom = [row | {"epoch": 2 * row["epoch"]} for row in rising]
     assert late_gain(rising) == pytest.approx(0.2)
     assert late_gain(flat) == pytest.approx(0)
     assert late_gain(rising[:2]) == 0
+    assert late_gain([*flat, *seldom]) == late_gain(rising), "the last of several networks counts"

@@ -102,5 +102,9 @@ def test_each_line_of_a_curve_has_the_settings_that_were_best_for_it(victim: Run
             ("victim", "FixMatch"): 0.3,
         }
     )
+    assert {job.listed for job in jobs} <= {job.column[1] for job in plan.searched}
+    changed = [configured(job, {"T": 20.0}) if "SoftLabels" in job.column[1] else job for job in plan.searched]
+    again = curve_jobs(plan, changed, "SoftLabels(T=4, alpha=0.9)", STUDENT)
+    assert again[0].listed == "SoftLabels(T=4, alpha=0.9)", "as the suite lists it, however it was tuned"
     floors = {column[1].split("(")[0] for job in plan.searched if (column := job.column)}
     assert {"FixMatch", "HardLabels"} <= floors, "floors are tuned like the thief"

@@ -197,7 +197,7 @@ def timed_before(report: Report, out: Path) -> Report:
         before = read_report(out)
     except StoreError:
         return report
-    if (before.pairs, before.environment) != (report.pairs, report.environment):
+    if any(getattr(before, name) != getattr(report, name) for name in ("pairs", "environment", "recipe")):
         return report
     times = before.costs.model_dump(include={"ms_per_query_victim", "ms_per_query_honest"})
     return report.model_copy(update={"costs": report.costs.model_copy(update=times)})

@@ -71,7 +71,7 @@ class Job:
             thief.append(self.pair.surrogate.train.digest.hex())
         refers = [spec.refers() for spec in (self.attack, self.student, self.pair.model) if spec]
         if self.kind is Trial:
-            thief += ["trial", self.recipe.epochs]  # which size what its budget buys
+            thief += ["trial", self._buyer, self.recipe.epochs if self._is_allotted else None]
         code: list[object] = [sorted(names.values()) for names in refers if names]
         code += [program_sha256(Path(__file__)), *(source_sha256(type(spec)) for spec in (self.attack, self.student))]
         return fingerprint(*asked, *thief, *code, runs[self.side].program)[:20]
@@ -133,8 +133,13 @@ class Job:
         if self.attack.data == ThiefData.UNLABELLED:
             split = split.unlabelled
         if self._is_allotted:
-            split = split.some(self._affordable, derive(self.seed, "bought"))
+            split = split.some(self._affordable, derive(self._buyer, "bought"))
         return split
+
+    @property
+    def _buyer(self) -> int:
+        """The seed that draws the images for which a budget buys answers."""
+        return self.seed
 
     @property
     def column(self) -> tuple[Side, str, str]:
@@ -263,18 +268,22 @@ class Outcome:
 
 @dataclass(frozen=True)
 class TrialJob(Job):
-    """One setting of an attack that is tried for a `share` of the epochs; nothing of it sees the test images.
+    """One setting of an attack that is tried for a share of the epochs; nothing of it sees the test images.
 
-    Its budget buys as much as in a whole training.
+    Its budget buys the images that the first measured student has.
     """
 
-    share: float = 1.0
+    epochs_share: float = 1.0
 
     kind = Trial
 
     @property
     def schedule(self) -> Recipe:
-        return self.recipe.model_copy(update={"epochs": max(round(self.share * self.recipe.epochs), 1)})
+        return self.recipe.model_copy(update={"epochs": max(round(self.epochs_share * self.recipe.epochs), 1)})
+
+    @property
+    def _buyer(self) -> int:
+        return self.pair.seeds[0]
 
     def _result(self, outcome: Outcome) -> Result:
         pair, logits = self.pair, outcome.validation
@@ -336,7 +345,8 @@ def read_result(file: Path, job: Job) -> Result | None:
 
 def late_gain(history: Sequence[dict[str, float]]) -> float:
     """Validation accuracy gained in the last fifth of the epochs, each end averaged over a tenth of them."""
-    begins = max((number for number, epoch in enumerate(history) if epoch.get("epoch") == 1), default=0)
+    epochs = [row["epoch"] for row in history]
+    begins = max((number for number in range(1, len(epochs)) if epochs[number] <= epochs[number - 1]), default=0)
     history = history[begins:]  # an attack may train several networks, of which the last is measured
     width = max(len(history) // 10, 1)
     if len(history) < 3 * width:

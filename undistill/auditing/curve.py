@@ -33,19 +33,19 @@ def curve_jobs(plan: Plan, best: Sequence[Job], attack: str, student: str) -> li
     images, name = len(pair.attackers.train), named_or_plain(plan, attack, student)
     columns: list[tuple[Side, str, str]] = [("victim", name, student), ("honest", name, student)]
     return [
-        at_budget(tuned[column], budget, images, seed)
+        replace(at_budget(tuned[column], budget, images), seed=seed, listed=column[1])
         for budget in budgets(images)
         for column in [*columns, *(("victim", floor, student) for floor in CURVE_FLOORS)]
         for seed in pair.seeds
     ]
 
 
-def at_budget(job: Job, budget: int, images: int, seed: int) -> Job:
+def at_budget(job: Job, budget: int, images: int) -> Job:
     """The job of a thief who buys one answer for each of `budget` of his `images`."""
     attack, recipe = bought_once(job.attack), job.recipe
     if not attack.passes_over_spare:
         recipe = stretched(recipe, images / budget)
-    return replace(job, attack=attack, recipe=recipe, seed=seed, budget=budget, listed=job.column[1])
+    return replace(job, attack=attack, recipe=recipe, budget=budget)
 
 
 def bought_once(attack: Attack) -> Attack:

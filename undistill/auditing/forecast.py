@@ -101,7 +101,7 @@ def seconds_of(train: Callable[[Split, Fit], object], data: Split, recipe: Recip
     The trial computes exactly where the recipe leaves its compute settings to a trial of its own.
     """
     few = BATCHES * recipe.batch_size
-    short = data.some(few, 0)
+    short = replace(data.some(few, 0), spare=None)
     validation = data.validation[torch.arange(min(len(data.validation), few))]
     compute = EXACT if "auto" in str(recipe.compute) else recipe.compute
     fit = Fit(recipe.model_copy(update={"epochs": EPOCHS, "compute": compute}), derive(0, "forecast"), device)

@@ -86,6 +86,8 @@ class Search:
     asked: list[Job] = field(default_factory=list)
     """The job with each setting that was tried."""
     trials: list[Trial] = field(default_factory=list)
+    exhausted: bool = False
+    """Whether nothing new was proposed; then it has ended, whatever other searches do."""
 
     @classmethod
     def of(cls, job: Job, tuning: Tuning) -> "Search":
@@ -96,11 +98,12 @@ class Search:
 
     def ask(self) -> list[TrialJob]:
         """The next trials, the listed setting first: one, or all where proposals wait for no score; none at the end."""
-        left = self.tuning.trials - len(self.asked)
+        left = 0 if self.exhausted else self.tuning.trials - len(self.asked)
         asked: list[TrialJob] = []
         for _ in range(min(left, 1) if self.proposals.learns else left):
             job = self._new() if self.asked else self.job
             if job is None:
+                self.exhausted = True
                 break
             self.asked.append(job)
             asked.append(trial_of(job, self.tuning.share))
@@ -145,4 +148,4 @@ def same_setting(one: Job, other: Job) -> bool:
 def trial_of(job: Job, share: float) -> TrialJob:
     """The job for a share of its epochs, judged by validation images."""
     fields = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)}
-    return TrialJob(**(fields | {"seed": SEED, "share": share}))
+    return TrialJob(**(fields | {"seed": SEED, "epochs_share": share}))

@@ -30,6 +30,7 @@ from undistill.victims.protected import bare
 log = logging.getLogger(__name__)
 
 IMAGES = 5
+MOST_EPOCHS = 1_000_000
 MOST = 1e12  # a measurement beyond is none, and no axis can show it
 POINTS = 400
 
@@ -64,9 +65,12 @@ def read_curve(run: Run) -> Array | None:
         if run.record.get("metrics_sha256") not in (None, sha256(file, LARGEST_TEXT)):
             raise ValueError
         undermines = "compute" in run.record  # earlier versions recorded that term with its weight
-        curve = np.array([_point(parse_json(line), undermines) for line in read_text(file).splitlines()], float)
-        if curve.ndim != 2 or not (np.abs(curve) < MOST).all():
+        rows = [parse_json(line) for line in read_text(file).splitlines()]
+        curve = np.array([_point(row, undermines) for row in rows], float)
+        epochs = np.array([row["epoch"] for row in rows], int)
+        if curve.ndim != 2 or not (np.abs(curve) < MOST).all() or epochs[-1] > MOST_EPOCHS:
             raise ValueError
+        curve = np.repeat(curve, np.diff(epochs, prepend=0), axis=0)  # of epochs between, what was measured after them
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, UndistillError):
         log.warning("%s is damaged or was edited; its curve is left out.", file)
         return None

@@ -110,7 +110,7 @@ def record_of(request: Record, data: Data, fit: Fit, network: nn.Module, who: st
         "classes": list(data.classes),
         "shape": list(data.shape),
         "train_images": len(data.train),
-        "epochs": len(fit.history),
+        "epochs": int(fit.history[-1]["epoch"]) if fit.history else 0,
         "compute": fit.computed,
         "processes": distributed.world(),
         "seconds": round(fit.seconds, 3),

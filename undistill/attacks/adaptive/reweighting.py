@@ -14,6 +14,7 @@ from undistill.core.spec import Temperature
 from undistill.data.batches import Batch, ViewDataset
 from undistill.data.split import Samples, Split
 from undistill.data.views import to_float
+from undistill.training.compute import EXACT
 from undistill.training.fit import Fit
 from undistill.training.losses import cross_entropy
 from undistill.training.objectives import Terms, Weighted
@@ -81,16 +82,19 @@ def weights_of(gains: Tensor, beta: float) -> Tensor:
 def logits_around_step(network: nn.Module, held: Tensor, labels: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (B, K) for `images` before and after a small step of the network that helps on `held` images.
 
-    The step is undone. All is computed in fp32: in bf16, rounding changes logits by more than the step does.
+    The step is undone. All is computed exactly, and twice with the same units dropped out: rounding to bf16, or other
+    units, would change logits by more than the step does.
     """
     parameters = {name: value for name, value in network.named_parameters() if value.requires_grad}
     buffers = {name: value.clone() for name, value in network.named_buffers()}  # batch norm counts images once
-    with torch.autocast(images.device.type, enabled=False):
+    device = images.device
+    with EXACT.active(device):
         loss = cross_entropy(functional_call(network, parameters | buffers, (held,)), labels)
         downhill = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
         slopes = zip(parameters.items(), downhill, strict=True)
         with torch.no_grad():
-            before: Tensor = functional_call(network, parameters | buffers, (images,))
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                before: Tensor = functional_call(network, parameters | buffers, (images,))
             after: Tensor = functional_call(
                 network, {name: value - STEP * slope for (name, value), slope in slopes} | buffers, (images,)
             )
