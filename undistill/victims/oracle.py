@@ -83,7 +83,7 @@ class Oracle:
 
     @torch.no_grad()
     def defended(self, answer: Answer, inputs: Tensor) -> Answer:
-        """What the victim's responses make of any answer to `inputs`, for a thief who knows the defence; no query.
+        """Any answer to `inputs` as the victim's responses change it, for a thief who knows the defence; no query.
 
         Whoever was told of no defence gets the answer back.
         """
