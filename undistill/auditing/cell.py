@@ -71,7 +71,7 @@ class Job:
             thief.append(self.pair.surrogate.train.digest.hex())
         refers = [spec.refers() for spec in (self.attack, self.student, self.pair.model) if spec]
         if self.kind is Trial:
-            thief += ["trial", self._buyer, self.recipe.epochs if self._is_allotted else None]
+            thief += ["trial", (self._buyer, self.recipe.epochs) if self._is_allotted else None]
         code: list[object] = [sorted(names.values()) for names in refers if names]
         code += [program_sha256(Path(__file__)), *(source_sha256(type(spec)) for spec in (self.attack, self.student))]
         return fingerprint(*asked, *thief, *code, runs[self.side].program)[:20]
