@@ -109,7 +109,7 @@ def test_a_pool_gives_the_same_cells_with_the_users_code_though_a_worker_is_lost
 
 def test_workers_that_always_die_end_it(victim: Run, tmp_path: Path, mine) -> None:
     with pytest.raises(LaunchError, match=r"SIGKILL, .* lack of memory, 3 times in a row.*workers=1.*cells are kept"):
-        cells(victim, tmp_path / "a", Pool(workers=2, threads=1), mine("die"))
+        cells(victim, tmp_path / "a", Pool(workers=1), mine("die"))
     assert list((tmp_path / "a" / "cells").glob("*.json"))
 
 
@@ -162,6 +162,10 @@ def whole(slow_pair: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     out = tmp_path_factory.mktemp("whole") / "audit"
     finish(*words(slow_pair, out))
     return report_of(out)
+
+
+ALONE = "--launcher", "pool", "--workers", 1
+"""One worker, beside Python's process that looks after what processes share."""
 
 
 def words(victim: Run, out: Path, *launcher: object) -> list[object]:
@@ -218,7 +222,7 @@ def test_a_killed_pool_leaves_no_workers_and_is_resumed(
 def test_a_signal_ends_a_pool_and_its_workers(number: signal.Signals, slow_pair: Run, tmp_path: Path) -> None:
     """With one sentence, and nothing that Python finds left over."""
     code, said = ENDINGS[number]
-    process = start(*words(slow_pair, tmp_path / "a", "--launcher", "pool"), stderr=subprocess.PIPE, session=True)
+    process = start(*words(slow_pair, tmp_path / "a", *ALONE), stderr=subprocess.PIPE, session=True)
     wait_for(process, tmp_path / "a", "cells/*/checkpoint-0.pt")
     workers = workers_of(process)
     if number == signal.SIGINT:  # a terminal sends it to all
@@ -228,14 +232,14 @@ def test_a_signal_ends_a_pool_and_its_workers(number: signal.Signals, slow_pair:
     assert process.stderr is not None
     lines = process.stderr.read().decode().strip().splitlines()
     assert lines[-1] == f"Error: {said}. The same command goes on from here."
-    assert not [line for line in lines[:-1] if not re.match(r"\w+ on \w+, seed 0: |audit: |Plan: ", line)], lines
+    assert not [line for line in lines[:-1] if not re.match(r"\w+ on \w+, seed \d+: |audit: |Plan: ", line)], lines
     assert process.wait() == code
     assert_gone(workers)
 
 
 @pytest.mark.parametrize("patience", [0.0, 1.0])
 def test_workers_end_with_their_parent_even_while_they_import(patience: float, slow_pair: Run, tmp_path: Path) -> None:
-    process = start(*words(slow_pair, tmp_path / "a", "--launcher", "pool"))
+    process = start(*words(slow_pair, tmp_path / "a", *ALONE))
     while len(workers := workers_of(process)) < 2:
         assert process.poll() is None, "it ended too early"
         time.sleep(0.01)

@@ -33,8 +33,10 @@ from undistill.victims.protected import Protected, Response
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", [name for name, spec in Attack.registry.items() if spec().needs == Access.QUERY])
-@pytest.mark.parametrize("budget", [26, 5000])
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [(name, 26) for name, spec in Attack.registry.items() if spec().needs == Access.QUERY] + [("SoftLabels", 5000)],
+)
 def test_a_budget_is_kept_and_ends_nothing(name: str, budget: int, victim: Run, pool: str, tmp_path: Path) -> None:
     if Attack.parse(name).data == ThiefData.SURROGATE:
         budget = min(budget, 90)  # images of the pool

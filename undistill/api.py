@@ -26,8 +26,6 @@ from undistill.data.source import Source
 from undistill.defences.defence import Defence
 from undistill.models.model import Model
 from undistill.report.evidence import read_curve, write_evidence
-from undistill.report.figures import label
-from undistill.report.page import read_report, write_report
 from undistill.runs.adopt import adopt
 from undistill.runs.folder import claim
 from undistill.runs.protect import protect
@@ -165,6 +163,9 @@ def tuning_of(suite: str, trials: int | None, share: float | None) -> Tuning:
 
 def perform(plan: Plan, out: Path, launcher: Launcher, progress: Progress, by: str = "") -> Report:
     """Let thieves tune, train what is not there yet, then write one report over all cells."""
+    from undistill.report.figures import label
+    from undistill.report.page import write_report
+
     trials, best = tune(plan.searched, plan.tuning, launcher, out / "cells", progress)
     jobs = plan.tuned(best)
     cells = launcher.run(jobs, out / "cells", progress)
@@ -193,6 +194,8 @@ def timed_before(report: Report, out: Path) -> Report:
 
     They are the only values that are measured anew; so a finished audit ends with the same bytes.
     """
+    from undistill.report.page import read_report
+
     try:
         before = read_report(out)
     except StoreError:

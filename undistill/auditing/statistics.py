@@ -7,7 +7,6 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student_t
 
 from undistill.auditing.schema import Interval
 
@@ -15,6 +14,8 @@ from undistill.auditing.schema import Interval
 @cache
 def quantile(share: float, degrees: int) -> float:
     """Of Student's t distribution."""
+    from scipy.stats import t as student_t
+
     return float(student_t.ppf(share, degrees))
 
 

@@ -2,7 +2,6 @@
 
 import torch
 from pydantic import Field
-from sklearn.datasets import load_digits
 
 from undistill.data.source import Source
 from undistill.data.split import Parts, Samples
@@ -16,6 +15,8 @@ class Digits(Source):
     test: float | None = Field(1 / 3, gt=0, lt=1)
 
     def read(self) -> Parts:
+        from sklearn.datasets import load_digits
+
         raw = load_digits()
         images = torch.from_numpy(raw.images * (255 / 16)).round().to(torch.uint8)
         return Parts(Samples(images[:, None], torch.from_numpy(raw.target).long()), [str(k) for k in range(10)])

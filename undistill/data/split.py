@@ -8,7 +8,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from undistill.core.errors import DataError, legible, remark
@@ -77,6 +76,8 @@ class Samples:
 
     def carve(self, share: float | int, seed: int) -> tuple["Samples", "Samples"]:
         """(rest, carved): a stratified random `share` (or whole number) of the samples, chosen by `seed`."""
+        from sklearn.model_selection import train_test_split  # here, since every start would wait a second for it
+
         index = np.arange(len(self))
         try:
             rest, carved = train_test_split(index, test_size=share, random_state=seed, stratify=self.labels.numpy())

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from pydantic import Field, model_validator
-from scipy.stats import beta
 from torch import Tensor
 
 from undistill.core.spec import Spec
@@ -188,6 +187,8 @@ def _shares(labels: Tensor, others: Tensor, share: Tensor, num_classes: int) -> 
 @cache
 def _beta(alpha: float, device: torch.device) -> Tensor:
     """Quantiles of Beta(alpha, alpha), fixed-point."""
+    from scipy.stats import beta
+
     quantiles = beta.ppf([(i + 0.5) / _STEPS for i in range(_STEPS)], alpha, alpha)
     return torch.tensor([round(_ONE * quantile) for quantile in quantiles], device=device)
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
 from undistill.core.errors import StoreError, UndistillError, legible
@@ -194,6 +193,8 @@ def _tempered(network: nn.Module, samples: Samples) -> Array:
 
 
 def _map(points: Tensor) -> Array:
+    from sklearn.manifold import TSNE
+
     points = F.pad(points, (0, max(0, 2 - points.shape[1])))
     perplexity = min(30.0, (len(points) - 1) / 3)
     spread = points.std(0).max() > 1e-6 * points.abs().max()  # a collapsed network answers everything alike

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from undistill.core.errors import ModelError, NonFinite, SpecError, unknown
@@ -96,6 +95,8 @@ def better_way(network: nn.Module, adapter: Adapter, data: Data) -> str:
 
 def _ways(network: nn.Module, adapter: Adapter, data: Data, samples: Samples) -> Iterator[Way]:
     """Each usual normalisation, with the outputs in their order, and in that which fits best."""
+    from scipy.optimize import linear_sum_assignment
+
     usual = tuple(range(data.num_classes))
     for name, one in {"": adapter, **NORMALISATIONS}.items():
         if len(one.mean) not in (0, 1, data.shape[0]):
