@@ -236,7 +236,7 @@ def test_what_makes_a_twin_doubtful_is_recorded(honest: Run, victim: Run, toy_fi
     adopt = TrainSettings(recipe=RECIPE.model_copy(update={"epochs": 0}))
     weights = victim.folder / "weights.safetensors"
     other = train(str(toy_file), TEACHER, tmp_path / "other", weights=weights, settings=adopt, device="cpu")
-    report = run_audit(victim, tmp_path / "a", honest=other.folder, seeds=1)
+    report = run_audit(victim, tmp_path / "a", honest=other.folder, seeds=1, recipe=RECIPE)
     assert report.pairs[0].agreement == 1, "the twin is the victim itself"
     assert {"adopted_weights", "another_twin"} <= {flag.name for flag in report.flags}
 

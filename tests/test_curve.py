@@ -81,6 +81,8 @@ def test_the_price_of_a_copy_by_hand(report: tuple[Report, Path]) -> None:
         "1,000 queries buy a copy within 5 points of the protected model; not even 3,000 queries buy a copy within 2 "
         "points of the protected model."
     )
+    worse = made.model_copy(update={"curve": curve[:2]})
+    assert price_of_a_copy(worse) == "Not even 100 queries buy a copy within 5 points of the protected model."
 
 
 def test_a_thief_with_weights_has_no_curve_and_the_plain_one_takes_its_place(victim: Run) -> None:

@@ -34,10 +34,6 @@ CLOSE = (
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def torchrun(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return run(*TORCHRUN, "-m", "undistill", *words, cwd=cwd)
-
-
 def run(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -77,7 +73,29 @@ with group(torch.device("cpu")):
 Path(f"said-{rank}.json").write_text(json.dumps(said))
 """
 """Commands one after another in the same processes and one group: to start them takes longer than to train a toy. Each
-command opens a group of its own where there is none, as the tests below that start one by itself show."""
+command opens a group of its own where there is none, as the test below that starts one by itself shows."""
+
+
+ODD = """
+import torch
+from torch import nn
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+        self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)
+        self.body = nn.Sequential(self.first, self.norm, nn.ReLU(), self.second, self.norm)
+        self.again = self.norm
+        self.unused = nn.Linear(3, 3)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.again(self.body(x)).mean((2, 3)))
+
+def make():
+    return Odd()
+"""
 
 
 class World:
@@ -108,6 +126,8 @@ def world(toy_file: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     (folder / "taken").mkdir()
     (folder / "taken" / "thesis.txt").touch()
     train = ["train", "--data", str(toy_file), "--model", TEACHER, *SET, *DEVICE, "--out"]
+    mine = ["--model", "net.py:make"]
+    train_odd = ["train", "--data", str(toy_file), *mine, *SET, *DEVICE, "--out"]
     protect = ["protect", "one", "--defence", NASTY, *DEVICE, "--out"]
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
@@ -118,6 +138,8 @@ def world(toy_file: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     commands = {  # the folder in which, whether the disk is full, the words
         "honest": (".", False, [*train, "two"]),
         "nasty": (".", False, [*protect, "two-nasty"]),
+        "odd": (".", False, [*train_odd, "odd"]),
+        "odd nasty": (".", False, ["protect", "odd", *mine, "--defence", NASTY, *DEVICE, "--out", "odd-nasty"]),
         "full": (".", True, ["protect", "other", "--defence", NASTY, "--set", "seed=0", *DEVICE, "--out", "full"]),
         "taken": (".", False, [*train, "taken"]),
         "not shared": ("{rank}", False, [*train, "mine"]),
@@ -127,6 +149,7 @@ def world(toy_file: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     }
     (folder / "commands.json").write_text(json.dumps(list(commands.values())))
     (folder / "main.py").write_text(PROGRAM)
+    (folder / "net.py").write_text(ODD)
     done = run(*TORCHRUN, "main.py", cwd=folder)
     assert done.returncode == 0, done.stderr
     return World(folder, list(commands))
@@ -171,43 +194,19 @@ def test_what_one_process_finds_all_say_in_a_sentence(world: World, name: str, s
     assert not (world.folder / "un").exists()
 
 
-ODD = """
-import torch
-from torch import nn
-
-class Odd(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(4)
-        self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)
-        self.body = nn.Sequential(self.first, self.norm, nn.ReLU(), self.second, self.norm)
-        self.again = self.norm
-        self.unused = nn.Linear(3, 3)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.head(self.again(self.body(x)).mean((2, 3)))
-
-def make():
-    return Odd()
-"""
-
-
 def test_parts_that_are_shared_or_unused_train_as_in_one_process(
-    toy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, toy_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "net.py").write_text(ODD)
-    words = ["train", "--data", toy_file, "--model", "net.py:make", *SET[1:], "--set=recipe.epochs=2", *DEVICE, "--out"]
-    together = torchrun(*words, "two", cwd=tmp_path)
-    assert together.returncode == 0, together.stderr
-    finish(*words, "one")
-    assert_close(tmp_path / "one", tmp_path / "two")
-    protected = torchrun(
-        "protect", "two", "--model", "net.py:make", "--defence", NASTY, *DEVICE, "--out", "nasty", cwd=tmp_path
-    )
-    assert protected.returncode == 0, protected.stderr
-    assert Run.open(tmp_path / "nasty").record["processes"] == 2
+    for name in ("odd", "odd nasty"):
+        assert world.codes(name) == [0, 0], world.stderr(name)
+    monkeypatch.chdir(world.folder)
+    words = ["train", "--data", toy_file, "--model", "net.py:make", *SET, *DEVICE, "--out"]
+    by_itself = run(*TORCHRUN, "-m", "undistill", *words, "odd-by-itself", cwd=world.folder)
+    assert by_itself.returncode == 0, by_itself.stderr
+    finish(*words, "odd-one")
+    for together in ("odd-by-itself", "odd"):
+        assert_close(world.folder / "odd-one", world.folder / together)
+    assert Run.open(world.folder / "odd-nasty").record["processes"] == 2
 
 
 def test_more_processes_than_images_in_a_batch_are_refused(toy: Data, monkeypatch: pytest.MonkeyPatch) -> None:

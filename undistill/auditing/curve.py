@@ -102,7 +102,10 @@ def price_of_a_copy(report: Report) -> str:
         enough = [n for n, cells in best.items() if statistics.fmean(cell.accuracy for cell in cells) >= wanted]
         bought = f"{min(enough):,} queries buy" if enough else f"not even {max(best):,} queries buy"
         said.append(f"{bought} a copy within {100 * gap:.0f} points of the protected model")
-    return f"{said[0][0].upper()}{said[0][1:]}; {said[1]}."
+        if not enough:
+            break
+    text = "; ".join(said)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _validated(cells: Sequence[Cell]) -> float:
