@@ -55,7 +55,10 @@ def test_a_curve_has_every_thief_at_every_budget(report: tuple[Report, Path]) ->
 
 def test_a_curve_is_drawn_and_priced(report: tuple[Report, Path]) -> None:
     found, out = report
-    assert len(draw_named("curve", [out]).axes) == 2
+    above, below = draw_named("curve", [out]).axes
+    bought = sorted({cell.budget for cell in found.curve})
+    assert [tick.get_text() for tick in below.get_xticklabels()] == [f"{budget:,}" for budget in bought]
+    assert len({line.get_color() for line in above.get_lines()}) == 3, "protected, unprotected, floors"
     html = (out / "report.html").read_text()
     assert "What a copy costs in queries" in html
     assert price_of_a_copy(found) in html

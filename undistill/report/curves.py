@@ -11,17 +11,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from undistill.auditing.curve import lines
+from undistill.attacks.attack import FLOORS
+from undistill.auditing.curve import Points, lines
 from undistill.auditing.schema import Report
 from undistill.auditing.statistics import interval
 from undistill.core.errors import StoreError, legible
 from undistill.report.evidence import MOST, Array, read_curve
-from undistill.report.figures import HONEST, STYLE, label
+from undistill.report.figures import FLOOR, HONEST, STYLE, VICTIM, label
 from undistill.report.table import read_table
 from undistill.runs.run import Run
 
 LINES = ("-", "--", ":", "-.")
 MARKS = "osD^v<>P"
+APART = 1.04  # factor between the places of two thieves, whose spread would hide each other
 LEVELS = (":", (0, (8, 3)), (0, (8, 2, 1, 2)))
 POINT = re.compile(r"((?P<what>\w+)=(?P<value>[^:]+)|(?P<share>\d+)%): (?P<line>.+)")
 
@@ -66,25 +68,36 @@ def queries(report: Report) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.5, 6.5), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
-        for line, mark, dashes in zip(lines(report.curve), cycle(MARKS), cycle(LINES), strict=False):
-            name = label((line.side, line.attack, ""))
-            colour = HONEST if line.side == "honest" else None
+        bought = sorted({budget for line in lines(report.curve) for budget in line.cells})
+        for number, (line, mark, dashes) in enumerate(
+            zip(lines(report.curve), cycle(MARKS), cycle(LINES), strict=False)
+        ):
+            name, colour = label((line.side, line.attack, "")), _colour(line)
+            beside = [budget * APART**number for budget in line.cells]
             for axes, field in ((above, "accuracy"), (below, "fidelity")):
                 spread = [interval([100 * getattr(cell, field) for cell in cells]) for cells in line.cells.values()]
                 means = np.array([value.mean for value in spread])
                 ends = np.array([0.0 if value.high is None else value.high - value.mean for value in spread])
                 low, high = np.minimum(ends, means), np.minimum(ends, 100 - means)
                 axes.errorbar(
-                    list(line.cells), means, (low, high), marker=mark, linestyle=dashes, label=name, color=colour
+                    beside, means, (low, high), marker=mark, linestyle=dashes, label=name, color=colour, elinewidth=0.7
                 )
-        for teacher, level in zip((report.victim, report.honest), LEVELS, strict=False):
-            above.axhline(100 * teacher.accuracy, color="#555555", linestyle=level, linewidth=1)
+        models = ("the protected model", report.victim, VICTIM), ("the unprotected model", report.honest, HONEST)
+        for (name, teacher, colour), level in zip(models, LEVELS, strict=False):
+            above.axhline(100 * teacher.accuracy, color=colour, linestyle=level, linewidth=1, label=name)
         above.set_xscale("log")
-        above.set_ylabel("test accuracy, % (· · · protected model, – – unprotected)", fontsize=8)
+        above.set_xticks(bought, [f"{budget:,}" for budget in bought])
+        above.minorticks_off()
+        above.set_ylabel("test accuracy, %", fontsize=8)
         below.set_ylabel("agreement with its teacher, %", fontsize=8)
         below.set_xlabel("queries: images of which the thief bought one answer each")
         above.legend(frameon=False, fontsize=8)
     return figure
+
+
+def _colour(line: Points) -> str:
+    floor = next(iter(line.cells.values()))[0].role in FLOORS
+    return FLOOR if floor else HONEST if line.side == "honest" else VICTIM
 
 
 def ablation(table: Path) -> Figure:
