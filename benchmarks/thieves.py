@@ -129,7 +129,7 @@ def main() -> None:
         head = "attack|of the victim, %|of its honest twin, %|agreement, %|n|queries|minutes"
         tell(title, head, cell_rows(launcher.run(jobs, cells, progress)))
 
-    with Progress.of(True) as progress:
+    with Progress.of(True) as progress, launcher.ready():
         listed = [job(attack) for attack in asked.attack or candidates()]
         for one in listed:
             one.check()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -18,7 +19,7 @@ from tests.conftest import NASTY, RECIPE, STUDENT, TEACHER
 from tests.test_kill import ENDINGS, ENVIRONMENT, finish, kill_when, start, wait_for
 from undistill.api import audit
 from undistill.auditing.cell import Job
-from undistill.auditing.launchers import Death, Launcher, Order, Pool, Ray, Serial
+from undistill.auditing.launchers import Crew, Death, Launcher, Order, Pool, Ray, Serial
 from undistill.auditing.pair import VictimPair
 from undistill.auditing.plan import Plan
 from undistill.auditing.schema import Side
@@ -105,6 +106,20 @@ def test_a_pool_gives_the_same_cells_with_the_users_code_though_a_worker_is_lost
     assert (tmp_path / "marker").exists(), "a worker died"
     assert done == cells(victim, tmp_path / "serial", Serial(), mine("die once"), sides=SIDES)
     assert not list((tmp_path / "pool" / "cells").glob("*/")), "finished cells leave no folder behind"
+
+
+def test_workers_stay_for_the_next_run_and_end_with_the_last(
+    victim: Run, tmp_path: Path, mine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, start = list[Any](), Crew._start
+    monkeypatch.setattr(Crew, "_start", lambda crew, number: started.append(start(crew, number)) or started[-1])
+    pool, place = Pool(workers=3), tmp_path / "cells"
+    one, other = jobs(victim, mine("none"))
+    with pool.ready():
+        for job in (one, other):
+            pool.run([job], place, Progress.silent())
+        assert len(started) == 1, "and no more than there is work for"
+    assert started[0].process.exitcode == 0
 
 
 def test_workers_that_always_die_end_it(victim: Run, tmp_path: Path, mine) -> None:

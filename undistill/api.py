@@ -111,7 +111,7 @@ def audit(
     request = {"command": "audit", "victim": pair.victim.digest, "honest": pair.honest.digest}
     if pair.victim.record.get("responses"):  # over the same weights there may be others
         request["victim_identity"] = pair.victim.identity
-    with claim(Path(out), request), Progress.of(progress) as shown:
+    with claim(Path(out), request), Progress.of(progress) as shown, launcher.ready():
         shown.say(describe(plan, Path(out) / "cells"))
         return perform(plan, Path(out), launcher, shown, by)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from undistill.auditing.cell import Job, Result, relisted
 from undistill.auditing.worker import serve
@@ -45,6 +45,11 @@ def unfinished(jobs: Sequence[Job], cells: Path) -> set[str]:
 class Launcher(Spec):
     """Lost workers' cells are done again; a cell that fails ends the audit, and finished cells are kept."""
 
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Inside, what `run` has started stays for the next run."""
+        yield
+
     @abstractmethod
     def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Any]:
         """The cell of every job, in the jobs' order; `cells` is a folder that all processes share."""
@@ -70,8 +75,20 @@ class Pool(Launcher):
     workers: int = Field(2, ge=1, le=512)
     threads: int = Field(0, ge=0, le=1024)
     """Threads of each worker; 0 divides the cores."""
+    _crew: "Crew | None" = PrivateAttr(None)
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        with Crew(self.workers) as self._crew:
+            try:
+                yield
+            finally:
+                self._crew = None
 
     def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Any]:
+        if (crew := self._crew) is None:
+            with self.ready():
+                return self.run(jobs, cells, progress)
         orders = {job.key: Order.of(job, cells, self._threads()) for job in jobs}
         todo, new = deque(orders), unfinished(jobs, cells)
         done: dict[str, Result] = {}
@@ -79,7 +96,6 @@ class Pool(Launcher):
         with (
             progress.task("audit", len(orders), done=len(orders) - len(new)) as task,
             Board(progress, cells) as board,
-            Crew(min(self.workers, len(orders))) as crew,
         ):
             while len(done) < len(orders):
                 crew.assign(todo, orders)
@@ -136,12 +152,12 @@ class Death:
 class Crew:
     """Worker processes, each told what to do through a pipe of its own, so that it is known what a dead one was doing.
 
-    None of them outlives the block, however it is left.
+    They are started when there is work for them. None of them outlives the block, however it is left.
     """
 
     def __init__(self, size: int) -> None:
         self._context = multiprocessing.get_context("spawn")
-        self._size, self._workers = size, list[Worker]()
+        self._workers: list[Worker | None] = [None] * size
 
     def _start(self, number: int) -> "Worker":
         ours, theirs = self._context.Pipe()
@@ -152,20 +168,15 @@ class Crew:
         return Worker(process, ours)
 
     def __enter__(self) -> Self:
-        try:
-            for number in range(self._size):
-                self._workers.append(self._start(number))
-        except BaseException as error:
-            self.__exit__(type(error))
-            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for worker in self._workers:
+        started = [worker for worker in self._workers if worker]
+        for worker in started:
             worker.pipe.close()  # at which an idle one ends
             if kind is not None:
                 worker.process.terminate()
-        for worker in self._workers:
+        for worker in started:
             worker.process.join(STOP)
             worker.process.kill()
             worker.process.join()
@@ -175,10 +186,12 @@ class Crew:
         for number, worker in enumerate(self._workers):
             if not todo:
                 return
-            if worker.key:
+            if worker and worker.key:
                 continue
-            if not worker.process.is_alive():
+            if worker and not worker.process.is_alive():
                 worker.pipe.close()
+                worker = None
+            if worker is None:
                 worker = self._workers[number] = self._start(number)
             worker.key = todo.popleft()
             with suppress(OSError):  # one that died meanwhile is noticed by `finished`
@@ -186,7 +199,7 @@ class Crew:
 
     def finished(self, seconds: float) -> Iterator[tuple[str, Result | Exception | Death]]:
         """Results that workers send within `seconds`, by key."""
-        busy: dict[Any, Worker] = {worker.pipe: worker for worker in self._workers if worker.key}
+        busy: dict[Any, Worker] = {worker.pipe: worker for worker in self._workers if worker and worker.key}
         for pipe in multiprocessing.connection.wait(list(busy), seconds):
             worker = busy[pipe]
             try:
