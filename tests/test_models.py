@@ -22,15 +22,13 @@ BUILT_IN = [name for name in Model.registry if name not in ("Factory", "Given", 
 
 def narrow(name: str) -> Model:
     """The model with few channels, where it has a field for them: whatever its width, it does the same."""
-    model = Model.parse(name)
-    return (
-        type(model)(**(model.model_dump() | {"width": 8})) if isinstance(getattr(model, "width", 0.0), int) else model
-    )
+    width = Model.registry[name].model_fields.get("width")
+    return Model.parse(f"{name}(width=8)" if width and width.annotation is int else name)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 @pytest.mark.parametrize(
-    ("shape", "classes"), [((1, 8, 8), 2), ((3, 32, 32), 100), ((1, 28, 20), 7), ((3, 64, 64), 200)]
+    ("shape", "classes"), [((1, 8, 8), 2), ((3, 32, 32), 100), ((1, 28, 9), 7), ((3, 64, 64), 200)]
 )
 def test_every_model_takes_every_shape(name: str, shape: tuple[int, int, int], classes: int) -> None:
     network = narrow(name).build(shape, classes, seed=0)
