@@ -27,9 +27,7 @@ def narrow(name: str) -> Model:
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-@pytest.mark.parametrize(
-    ("shape", "classes"), [((1, 8, 8), 2), ((3, 32, 32), 100), ((1, 28, 9), 7), ((3, 64, 64), 200)]
-)
+@pytest.mark.parametrize(("shape", "classes"), [((1, 8, 8), 2), ((3, 32, 32), 99), ((1, 28, 9), 7), ((3, 64, 64), 20)])
 def test_every_model_takes_every_shape(name: str, shape: tuple[int, int, int], classes: int) -> None:
     network = narrow(name).build(shape, classes, seed=0)
     assert network(torch.rand(3, *shape)).shape == (3, classes)
