@@ -1,7 +1,7 @@
 """Accuracy against queries of a plain thief and the floors, at chosen budgets, each of them tuned as budget-1 says.
 
 `python -m benchmarks.curve RUN OUT --student "PlainCNN(width=16)" --epochs 20 --budgets 300 1000 3000 10000` writes an
-audit's report into OUT, where `undistill figure curve OUT/report.json` draws it. What OUT holds already is not done
+audit's report into OUT, where `undistill figure curve OUT` draws it. What OUT holds already is not done
 again.
 """
 
