@@ -19,6 +19,7 @@ from undistill.auditing.plan import sides_of
 from undistill.auditing.schema import Cell, Trial
 from undistill.auditing.suites import Tuning
 from undistill.auditing.tuning import tune
+from undistill.auditing.verdict import preferred_trials
 from undistill.core.progress import Progress
 from undistill.models import Model
 from undistill.runs.settings import recorded_settings
@@ -41,12 +42,8 @@ def candidates() -> list[str]:
 
 
 def ranked(trials: Iterable[Trial]) -> list[Trial]:
-    """The best trial of each attack, by the thief's own score, in the order of validation accuracy."""
-    best: dict[object, Trial] = {}
-    for trial in trials:
-        if trial.column not in best or trial.score > best[trial.column].score:
-            best[trial.column] = trial
-    return sorted(best.values(), key=lambda trial: trial.validation, reverse=True)
+    """The trial that each thief prefers, in the order of validation accuracy."""
+    return sorted(preferred_trials(trials).values(), key=lambda trial: trial.validation, reverse=True)
 
 
 def table(head: str, rows: Sequence[Sequence[str]]) -> str:

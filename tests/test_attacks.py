@@ -1,5 +1,9 @@
 """The formula of every attack, against one that is computed in another way."""
 
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +15,12 @@ from torch import Tensor, nn
 from tests.conftest import RECIPE, students
 from tests.test_victims import jobs
 from undistill.attacks import Attack
+from undistill.attacks.adaptive.affine_map import Affine
 from undistill.attacks.adaptive.averager import ClassMeans
 from undistill.attacks.adaptive.htc import HTC
 from undistill.attacks.adaptive.mkd import MKD, Markov
-from undistill.attacks.black_box.disguide import disagreeing
+from undistill.attacks.black_box.disguide import _Game, disagreeing
+from undistill.attacks.data_free.synthesis import Generator
 from undistill.attacks.distillation.dist import correlation
 from undistill.attacks.distillation.dkd import decoupled
 from undistill.attacks.distillation.logit_matching import LogitMatching
@@ -98,8 +104,12 @@ def test_dkd_is_plain_distillation_with_the_victims_own_weight() -> None:
 
 
 def test_dkd_stands_answers_that_show_one_class() -> None:
-    shown = Answer.of_logits(torch.tensor([[500.0, 0, 0, 0]]))
-    assert all(map(torch.isfinite, decoupled(shown.filled, LOGITS[:1], LABELS[:1], 4.0)))
+    """Others of which the victim shows nothing are equally likely, whatever T is; the label is none of them."""
+    shown = Answer(torch.tensor([[0.0, *[LOG_ZERO] * 3]]), torch.ones(1, 4, dtype=torch.bool))
+    for T in (0.5, 1.0, 4.0):
+        q = softmax(LOGITS[:1, 1:], T)
+        expected = T * T * divergence(np.full((1, 3), 1 / 3), q)
+        assert float(decoupled(shown.filled, LOGITS[:1], LABELS[:1], T)[1]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_dist_by_hand() -> None:
@@ -119,14 +129,23 @@ def test_correlation_has_a_gradient_where_all_is_equal() -> None:
 
 
 def test_lskd_does_not_change_with_scale_and_shift() -> None:
-    plain = loss(LSKD())["soft"]
-    assert loss(LSKD(), 7 * TEACHER + 3)["soft"] == pytest.approx(plain, rel=1e-3)
+    plain = loss(LSKD(floor=1e-40))["soft"]
+    assert loss(LSKD(floor=1e-40), 7 * TEACHER + 3)["soft"] == pytest.approx(plain, rel=1e-3)
     assert loss(LSKD(), TEACHER / 5)["soft"] == pytest.approx(plain, rel=1e-3)
     assert loss(Attack.parse("SoftLabels()"), 7 * TEACHER)["soft"] != pytest.approx(
         loss(Attack.parse("SoftLabels()"))["soft"], rel=0.1
     )
     a, b = ((one - one.mean(1, keepdim=True)) / one.std(1, keepdim=True) for one in (TEACHER, LOGITS))
     assert plain == pytest.approx(9 * 4 * divergence(softmax(a, 2), softmax(b, 2)), rel=1e-3)
+
+
+def test_lskd_reads_a_floor_where_answers_were_rounded_to_zero() -> None:
+    rounded = torch.tensor([[0.9, 0.1, 0.0, 0.0]]).log().clamp_min(LOG_ZERO).expand(6, 4)
+    believed = torch.tensor([[0.9, 0.1, 1e-3, 1e-3]]).log().expand(6, 4)
+    teacher = (believed - believed.mean(1, keepdim=True)) / believed.std(1, keepdim=True)
+    student = (LOGITS - LOGITS.mean(1, keepdim=True)) / LOGITS.std(1, keepdim=True)
+    expected = 9 * 4 * divergence(softmax(teacher, 2), softmax(student, 2))
+    assert loss(LSKD(floor=1e-3), rounded)["soft"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_equal_logits_have_a_standard_form_and_a_gradient() -> None:
@@ -155,6 +174,51 @@ def test_averager_means_over_the_epoch_by_class() -> None:
     shares = torch.tensor([[0.5, 0.5, 0, 0]])
     mixed = ClassMeans(4, CPU)(log_p[:1], shares, 0)
     assert torch.allclose(mixed.exp(), log_p[:1].exp(), atol=1e-6)
+
+
+def test_class_means_are_not_rounded_by_autocast() -> None:
+    exact = ClassMeans(4, CPU)(TEACHER.log_softmax(1), LABELS, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ClassMeans(4, CPU)(TEACHER.log_softmax(1), LABELS, 0), exact)
+
+
+@pytest.mark.parametrize(
+    ("hide", "matrix"), [(lambda z: z / 6, False), (lambda z: -z, True), (lambda z: z[:, [3, 0, 1, 2]], True)]
+)
+def test_an_affine_map_finds_what_a_defence_hid(hide: Callable[[Tensor], Tensor], matrix: bool) -> None:
+    """A temperature, a reversed ranking, exchanged classes: labels teach the map the answers as they were."""
+    generator = torch.Generator().manual_seed(0)
+    truth = 3 * torch.randn(4000, 4, generator=generator)
+    labels = torch.multinomial(truth.softmax(1), 1, generator=generator).flatten()
+    answer = Answer.of_logits(hide(truth))
+    affine = Affine(4, matrix=matrix)
+    before = float(kl(truth, affine(answer)).detach())
+    optimiser = torch.optim.Adam(affine.parameters(), 0.05)
+    for _ in range(300):
+        optimiser.zero_grad()
+        F.cross_entropy(affine(answer), labels).backward()
+        optimiser.step()
+    assert float(kl(truth, affine(answer)).detach()) < 0.1 * before
+
+
+def test_a_chain_passes_on_what_its_members_agree_on(toy: Data, honest: Run) -> None:
+    data, oracle = toy.attackers(0.1, 0), Oracle(honest.network(), Access.QUERY)
+    with seeded(0):
+        found = Attack.parse("Chain(n=3, T=2, alpha=0.5)").run(oracle, students(toy), data, Fit(RECIPE, 0, CPU))
+    members: list[nn.Module] = []
+    fit = Fit(RECIPE, 0, CPU)
+
+    def objective(student: nn.Module, batch: Batch) -> Tensor:
+        logits = student(batch.images)
+        with torch.no_grad():
+            told = [member(batch.images).softmax(1) for member in members or [honest.network()]]
+        soft = distillation(torch.stack(told).mean(0).log(), logits, 2.0)
+        return {"loss": 0.5 * soft + 0.5 * F.cross_entropy(logits, batch.labels)}
+
+    with seeded(0):
+        for number in range(3):
+            members.append(fit(students(toy)(number), data, objective).eval())
+    assert torch.allclose(evaluate(found, toy.test), evaluate(members[-1], toy.test), atol=0.05)
 
 
 def test_columns_of_a_markov_matrix_sum_to_one_and_the_identity_is_plain_distillation() -> None:
@@ -249,28 +313,38 @@ def test_fix_match_that_is_never_sure_is_supervised_training(toy: Data, honest: 
 
     never, guessed = guessing("FixMatch(threshold=1)")
     assert set(guessed) == {0.0}
-    assert torch.equal(never, guessing("FixMatch(weight=0)")[0])
     assert not torch.equal(never, guessing("FixMatch(threshold=0)")[0])
+    top = honest.network()(to_float(data.train.pixels)).argmax(1)
+    draws = Fit(RECIPE, 0, CPU)
+    plain = draws.views(data.train[torch.arange(len(data.everything)) % 30], RECIPE.views, "labelled")
+
+    def supervised(student: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        drawn = torch.randint(len(data.everything), (math.ceil(len(batch.images) / 7),))
+        images = to_float(plain.show(batch.epoch, drawn)[0])
+        return {"ce": F.cross_entropy(student(images), top[drawn % 30])}
+
+    with seeded(0):
+        network = draws(students(toy)(), replace(data, train=data.everything), supervised)
+    assert torch.allclose(never, evaluate(network, toy.test), atol=1e-4)
 
 
-def test_disagreement_by_hand_and_its_generator_raises_it() -> None:
+def test_disagreement_by_hand() -> None:
     p = np.stack([softmax(TEACHER), softmax(LOGITS)])
     mean = p.mean((0, 1))
     expected = -p.std(0, ddof=1).mean() + 0.2 * (mean * np.log(mean)).sum()
     assert float(disagreeing([TEACHER, LOGITS], 0.2)) == pytest.approx(expected, rel=1e-4)
     assert disagreeing([TEACHER, TEACHER], 0) == 0
-    images = torch.zeros(8, 3, requires_grad=True)
+
+
+def test_the_generator_of_disguide_raises_disagreement(toy: Data) -> None:
     torch.manual_seed(0)
-    first, second = nn.Linear(3, 4), nn.Linear(3, 4)
-    optimiser = torch.optim.Adam([images], 0.1)
-    values = []
-    for _ in range(50):
-        lost = disagreeing([first(images), second(images)], 0.0)
-        optimiser.zero_grad()
-        lost.backward()
-        optimiser.step()
-        values.append(lost.item())
-    assert values[-1] < 1.5 * values[0] < 0
+    generator, (first, second) = Generator(toy.shape, 8, 8), (students(toy)(number) for number in range(2))
+    game, values = _Game(generator, 0.01, 10, toy.split), []
+    for _ in range(40):
+        made = generator.sample(32)
+        values.append(disagreeing([first(made), second(made)], 0.0))
+        game.learn(values[-1])
+    assert statistics.fmean(map(float, values[-5:])) < 1.2 * statistics.fmean(map(float, values[:5])) < 0
 
 
 def test_a_fine_tuned_copy_begins_with_the_weights_without_responses(toy: Data, honest: Run) -> None:

@@ -6,12 +6,14 @@ import jsonschema
 import pytest
 
 from tests.conftest import RECIPE, STUDENT, TEACHER
-from undistill.api import audit
-from undistill.auditing.cell import Job, late_gain
+from undistill.api import audit, plan_audit
+from undistill.auditing.cell import Job
 from undistill.auditing.flags import CHECKS, raised
 from undistill.auditing.pair import VictimPair
 from undistill.auditing.plan import Plan
 from undistill.auditing.schema import Report
+from undistill.auditing.suites import Tuning
+from undistill.auditing.tuning import Search
 from undistill.core.errors import ModelError, SpecError, StoreError
 from undistill.core.files import seal
 from undistill.runs.run import Run
@@ -210,6 +212,9 @@ def test_a_newcomers_attack_is_one_file(victim: Run, folder: Path, tmp_path: Pat
     rows = [cell for cell in report.cells if cell.attack == text]
     assert {cell.side for cell in rows} == {"victim", "honest"}
     assert rows[0].queries > 0
+    plan = plan_audit(victim, attacks=[text], students=[STUDENT], seeds=1, device="cpu")
+    search = Search.of(next(job for job in plan.searched if str(job.attack) == text), Tuning(trials=4))
+    assert {job.attack.scale for job in search.ask()} > {0.2}, "its search space is searched"
     assert Attack.parse(text) == Attack.parse(str(Attack.parse(text)))
     done = set((folder / "cells").glob("*.json"))
     file.write_text(NEWCOMER + "# a comment\n")
@@ -329,6 +334,8 @@ LIES = {
     "one_teacher": lambda r: r.model_copy(update={"pairs": r.pairs[:1]}),
     "no_gain_from_honest": lambda r: r.model_copy(update={"verdict": verdict_with(r, kd_gain_honest=-0.05)}),
     "not_tuned": lambda r: r.model_copy(update={"trials": r.trials[: len(r.trials) // 2]}),
+    "few_validation_images": lambda r: trials_with(r, images=100),
+    "not_tried": lambda r: r.model_copy(update={"skipped": {"Skeptical() with ConvNet(width=2)": "It has one stage."}}),
     "labels_suffice": lambda r: r.model_copy(update={"verdict": verdict_with(r, leak_hard=0.0)}),
     "zeros_in_answers": lambda r: pairs_with(r, zeros=0.3),
     "costly": lambda r: r.model_copy(update={"verdict": verdict_with(r, cost=0.1)}),
@@ -359,11 +366,19 @@ def cells_with(report: Report, **change: float) -> Report:
     return report.model_copy(update={"cells": [cell.model_copy(update=change) for cell in report.cells]})
 
 
+def trials_with(report: Report, **change: float) -> Report:
+    return report.model_copy(update={"trials": [trial.model_copy(update=change) for trial in report.trials]})
+
+
 @pytest.fixture
 def sound(report: Report) -> Report:
     """A report on which no flag is raised."""
     good = report.model_copy(update={"divergence": 9.0, "pairs": report.pairs * 3, "trials": report.trials * 2})
-    good = pairs_with(cells_with(good, late_gain=0.0, accuracy=0.9), test_images=1000, honest_train_accuracy=1.0)
+    good = pairs_with(
+        cells_with(trials_with(good, images=1000), late_gain=0.0, accuracy=0.9),
+        test_images=1000,
+        honest_train_accuracy=1.0,
+    )
     verdict = verdict_with(good, damage=3)
     good = good.model_copy(update={"verdict": verdict})
     good = good.model_copy(update={"verdict": verdict_with(good, kd_gain_honest=0.01)})
@@ -376,13 +391,3 @@ def sound(report: Report) -> Report:
 @pytest.mark.parametrize("name", CHECKS)
 def test_every_flag_fires_alone_on_its_lie(name: str, sound: Report) -> None:
     assert [flag.name for flag in raised(LIES[name](sound))] == [name]
-
-
-def test_late_gain_by_hand() -> None:
-    rising = [{"epoch": epoch + 1, "validation_accuracy": epoch / 100} for epoch in range(100)]
-    flat = [{"epoch": epoch + 1, "validation_accuracy": 0.9} for epoch in range(100)]
-    seldom = [row | {"epoch": 2 * row["epoch"]} for row in rising]
-    assert late_gain(rising) == pytest.approx(0.2)
-    assert late_gain(flat) == pytest.approx(0)
-    assert late_gain(rising[:2]) == 0
-    assert late_gain([*flat, *seldom]) == late_gain(rising), "the last of several networks counts"

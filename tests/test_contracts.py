@@ -43,6 +43,7 @@ SMALL = {
     "DisGUIDE": {"lr": 0.005, "memory": 200, "width": 16},
     "Fast": {"bank": 40, "every": 3, "warmup": 1, "width": 16},
     "FixMatch": {"mu": 2, "threshold": 0.5},
+    "LSKD": {"floor": 0.01},
     "PBayes": {"draws": 4, "rounds": 1},
     "Skeptical": {"wait": 0.2},
     "ZSKT": {"student_steps": 2, "width": 16},

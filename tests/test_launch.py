@@ -120,6 +120,8 @@ def test_workers_stay_for_the_next_run_and_end_with_the_last(
             pool.run([job], place, Progress.silent())
         assert len(started) == 1, "and no more than there is work for"
     assert started[0].process.exitcode == 0
+    pool.run([one, other], place, Progress.silent())
+    assert len(started) == 1, "none to read what is there"
 
 
 def test_workers_that_always_die_end_it(victim: Run, tmp_path: Path, mine) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from tests.conftest import RECIPE, STUDENT, students, toy_arrays
 from tests.test_cli import call, refused
@@ -16,9 +17,11 @@ from undistill.attacks.surrogate.active_thief import centres, nearest
 from undistill.core.errors import DataError, SpecError, remark
 from undistill.data import Data
 from undistill.data.pool import read_pool
+from undistill.data.split import Samples
 from undistill.runs.run import Run
 from undistill.training.fit import Fit
 from undistill.training.metrics import accuracy, evaluate
+from undistill.victims.answer import Answer
 from undistill.victims.oracle import Access, Oracle
 
 
@@ -37,6 +40,34 @@ def test_a_pool_with_test_images_is_refused(toy: Data, tmp_path: Path) -> None:
     images = np.concatenate([toy_arrays(per_class=10, seed=7)["images"], toy.test.pixels[:5, 0].numpy()])
     with pytest.raises(DataError, match=r"5 images of the pool .* are also test images.*other images"):
         read_pool(write(tmp_path / "x.npz", images), toy)
+
+
+def test_a_pool_with_training_images_is_said(toy: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    remark.cache_clear()
+    images = np.concatenate([toy_arrays(per_class=10, seed=7)["images"], toy.train.pixels[:4, 0].numpy()])
+    read_pool(write(tmp_path / "x.npz", images), toy)
+    assert "4 images of the pool are also the owner's training images" in caplog.text
+
+
+def test_a_pool_that_nobody_asks_about_is_refused(victim: Run, pool: str, tmp_path: Path) -> None:
+    words = ["audit", victim.folder, "--student", STUDENT, "--pool", pool, "--out", tmp_path / "a"]
+    refused(call(*words), "No attack here asks about a pool; name one, such as --attack 'Knockoff()'")
+
+
+def test_an_active_thief_asks_where_somebody_is_unsure() -> None:
+    """By entropy where his student is, by bucket near what the victim was least sure of."""
+    pool = Samples(torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1), torch.full((6,), -1))
+    p = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.9, 0.1], [0.45, 0.55], [0.1, 0.9]])
+
+    class Known(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return p.clamp_min(1e-9).log()[(images.flatten() * 255).round().long()]
+
+    bought = Answer.of_logits(torch.tensor([[9.0, 0.0], [0.2, 0.0]]))  # sure of the first, not of the second
+    for strategy, expected in (("entropy", {2, 4}), ("bucket", {4, 5})):
+        thief, generator = Attack.parse(f"ActiveThief(strategy='{strategy}')"), torch.Generator().manual_seed(0)
+        chosen = thief._choose(2, Known().eval(), pool, torch.tensor([0, 1]), bought, generator)
+        assert set(chosen.tolist()) == expected
 
 
 def test_another_shape_is_changed_and_said(toy: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@ import re
 import shutil
 import subprocess
 from datetime import UTC, date, datetime
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean
@@ -169,7 +170,7 @@ def test_the_box_for_everyone_and_the_verdict_come_first(folder: Path) -> None:
     html = (folder / "report.html").read_text()
     report = read_report(folder)
     text = re.sub(r"<style>.*?</style>|<[^>]*>", " ", html.split("<body>")[1], flags=re.S)
-    text = " ".join(text.split())
+    text = unescape(" ".join(text.split()))
     assert text.startswith(f"{report.title} Protected A model that sorts")
     assert text.index("What to do") < text.index(report.verdict.sentence) < text.index("accuracy of the best thief")
     assert "Top answers still get through" in text

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from undistill.attacks.attack import Attack
+from undistill.attacks.attack import Attack, ThiefData
 from undistill.auditing import MOST_SEEDS
 from undistill.auditing.curve import curve_jobs
 from undistill.auditing.forecast import describe
@@ -150,9 +150,12 @@ def plan_audit(
     recipe = recipe or recorded_settings(pair.honest).recipe
     pair = replace(pair, options=QueryOptions(pick_device(device), recipe.compute, remember))
     plan = Plan.of([pair], suite, attacks, students, recipe, budget, tuning_of(suite, trials, share), curve)
-    for job in plan.jobs:
-        job.check()
-    return plan
+    named = [Attack.from_user(attack) for attack in attacks]
+    if pool and not any(job.attack.data == ThiefData.SURROGATE for job in plan.jobs):
+        raise SpecError(
+            "No attack here asks about a pool; name one, such as --attack 'Knockoff()', or leave --pool out."
+        )
+    return plan.possible(named)
 
 
 def tuning_of(suite: str, trials: int | None, share: float | None) -> Tuning:

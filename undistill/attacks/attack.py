@@ -51,6 +51,8 @@ class Role(StrEnum):
     ADAPTIVE = "adaptive"
     RECOVERY = "recovery"
     """Undoes a known defence."""
+    BOUND = "upper bound"
+    """What no thief has: how far an attack of this kind could get at best."""
     SURROGATE = "surrogate data"
     """Answers to other images than the owner's."""
     DATA_FREE = "data-free"
@@ -116,6 +118,10 @@ class Attack(Spec):
 
         An audit asks before it trains anything.
         """
+
+    def images(self, count: int) -> int:
+        """How many it learns from of the `count` images that the thief may have."""
+        return count
 
     def queries_per_image(self, recipe: Recipe) -> int:
         """How often it asks for each training image in a training by `recipe`; it sizes what a budget buys."""

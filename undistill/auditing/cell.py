@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 Result = Cell | Trial
 
-KNOWING = (Role.ADAPTIVE, Role.RECOVERY)
+KNOWING = (Role.ADAPTIVE, Role.RECOVERY, Role.BOUND)
 """Roles of thieves who know the defence."""
 
 
@@ -54,7 +54,7 @@ class Job:
     seed: int
     recipe: Recipe
     budget: int | None = None
-    """The most queries that the thief may make; None is unlimited."""
+    """The most queries that the thief may make, or the images of one who asks nothing; None is unlimited."""
     listed: str = ""
     """Text of the attack before its thief tuned it, where that is another."""
 
@@ -65,8 +65,7 @@ class Job:
         """Names everything on which the cell's result depends: weights, responses, data, specs, seed, code."""
         runs = {"victim": self.pair.victim, "honest": self.pair.honest, "none": self.pair.victim}
         asked = [runs[self.side].identity, self.pair.victim.record["data_sha256"], self.side, str(self.attack)]
-        budget = self.budget if self.attack.needs else None  # of no effect on who asks nothing
-        thief = [str(self.student), self.seed, str(self.schedule), self.pair.share, budget]
+        thief = [str(self.student), self.seed, str(self.schedule), self.pair.share, self.budget]
         if self.attack.data == ThiefData.SURROGATE:
             thief.append(self.pair.surrogate.train.digest.hex())
         refers = [spec.refers() for spec in (self.attack, self.student, self.pair.model) if spec]
@@ -79,19 +78,29 @@ class Job:
     def check(self) -> None:
         """`ModelError` or `SpecError` for what cannot be tried; an audit asks before it trains anything."""
         victim = self.pair.victims[self.side]
+        self._check_space()
         self.attack.check(victim.bare if self.attack.needs == Access.WEIGHTS else victim.network, self._students)
         if self.attack.needs == Access.QUERY and self.attack.form > victim.form:
             raise ModelError(
                 f"{self.attack} needs answers of the form {self.attack.form.name}, and this victim's show no more than "
-                f"{victim.form.name}. Leave this attack out."
+                f"{victim.form.name}."
             )
         if self.attack.data == ThiefData.SURROGATE:
             self._check_pool()
-        if self._is_allotted and self._affordable < 2:
+        if self.attack.needs and self._is_allotted and self._affordable < 2:
             raise SpecError(
                 f"A budget of {self.budget} queries buys {self.attack} less than two images in {self.recipe.epochs} "
                 "epochs. Raise --budget, or lower recipe.epochs."
             )
+
+    def _check_space(self) -> None:
+        known = self.attack.model_dump()
+        for name, values in self.attack.space.items():
+            for value in values:
+                try:
+                    type(self.attack)(**(known | {name: value}))
+                except SpecError as error:
+                    raise SpecError(f"The search space of {type(self.attack).__name__}: {error}") from None
 
     def _check_pool(self) -> None:
         if not self.pair.pool:
@@ -103,15 +112,15 @@ class Job:
     @property
     def _is_allotted(self) -> bool:
         """Whether the budget decides how many images the thief gets."""
-        asks = isinstance(self.attack, QueryAttack) or self.attack.needs == Access.QUERY
-        asks = asks and self.attack.buying != Buying.CHOSEN
-        return self.budget is not None and asks
+        if self.budget is None or self.attack.buying == Buying.CHOSEN:
+            return False
+        return isinstance(self.attack, QueryAttack) or self.attack.needs != Access.WEIGHTS
 
     @property
     def _affordable(self) -> int:
         """How many images the budget buys to a thief who does not choose."""
         assert self.budget is not None
-        return self.budget // max(self.attack.queries_per_image(self.recipe), 1)
+        return self.budget // self.attack.queries_per_image(self.recipe) if self.attack.needs else self.budget
 
     @property
     def schedule(self) -> Recipe:
@@ -165,7 +174,8 @@ class Job:
     @property
     def _images(self) -> int:
         data = self.data
-        return len(data.train) + (len(data.spare) if data.spare and self.attack.passes_over_spare else 0)
+        count = len(data.train) + (len(data.spare) if data.spare and self.attack.passes_over_spare else 0)
+        return self.attack.images(count)
 
     @property
     def _told(self) -> str | None:
@@ -301,6 +311,7 @@ class TrialJob(Job):
             score=0.0 if outcome.diverged else score,
             validation=0.0 if outcome.diverged else accuracy,
             queries=outcome.oracle.ledger.billed,
+            images=len(samples),
             granted=len(samples) if judged_by_answers else 0,
             seconds=outcome.fit.seconds,
             diverged=outcome.diverged,

@@ -26,7 +26,7 @@ def budgets(images: int) -> list[int]:
 def curve_jobs(plan: Plan, best: Sequence[Job], attack: str, student: str) -> list[Job]:
     """The cells of a curve: a thief against both sides, and the floors of whoever takes labels, at every budget.
 
-    Each buys one answer for each image, and trains for as many steps as with all images, with the settings of the
+    Each buys the answer to an image once, and trains for as many steps as with all images, with the settings of the
     `best` jobs, one for each that the plan searched.
     """
     pair, tuned = plan.jobs[0].pair, {listed.column: job for listed, job in zip(plan.searched, best, strict=True)}
@@ -44,7 +44,7 @@ def at_budget(job: Job, budget: int, images: int) -> Job:
     """The job of a thief who buys one answer for each of `budget` of his `images`."""
     attack, recipe = bought_once(job.attack), job.recipe
     if not attack.passes_over_spare:
-        recipe = stretched(recipe, images / budget)
+        recipe = stretched(recipe, images / (budget // attack.queries_per_image(recipe)))
     return replace(job, attack=attack, recipe=recipe, budget=budget)
 
 

@@ -59,15 +59,14 @@ def no_gain_from_honest(report: Report) -> str | None:
     if gain >= -0.01:
         return None
     return (
-        f"Distilling from the unprotected model is {-gain:.1%} worse than learning without any teacher, "
+        f"Distilling from the unprotected model is {-100 * gain:.1f} points worse than learning without any teacher, "
         "so weak students of the victim prove little. Tune the attack (T, alpha, epochs) first."
     )
 
 
 @check
 def not_tuned(report: Report) -> str | None:
-    tried = Counter(trial.column for trial in report.trials)
-    if not tried or max(tried.values()) > 1:
+    if not report.trials or _most_trials(report) > 1:
         return None
     return (
         "No thief tuned his attack: each tried the listed setting alone. A careful one may get more; audit with "
@@ -75,14 +74,39 @@ def not_tuned(report: Report) -> str | None:
     )
 
 
+def _most_trials(report: Report) -> int:
+    return max(Counter(trial.column for trial in report.trials).values(), default=0)
+
+
 @check
-def labels_suffice(report: Report) -> str | None:
-    verdict = report.verdict
-    if verdict.leak_hard.mean > 0.005 or verdict.leak_hard.n < 2:
+def few_validation_images(report: Report) -> str | None:
+    images = min((trial.images for trial in report.trials if trial.images), default=0)
+    if not images or images >= 500 or _most_trials(report) < 2:
         return None
     return (
-        "Copying the top answers alone is as good as any attack here. No protection of answers that keeps the top "
-        "answer can lower that; only fewer answers do (--curve shows how fast a copy becomes good)."
+        f"Thieves tuned on {images} validation images, on which luck moves an accuracy by up to "
+        f"{50 / images**0.5:.1f} points; a setting that is better by less was not found. More data helps, or setting "
+        "the attack by hand."
+    )
+
+
+@check
+def not_tried(report: Report) -> str | None:
+    if not report.skipped:
+        return None
+    reasons = " ".join(f"{name}: {why}" for name, why in report.skipped.items())
+    return f"The suite lists more than could be tried on these networks. {reasons}"
+
+
+@check
+def labels_suffice(report: Report) -> str | None:
+    beyond = report.verdict.leak_hard
+    if beyond.mean > 0.005 or beyond.low is None or beyond.high is None:
+        return None
+    most = f" (anything above {100 * beyond.high:.1f} points would have been seen)" if beyond.high > 0 else ""
+    return (
+        f"Copying the top answers alone is as good as any attack on answers here{most}. No protection of answers that "
+        "keeps the top answer can lower that; only fewer answers do (--curve shows how fast a copy becomes good)."
     )
 
 

@@ -48,12 +48,14 @@ def describe(plan: Plan, cells: Path) -> str:
     students, seeds = len({job.student for job in jobs}), len({job.seed for job in jobs})
     kept = f" ({len(jobs) - len(todo)} of {len(jobs)} are there)" if len(todo) < len(jobs) else ""
     batches = max(math.ceil(len(job.data.train) / recipe.batch_size) for job in jobs)
+    left_out = ", ".join(dict.fromkeys(name.partition("(")[0] for name in plan.skipped))
     most = "at most " if jobs[0].budget else ""
     return (
         f"Plan: {count(len(todo), 'student')} to train{kept}, each for {count(recipe.epochs, 'epoch')} of "
         f"{most}{count(batches, 'batch', 'batches')}: {count(len(attacks), 'attack')} ({names}) x "
         f"{count(students, 'network')} x {count(seeds, 'seed')}, on the protected model and on its unprotected twin. "
         f"Before, each thief tries {count(tuning.trials, 'setting')} for {tuning.share:.0%} of the epochs."
+        + (f" These networks do not allow {left_out}; the report says why." if left_out else "")
         + (f" The curve takes {count(len(curve), 'more student', 'more students')}." if curve else "")
     )
 

@@ -86,11 +86,14 @@ class Pool(Launcher):
                 self._crew = None
 
     def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Any]:
+        new = unfinished(jobs, cells)
+        if not new:  # no worker is needed to read them
+            return Serial().run(jobs, cells, progress)
         if (crew := self._crew) is None:
             with self.ready():
                 return self.run(jobs, cells, progress)
         orders = {job.key: Order.of(job, cells, self._threads()) for job in jobs}
-        todo, new = deque(orders), unfinished(jobs, cells)
+        todo = deque(orders)
         done: dict[str, Result] = {}
         lost = 0  # deaths without a cell in between
         with (

@@ -1,13 +1,14 @@
 """The plan of an audit: which students are trained, and how hard their thieves tune before."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from undistill.attacks.attack import Attack
+from undistill.attacks.attack import Attack, Role
 from undistill.auditing.cell import Job
 from undistill.auditing.pair import VictimPair
 from undistill.auditing.schema import Side
 from undistill.auditing.suites import Tuning, find_suite
+from undistill.core.errors import ModelError
 from undistill.models.model import Model
 from undistill.training.recipe import Recipe
 from undistill.victims.oracle import Access
@@ -25,6 +26,8 @@ class Plan:
     jobs: tuple[Job, ...]
     curve: bool = False
     """Whether students of several budgets are trained, too."""
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """Attacks of the suite that cannot be tried on these networks, and why."""
 
     @classmethod
     def of(
@@ -38,12 +41,17 @@ class Plan:
         tuning: Tuning | None = None,
         curve: bool = False,
     ) -> "Plan":
-        """The suite's cells and those of more `attacks`; an attack that asks nobody runs once for both sides."""
+        """The suite's cells and those of more `attacks`; an attack that asks nobody runs once for both sides.
+
+        Under a budget, who asks nobody has as many images as plain distillation can buy answers for.
+        """
         chosen = find_suite(suite)
         parsed = dict.fromkeys(Attack.from_user(attack) for attack in [*chosen.attacks, *attacks])
         networks = dict.fromkeys(Model.from_user(student) for student in students or chosen.students)
+        plain = [attack.queries_per_image(recipe) for attack in parsed if attack.role == Role.PLAIN]
+        own = budget and budget // max(min(plain, default=1), 1)
         jobs = [
-            Job(pair, side, attack, student, seed, recipe, budget)
+            Job(pair, side, attack, student, seed, recipe, budget if attack.needs else own)
             for pair in pairs
             for seed in pair.seeds
             for student in networks
@@ -51,6 +59,24 @@ class Plan:
             for side in sides_of(attack)
         ]
         return cls(suite, tuning or chosen.tuning, tuple(jobs), curve)
+
+    def possible(self, named: Collection[Attack]) -> "Plan":
+        """The plan without what the suite lists and these networks do not allow; what the user `named` is refused.
+
+        `ModelError` and `SpecError` say what cannot be tried, before anything is trained.
+        """
+        skipped: dict[str, str] = {}
+        jobs = []
+        for job in self.jobs:
+            try:
+                job.check()
+            except ModelError as error:
+                if job.attack in named:
+                    raise
+                skipped[f"{job.attack} with {job.student}"] = str(error)
+            else:
+                jobs.append(job)
+        return replace(self, jobs=tuple(jobs), skipped=skipped)
 
     @property
     def searched(self) -> list[Job]:

@@ -163,6 +163,8 @@ class Trial(Part):
     validation: Share
     """Accuracy on the validation images, by which an auditor picks the worst thief."""
     queries: Count
+    images: Count = 0
+    """Validation images that judged it; 0 in reports of earlier versions."""
     granted: Count = 0
     """Answers to validation images by which a thief without labels was judged. They are not in his queries."""
     seconds: NotNegative
@@ -193,21 +195,21 @@ class Verdict(Part):
 
     sentence: Text
     leak_hard: Interval
-    """Worst attack minus the hard-label student: what the answers give away beyond the label."""
+    """Worst attack minus the better of the students of top answers alone: what answers give beyond their labels."""
     leak_label_smoothing: Interval
-    """Worst attack minus the better of the scratch and label-smoothed students."""
+    """Worst attack minus the better of the students without teacher and with smoothed labels."""
     kd_gain: Interval
-    """Plain KD from the victim minus scratch: the paper's own measure."""
+    """Plain distillation from the victim, as its thief tuned it, minus no teacher; the paper does not tune."""
     kd_gain_honest: Interval
-    """Plain KD from the honest twin minus scratch: the positive control."""
+    """The same from the honest twin: the positive control."""
     damage: Interval
-    """Plain KD from the honest twin minus plain KD from the victim."""
+    """Plain distillation from the honest twin minus that from the victim, each as its thief tuned it."""
     damage_best: Interval | None = None
     """The same for the best thief; null where the unprotected twin was not attacked so."""
     cost: Interval
     """Honest accuracy minus victim accuracy."""
     worst_attack: Text
-    """The attack that was furthest beyond the top answers on validation images."""
+    """The attack that was furthest above its floor on validation images."""
     worst_student: Text
     best_attack: Text = ""
     """The attack whose student was best on validation images, floors included."""
@@ -254,6 +256,10 @@ class Report(Part):
     trials: list[Trial] = Field(default_factory=list)
     """Settings that thieves tried before, judged by validation images."""
     tuning: Text = ""
+    searched_by: Text = ""
+    """What proposed these settings."""
+    skipped: dict[Text, Text] = Field(default_factory=dict)
+    """Attacks of the suite that cannot be tried on these networks, and why."""
     curve: list[Cell] = Field(default_factory=list)
     """Students of thieves with smaller and larger budgets, each of whom buys one answer for each image."""
     divergence: Number

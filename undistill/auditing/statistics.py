@@ -27,6 +27,16 @@ def interval(values: Sequence[float], least: float = 0.0) -> Interval:
     return around(mean, quantile(0.975, n - 1) * max(statistics.stdev(values), least) / math.sqrt(n), n)
 
 
+def preferred(scores: Sequence[float], images: int) -> int:
+    """Place of the highest of some `scores`, shares of `images`; 0 where it is not a standard error above the first.
+
+    The first is the listed setting: of several trials on few images, one is ahead by luck.
+    """
+    best = max(range(len(scores)), key=scores.__getitem__)
+    error = math.sqrt(scores[0] * (1 - scores[0]) / images) if images else 0.0
+    return best if scores[best] > scores[0] + error else 0
+
+
 def paired_interval(differences: Sequence[float]) -> Interval:
     """Mean difference of two networks over images, each right (1) or wrong (0), with its 95 % interval."""
     n, mean = len(differences), statistics.fmean(differences)

@@ -25,7 +25,11 @@ class Tuning(Spec):
 FLOORS = ("Scratch()", "LabelSmoothing(smoothing=0.1)", "HardLabels()")
 PLAIN = ("SoftLabels(T=4, alpha=0.9)", "SoftLabels(T=1, alpha=0.9)", "SoftLabels(T=20, alpha=0.9)")
 """The first is the paper's, by which damage is measured."""
-ADAPTIVE = ("LSKD(T=2, weight=9)", "AffineMap(T=4, alpha=0.9, speed=1)", "Chain(n=3, T=4, alpha=0.9)")
+ADAPTIVE = (
+    "LSKD(T=2, weight=9, floor=1e-12)",
+    "AffineMap(T=4, alpha=0.9, speed=1, matrix=False)",
+    "Chain(n=3, T=4, alpha=0.9)",
+)
 THIEF = "ConvNet(width=8)"
 UNTUNED = Tuning(trials=1)
 
@@ -98,7 +102,7 @@ SUITES = {
             "HardLabels(once=True)",
             "FixMatch(threshold=0.95, mu=7, weight=1)",
             "SoftLabels(once=True, T=4, alpha=0.9)",
-            "LSKD(once=True, T=2, weight=9)",
+            "LSKD(once=True, T=2, weight=9, floor=1e-12)",
         ),
         tuning=Tuning(trials=3),
     ),

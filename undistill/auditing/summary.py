@@ -12,6 +12,7 @@ from undistill.auditing.pair import VictimPair
 from undistill.auditing.plan import Plan
 from undistill.auditing.schema import Cell, Costs, Interval, Pair, Report, Side, Teacher, Trial
 from undistill.auditing.statistics import interval, least_spread, paired_interval
+from undistill.auditing.tuning import proposals
 from undistill.auditing.verdict import Judge
 from undistill.core.unshown import LOG_ZERO
 from undistill.data.source import Source
@@ -43,6 +44,8 @@ def summarise(
         class_names=first["classes"],
         suite=plan.suite,
         tuning=str(plan.tuning),
+        searched_by=proposals({}, 0).name if trials else "",
+        skipped=dict(plan.skipped),
         recipe=str(plan.jobs[0].recipe),
         victim=average([pair.victim for pair in measured]),
         honest=average([pair.honest for pair in measured]),

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, cast
 from undistill.auditing.cell import Job, TrialJob
 from undistill.auditing.launchers import Launcher
 from undistill.auditing.schema import Trial
+from undistill.auditing.statistics import preferred
 from undistill.auditing.suites import Tuning
 from undistill.core.identity import fingerprint
 from undistill.core.progress import Progress
@@ -23,12 +25,14 @@ COMMON: Setting = {"recipe.lr": (1.0, 0.3, 3.0), "recipe.clip": (1.0, 0.2)}
 SEED = 1_000_000
 """Seed of all trials. Students that are measured have others: the luck of a seed that won is not counted as skill."""
 ATTEMPTS = 20  # to be proposed a setting that was not tried yet, of which there may be none
+UNINFORMED = 4
+"""Trials before Optuna is asked what to do next; they wait for no score, and are done side by side."""
 
 
 def tune(
     jobs: Sequence[Job], tuning: Tuning, launcher: Launcher, cells: Path, progress: Progress
 ) -> tuple[list[Trial], list[Job]]:
-    """All trials of some attacks, and the jobs with the best setting of each; what is tried first wins ties."""
+    """All trials of some attacks, and the jobs with the setting that each thief prefers."""
     searches = [Search.of(job, tuning) for job in jobs]
     while asked := [(search, trial) for search in searches for trial in search.ask()]:
         results = launcher.run([trial for _, trial in asked], cells, progress)
@@ -40,7 +44,8 @@ def tune(
 class Grid:
     """Settings drawn from all combinations, the same ones for the same seed."""
 
-    learns = False
+    uninformed = sys.maxsize
+    name = "drawn from the grid"
 
     def __init__(self, space: Mapping[str, Sequence[Any]], seed: int) -> None:
         self.space, self.random = space, random.Random(seed)
@@ -48,32 +53,44 @@ class Grid:
     def next(self) -> Setting:
         return {name: self.random.choice(values) for name, values in self.space.items()}
 
-    def tell(self, score: float) -> None:
-        """Nothing is learnt from the score of the last setting."""
+    def tell(self, setting: Setting, score: float) -> None:
+        """Nothing is learnt from scores."""
 
 
 class Optuna:
     """Settings that Optuna proposes by what it was told of others (TPE), the same ones for the same scores."""
 
-    learns = True
+    uninformed = UNINFORMED
 
     def __init__(self, space: Mapping[str, Sequence[Any]], seed: int) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.name = f"proposed by Optuna {optuna.__version__}"
         self.space = space
         # by position, since Optuna takes only simple values
         self.ranges: dict[str, optuna.distributions.BaseDistribution] = {
             name: optuna.distributions.CategoricalDistribution(range(len(values))) for name, values in space.items()
         }
-        self.study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+        sampler = optuna.samplers.TPESampler(n_startup_trials=UNINFORMED, seed=seed)
+        self.study = optuna.create_study(direction="maximize", sampler=sampler)
 
     def next(self) -> Setting:
-        self.trial = self.study.ask(self.ranges)
-        return {name: self.space[name][place] for name, place in self.trial.params.items()}
+        places = self.study.ask(self.ranges).params
+        return {name: self.space[name][place] for name, place in places.items()}
 
-    def tell(self, score: float) -> None:
-        self.study.tell(self.trial, score)
+    def tell(self, setting: Setting, score: float) -> None:
+        import optuna
+
+        if all(value in self.space[name] for name, value in setting.items()):  # the listed setting may have others
+            places = {name: self.space[name].index(value) for name, value in setting.items()}
+            known = optuna.trial.create_trial(params=places, distributions=self.ranges, value=score)
+            self.study.add_trial(known)
+
+
+def proposals(space: Mapping[str, Sequence[Any]], seed: int) -> Grid | Optuna:
+    """What proposes settings here: Optuna where it is installed, else the grid."""
+    return Optuna(space, seed) if importlib.util.find_spec("optuna") else Grid(space, seed)
 
 
 @dataclass(eq=False)
@@ -85,51 +102,56 @@ class Search:
     proposals: Grid | Optuna
     asked: list[Job] = field(default_factory=list)
     """The job with each setting that was tried."""
+    settings: list[Setting] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     exhausted: bool = False
     """Whether nothing new was proposed; then it has ended, whatever other searches do."""
 
     @classmethod
     def of(cls, job: Job, tuning: Tuning) -> "Search":
-        kind = Optuna if importlib.util.find_spec("optuna") else Grid
         # not of the side: a victim and its twin are tried with the same settings
         seed = int(fingerprint(str(job.attack), str(job.student))[:8], 16)
-        return cls(job, tuning, kind({**job.attack.space, **COMMON}, seed))
+        return cls(job, tuning, proposals({**job.attack.space, **COMMON}, seed))
 
     def ask(self) -> list[TrialJob]:
-        """The next trials, the listed setting first: one, or all where proposals wait for no score; none at the end."""
+        """The next trials, the listed setting first: one, or as many as wait for no score; none at the end."""
         left = 0 if self.exhausted else self.tuning.trials - len(self.asked)
         asked: list[TrialJob] = []
-        for _ in range(min(left, 1) if self.proposals.learns else left):
-            job = self._new() if self.asked else self.job
-            if job is None:
+        for _ in range(min(left, max(self.proposals.uninformed - len(self.asked), 1))):
+            setting = self._new() if self.asked else self._listed
+            if setting is None:
                 self.exhausted = True
                 break
+            job = configured(self.job, setting) if self.asked else self.job
+            self.settings.append(setting)
             self.asked.append(job)
             asked.append(trial_of(job, self.tuning.share))
         return asked
 
-    def _new(self) -> Job | None:
-        """The job with a setting that was not tried yet; None where there is none, or none is proposed."""
+    @property
+    def _listed(self) -> Setting:
+        return {name: getattr(self.job.attack, name) for name in self.job.attack.space} | dict.fromkeys(COMMON, 1.0)
+
+    def _new(self) -> Setting | None:
+        """A setting that was not tried yet; None where there is none, or none is proposed."""
         for _ in range(ATTEMPTS):
-            job = configured(self.job, self.proposals.next())
+            setting = self.proposals.next()
+            job = configured(self.job, setting)
             known = [number for number, old in enumerate(self.asked) if same_setting(job, old)]
             if not known:
-                return job
-            if self.proposals.learns:
-                self.proposals.tell(self.trials[known[0]].score)
+                return setting
+            if known[0] < len(self.trials):
+                self.proposals.tell(setting, self.trials[known[0]].score)
         return None
 
     def tell(self, trial: Trial) -> None:
-        if self.trials:  # the listed setting was proposed by nobody
-            self.proposals.tell(trial.score)
+        self.proposals.tell(self.settings[len(self.trials)], trial.score)
         self.trials.append(trial)
 
     @property
     def best(self) -> Job:
-        """The job with the setting whose trial had the highest score."""
-        scores = [trial.score for trial in self.trials]
-        return self.asked[scores.index(max(scores))]
+        """The job with the setting whose trial had the highest score, or the listed one if that is as good."""
+        return self.asked[preferred([trial.score for trial in self.trials], self.trials[0].images)]
 
 
 def configured(job: Job, setting: Setting) -> Job:

@@ -12,9 +12,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from undistill.attacks.attack import FLOORS, Role
+from undistill.attacks.attack import FLOORS, Role, ThiefData
 from undistill.auditing.schema import Cell, Interval, Report, Side, Trial, Verdict, predicted
-from undistill.auditing.statistics import crossed_interval, interval, least_spread
+from undistill.auditing.statistics import crossed_interval, interval, least_spread, preferred
 from undistill.auditing.wording import sentence
 from undistill.core.errors import SpecError
 
@@ -65,11 +65,8 @@ class Judge:
 
     @cached_property
     def scores(self) -> dict[Column, float]:
-        """Validation accuracy by which a column is chosen: of its best trial, or the mean of its students."""
-        best: dict[Column, Trial] = {}
-        for trial in self.trials:
-            if trial.column not in best or trial.score > best[trial.column].score:
-                best[trial.column] = trial
+        """Validation accuracy by which a column is chosen: of the trial that was preferred, or of its students."""
+        best = preferred_trials(self.trials)
         return {
             column: best[column].validation
             if column in best
@@ -109,8 +106,8 @@ class Judge:
 
     @cached_property
     def asked(self) -> list[Column]:
-        """Every attack on the victim, the copying of top answers among them."""
-        return [column for column in self.table if column[0] == "victim"]
+        """Every attack of a thief on the victim, the copying of top answers among them."""
+        return [column for column in self.table if column[0] == "victim" and self.role(column) != Role.BOUND]
 
     @property
     def best_thief(self) -> Column:
@@ -125,6 +122,16 @@ class Judge:
         if threat is None:  # a cell of an earlier version
             return self.role(column) not in (Role.WHITE_BOX, Role.DATA_FREE)
         return threat.access == "answers"
+
+    def has_labels(self, column: Column) -> bool:
+        """Whether the thief has labels of his own, by which he may get further than by answers."""
+        threat = next(iter(self.table[column].values())).threat
+        return threat is None or threat.data == ThiefData.LABELLED
+
+    def floor(self, column: Column) -> Column:
+        """The best that the thief of this column gets without more of an answer than its label."""
+        floors = [self.hard(column[2]), self.labelled(column[2])]
+        return self.best(floors) if self.has_labels(column) else floors[0]
 
     def hard(self, student: str) -> Column:
         """The floor of whoever can query: the better of those who take top answers alone."""
@@ -143,7 +150,7 @@ class Judge:
         attacks = [column for column in self.asked if self.role(column) not in FLOORS and self.asks(column)]
         if not attacks:
             raise SpecError("The audit has no attack beside the floors; add one, such as SoftLabels(T=4, alpha=0.9).")
-        worst = max(attacks, key=lambda column: self.scores[column] - self.scores[self.hard(column[2])])
+        worst = max(attacks, key=lambda column: self.scores[column] - self.scores[self.floor(column)])
         thief, students = self.best_thief, list(dict.fromkeys(column[2] for column in attacks))
         plain = {who: self.of_role((Role.PLAIN,), "victim", who)[0] for who in students}
         twin = {who: self.of_role((Role.PLAIN,), "honest", who)[0] for who in students}
@@ -168,7 +175,7 @@ class Judge:
             best_attack=thief[1],
             best_student=thief[2],
         )
-        words = sentence(verdict, data, self._thief_in_words(thief))
+        words = sentence(verdict, data, self._thief_in_words(thief), labelled=self.has_labels(worst))
         return verdict.model_copy(update={"sentence": words})
 
     def _thief_in_words(self, column: Column) -> str:
@@ -176,6 +183,14 @@ class Judge:
         how = "copying only the top answers" if self.role(column) == Role.TOP_ANSWERS else column[1]
         accuracy = statistics.fmean(cell.accuracy for cell in self.table[column].values())
         return f"the best thief of {kinds} that were tried ({how}) gets a copy of {accuracy:.1%} accuracy"
+
+
+def preferred_trials(trials: Iterable[Trial]) -> dict[Column, Trial]:
+    """The trial with the setting that was measured afterwards, of each (side, attack, student)."""
+    tried: dict[Column, list[Trial]] = defaultdict(list)
+    for trial in trials:
+        tried[trial.column].append(trial)
+    return {column: own[preferred([trial.score for trial in own], own[0].images)] for column, own in tried.items()}
 
 
 def best_thief(report: Report) -> Column:

@@ -5,25 +5,36 @@ from undistill.auditing.schema import Interval, Verdict
 NOTHING = 0.005  # accuracy lost that counts as none
 
 
-def sentence(verdict: Verdict, data: str, thief: str) -> str:
+def sentence(verdict: Verdict, data: str, thief: str, *, labelled: bool) -> str:
     """Say what the best `thief` got, what plain imitation lost, and what the protection costs.
 
-    One seed claims nothing.
+    One seed claims nothing. `labelled` says whether the worst thief has labels of his own.
     """
     if verdict.damage.n < 2:
         return (
             f"On {data}, {thief}. With one student of each kind it is not assessed what answers give beyond their "
             f"labels, nor what the protection does; more seeds assess it. {price(verdict.cost)}"
         )
-    leak = "its answers give nothing measurable beyond their labels"
-    if is_above_zero(verdict.leak_hard):
-        beyond = points(verdict.leak_hard.mean)
-        leak = f"its answers give {beyond} beyond their labels ({verdict.worst_attack})"
     damage = f"{points(verdict.damage.mean)} worse" if is_above_zero(verdict.damage) else "not measurably worse"
+    beyond = leak_in_words(verdict, labelled=labelled)
     return (
-        f"On {data}, {thief}; {leak}. Plain distillation from the protected model gives a student {damage} than from "
+        f"On {data}, {thief}; {beyond}. Plain distillation from the protected model gives a student {damage} than from "
         f"the unprotected one. {price(verdict.cost)}"
     )
+
+
+def leak(verdict: Verdict, *, labelled: bool) -> Interval:
+    """What answers give beyond their labels: with labels of his own, no more than beyond what these alone give."""
+    beyond = [verdict.leak_hard, verdict.leak_label_smoothing] if labelled else [verdict.leak_hard]
+    return min(beyond, key=lambda difference: difference.mean if difference.low is None else difference.low)
+
+
+def leak_in_words(verdict: Verdict, *, labelled: bool) -> str:
+    found = leak(verdict, labelled=labelled)
+    if is_above_zero(found):
+        return f"the protected model's answers give {points(found.mean)} beyond their labels ({verdict.worst_attack})"
+    most = f" (at most {points(found.high)})" if found.high is not None and found.high > 0 else ""
+    return f"the protected model's answers give nothing measurable beyond their labels{most}"
 
 
 def is_above_zero(difference: Interval) -> bool:

@@ -14,7 +14,7 @@ def read_pool(source: str, data: Data) -> Samples:
     """All images of `source`, without labels, in the shape of those of `data`.
 
     Raises `DataError` where some are among the test images of `data`: a thief who asks for these is measured on what he
-    was told.
+    was told. A remark says how many are training images.
     """
     parts = Source.parse(source).read()
     images = joined([part for part in (parts.train, parts.validation, parts.test) if part is not None]).unlabelled
@@ -24,12 +24,14 @@ def read_pool(source: str, data: Data) -> Samples:
 
 
 def _require_apart(pool: Samples, data: Data, source: str) -> None:
-    asked, measured = comparable(pool, data.test)
-    if known := len(set(asked) & set(measured)):
+    asked, measured, owned = map(set, comparable(pool, data.test, data.train))
+    if known := len(asked & measured):
         raise DataError(
             f"{known:,} images of the pool {source} are also test images, on which thieves are measured. Name a "
             "pool of other images."
         )
+    if known := len(asked & owned):
+        remark(f"{known:,} images of the pool are also the owner's training images; its thieves know part of these.")
 
 
 def _shaped(pool: Samples, data: Data, source: str) -> Samples:

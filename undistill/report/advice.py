@@ -5,6 +5,7 @@ from statistics import fmean
 
 from markupsafe import Markup, escape
 
+from undistill.attacks.attack import Role
 from undistill.auditing.schema import Report
 from undistill.auditing.verdict import best_thief, columns, students_of
 from undistill.auditing.wording import is_above_zero, points
@@ -68,7 +69,7 @@ def _open(report: Report) -> str:
     found = columns(report.cells)
     best = best_thief(report)
     copies = list(students_of(report.cells)[best].values())
-    kinds = len({attack for side, attack, _ in found if side == "victim"})
+    kinds = len({cell.column[1] for cell in report.cells if cell.side == "victim" and cell.role != Role.BOUND})
     did = f"asked it {max(cell.queries for cell in copies):,} times"
     why = "Whatever the protection, a thief can learn from each right answer; only fewer answers slow him down."
     if any(cell.threat and cell.threat.access == "weights" for cell in copies):

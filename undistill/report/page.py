@@ -14,7 +14,7 @@ from undistill.attacks.attack import Buying, Role, ThiefData
 from undistill.auditing.curve import price_of_a_copy
 from undistill.auditing.schema import Cell, Interval, Report, Threat, plus_minus
 from undistill.auditing.statistics import interval
-from undistill.auditing.verdict import best_thief, columns
+from undistill.auditing.verdict import best_thief, columns, preferred_trials
 from undistill.core.errors import StoreError, legible
 from undistill.core.files import parse_json, read_text, require_plain, write_json, write_text
 from undistill.report import figures
@@ -158,8 +158,7 @@ def tuned(report: Report, cell: Cell) -> str:
     """The setting that a thief chose, where it is not the listed one."""
     if not cell.listed:
         return ""
-    tried = (trial for trial in report.trials if trial.column == cell.column)
-    best = max(tried, key=lambda trial: trial.score, default=None)
+    best = preferred_trials(report.trials).get(cell.column)
     if best is None:  # a report that somebody edited
         return cell.attack
     recipe, usual = Recipe.parse(best.recipe), Recipe.parse(report.recipe)

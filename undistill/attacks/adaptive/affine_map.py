@@ -22,21 +22,23 @@ class AffineMap(QueryAttack):
     """Log-answers pass through a scale and a shift for each class, others for each top answer of the victim.
 
     The map is trained to give the thief's labels; the student imitates what it makes of the answers. It is conditioned
-    on the victim's top answer, since on the true label it would collapse to that label. It inverts temperatures,
-    permutations and reversed rankings.
+    on the victim's top answer, since on the true label it would collapse to that label. It inverts temperatures and
+    reversed rankings, and with `matrix` answers whose classes were exchanged.
     """
 
     form = Form.TOP
     role = Role.ADAPTIVE
-    space = tries(T=(1.0, 4.0), alpha=(0.5, 0.9), speed=(0.3, 1.0, 10.0))
+    space = tries(T=(1.0, 4.0), alpha=(0.5, 0.9), speed=(0.3, 1.0, 10.0), matrix=(False, True))
     T: Temperature = 4.0
     alpha: float = Field(0.9, ge=0, le=1)
     """Weight of imitation against the thief's own labels."""
     speed: float = Field(1.0, ge=0.001, le=1000)
     """Factor of the map's learning rate, with Adam at 1e-3."""
+    matrix: bool = False
+    """Let each class read the log-answers of all, by one matrix for all top answers."""
 
     def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
-        affine, ask = Affine(data.num_classes), self.asking(oracle, data)
+        affine, ask = Affine(data.num_classes, matrix=self.matrix), self.asking(oracle, data)
 
         def objective(student: nn.Module, batch: Batch) -> Terms:
             mapped, logits = affine(ask(batch)), student(batch.images)
@@ -51,13 +53,18 @@ class AffineMap(QueryAttack):
 
 
 class Affine(nn.Module):
-    """`scale[top] * log p + shift[top]`: at first the identity."""
+    """`scale[top] * log p + shift[top]`, where `log p` may be multiplied by a matrix: at first the identity."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, *, matrix: bool = False) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(num_classes, num_classes))
         self.shift = nn.Parameter(torch.zeros(num_classes, num_classes))
+        self.mix = nn.Parameter(torch.eye(num_classes)) if matrix else None
 
     def forward(self, answer: Answer) -> Tensor:
         """Logits (B, K)."""
-        return self.scale[answer.top] * answer.filled.clamp_min(FLOOR) + self.shift[answer.top]
+        log_p = answer.filled.clamp_min(FLOOR)
+        if self.mix is not None:
+            with torch.autocast(log_p.device.type, enabled=False):  # a product would be bf16
+                log_p = log_p @ self.mix
+        return self.scale[answer.top] * log_p + self.shift[answer.top]

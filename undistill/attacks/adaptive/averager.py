@@ -51,6 +51,7 @@ class ClassMeans:
         if epoch != self.epoch:
             self.sums, self.counts, self.epoch = torch.zeros_like(self.sums), torch.zeros_like(self.counts), epoch
         shares = labels if labels.ndim == 2 else torch.zeros_like(log_p).scatter(1, labels[:, None], 1.0)
-        self.sums = self.sums + shares.T @ log_p.exp()
-        self.counts = self.counts + shares.sum(0)[:, None]
-        return (shares @ (self.sums / self.counts.clamp_min(1e-12))).clamp_min(1e-30).log()
+        with torch.autocast(log_p.device.type, enabled=False):  # products would be bf16
+            self.sums = self.sums + shares.T @ log_p.exp()
+            self.counts = self.counts + shares.sum(0)[:, None]
+            return (shares @ (self.sums / self.counts.clamp_min(1e-12))).clamp_min(1e-30).log()

@@ -19,6 +19,7 @@ from undistill.training.fit import Fit
 from undistill.training.losses import cross_entropy, distillation, kl
 from undistill.training.objectives import Terms, Weighted
 from undistill.training.optimisers import ADAM_LR, Extra
+from undistill.victims.answer import Form
 from undistill.victims.oracle import Oracle
 
 DIAGONAL = 3.0  # of a new matrix before its softmax, beyond log(K - 1): 0.95 after it, whatever the number of classes
@@ -31,6 +32,7 @@ class MKD(QueryAttack):
     the student's own.
     """
 
+    form = Form.TOP
     role = Role.ADAPTIVE
     space = tries(T=(1.0, 4.0), alpha=(0.5, 0.9), tau=(0.5, 1.0, 4.0))
     T: Temperature = 4.0

@@ -41,8 +41,8 @@ class Skeptical(QueryAttack):
     def check(self, victim: nn.Module, fresh: Fresh) -> None:
         if len(fresh.stages(fresh())) < 2:
             raise ModelError(
-                "A skeptical student needs a head before its last stage, and this network names a single one. Give its "
-                "attribute more, such as network.stages = ['layer1', 'layer2'], or leave Skeptical out."
+                "A skeptical student needs a head before its last stage, and this network names a single one. Give it "
+                "more: network.stages = ['layer1', 'layer2']."
             )
 
     def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:

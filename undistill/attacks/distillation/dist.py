@@ -8,7 +8,7 @@ from undistill.core.spec import Temperature, Weight
 from undistill.data.batches import Batch
 from undistill.training.losses import cross_entropy
 from undistill.training.objectives import Terms, Weighted
-from undistill.victims.answer import Answer
+from undistill.victims.answer import Answer, Form
 
 EPSILON = 1e-6
 
@@ -20,6 +20,7 @@ class DIST(Distillation):
     an image, and over the images of a batch.
     """
 
+    form = Form.TOP
     role = Role.PLAIN
     space = tries(T=(1.0, 4.0), beta=(1.0, 2.0), gamma=(1.0, 2.0))
     T: Temperature = 4.0

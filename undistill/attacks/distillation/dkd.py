@@ -13,6 +13,7 @@ from undistill.data.split import Split
 from undistill.training.fit import Fit
 from undistill.training.losses import cross_entropy, kl
 from undistill.training.objectives import Terms, Weighted
+from undistill.victims.answer import Form
 from undistill.victims.oracle import Oracle
 
 
@@ -24,6 +25,7 @@ class DKD(QueryAttack):
     is sure. The two terms rise to their weights over the first epochs.
     """
 
+    form = Form.TOP
     role = Role.PLAIN
     space = tries(T=(1.0, 4.0, 8.0), beta=(1.0, 2.0, 8.0))
     T: Temperature = 4.0
@@ -53,13 +55,15 @@ def decoupled(teacher: Tensor, student: Tensor, labels: Tensor, T: float) -> tup
     labels: (B,), or shares (B, K), of which the largest counts.
     """
     label = (labels.argmax(1) if labels.ndim == 2 else labels)[:, None]
+    places = torch.arange(student.shape[1] - 1, device=label.device)
+    others = places + (places >= label)
 
     def halves(logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits at temperature 1 of (label, all others), and of the others."""
+        """Logits at temperature 1 of (label, all others), and of the others (B, K - 1)."""
         log_p = F.log_softmax(logits.float() / T, 1)
-        rest = log_p.scatter(1, label, -torch.inf).logsumexp(1, keepdim=True)
-        whole = torch.cat([log_p.gather(1, label), rest], 1).clamp_min(LOG_ZERO)
-        return whole, log_p.scatter(1, label, LOG_ZERO)
+        rest = log_p.gather(1, others)
+        whole = torch.cat([log_p.gather(1, label), rest.logsumexp(1, keepdim=True)], 1)
+        return whole.clamp_min(LOG_ZERO), rest
 
     (target_p, others_p), (target_q, others_q) = halves(teacher), halves(student)
     return T * T * kl(target_p, target_q), T * T * kl(others_p, others_q)

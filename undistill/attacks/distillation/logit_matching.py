@@ -10,7 +10,7 @@ from undistill.attacks.attack import Distillation, Role, tries
 from undistill.data.batches import Batch
 from undistill.training.losses import cross_entropy
 from undistill.training.objectives import Terms, Weighted
-from undistill.victims.answer import Answer
+from undistill.victims.answer import Answer, Form
 
 
 class LogitMatching(Distillation):
@@ -20,6 +20,7 @@ class LogitMatching(Distillation):
     probability was rounded to 0, the thief reads `floor`.
     """
 
+    form = Form.TOP
     role = Role.PLAIN
     space = tries(alpha=(0.1, 0.5, 0.9), floor=(1e-07, 1e-05, 0.0001, 0.001))
     alpha: float = Field(0.9, ge=0, le=1)

@@ -1,5 +1,8 @@
 """Logit standardisation (Sun et al., CVPR 2024)."""
 
+import math
+
+from pydantic import Field
 from torch import Tensor, nn
 
 from undistill.attacks.attack import Distillation, Role, tries
@@ -7,7 +10,7 @@ from undistill.core.spec import Temperature, Weight
 from undistill.data.batches import Batch
 from undistill.training.losses import cross_entropy, distillation
 from undistill.training.objectives import Terms, Weighted
-from undistill.victims.answer import Answer
+from undistill.victims.answer import Answer, Form
 
 EPSILON = 1e-7
 
@@ -15,17 +18,23 @@ EPSILON = 1e-7
 class LSKD(Distillation):
     """`CE + weight T^2 KL(victim/T || student/T)` of logits with mean 0 and standard deviation 1 over the classes.
 
-    A temperature, a scale or a shift of the victim's log-probabilities makes no difference to it.
+    A temperature, a scale or a shift of the victim's log-probabilities makes no difference to it, as long as they are
+    above the floor. Where a probability was rounded to 0, the thief reads `floor`: by zeros as they stand, all other
+    classes would be equal.
     """
 
+    form = Form.TOP
     role = Role.PLAIN
-    space = tries(T=(1.0, 2.0, 4.0), weight=(1.0, 3.0, 9.0))
+    space = tries(T=(1.0, 2.0, 4.0), weight=(1.0, 3.0, 9.0), floor=(1e-12, 1e-05, 0.001))
     T: Temperature = 2.0
     weight: Weight = 9.0
+    floor: float = Field(1e-12, gt=0, lt=0.1)
+    """Least probability that is believed."""
 
     def objective(self, student: nn.Module, batch: Batch, answer: Answer) -> Terms:
         logits = student(batch.images)
-        soft = distillation(standardised(answer.filled), standardised(logits), self.T)
+        believed = answer.filled.clamp_min(math.log(self.floor))
+        soft = distillation(standardised(believed), standardised(logits), self.T)
         return {"soft": Weighted(soft, self.weight), "ce": cross_entropy(logits, batch.labels)}
 
 

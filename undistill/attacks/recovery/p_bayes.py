@@ -14,7 +14,7 @@ from undistill.training.fit import Fit
 from undistill.training.losses import cross_entropy, distillation
 from undistill.training.objectives import Objective, Terms, Weighted
 from undistill.training.recipe import Recipe
-from undistill.victims.answer import Answer
+from undistill.victims.answer import Answer, Form
 from undistill.victims.oracle import Access, Oracle
 
 CLOSE = 0.01  # L1 distance within which a defended guess counts as what was observed
@@ -30,7 +30,7 @@ class PBayes(QueryAttack):
     it, but no recovery of this kind can be better, which a designer of defences wants to know.
     """
 
-    role = Role.RECOVERY
+    form = Form.TOP
     space = tries(T=(1.0, 4.0), alpha=(0.5, 0.9), c=(2.0, 8.0))
     T: Temperature = 4.0
     alpha: float = Field(0.9, ge=0, le=1)
@@ -42,6 +42,10 @@ class PBayes(QueryAttack):
     rounds: int = Field(2, ge=1, le=100)
     """Students that learn from recovered answers, each from guesses around the one before it."""
     oracle: bool = False
+
+    @property
+    def role(self) -> Role:  # type: ignore[override]
+        return Role.BOUND if self.oracle else Role.RECOVERY
 
     @property
     def needs(self) -> Access:  # type: ignore[override]

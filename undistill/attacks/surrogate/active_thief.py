@@ -16,7 +16,7 @@ from undistill.training.fit import Fit
 from undistill.training.losses import distillation
 from undistill.training.metrics import evaluate
 from undistill.training.objectives import Terms
-from undistill.victims.answer import Answer
+from undistill.victims.answer import Answer, Form
 from undistill.victims.bought import Bought
 from undistill.victims.oracle import Access, Oracle
 
@@ -42,6 +42,11 @@ class ActiveThief(Attack):
     rounds: int = Field(10, ge=1, le=1000)
     first: float = Field(0.1, gt=0, le=1)
     """Share of the budget that is spent at random in the first round."""
+
+    @property
+    def form(self) -> Form:  # type: ignore[override]
+        """A bucket is read from the victim's confidence."""
+        return Form.TOP if self.strategy == "bucket" else Form.LABEL
 
     def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         budget = len(data.train) if oracle.ledger.budget is None else min(oracle.ledger.budget, len(data.train))

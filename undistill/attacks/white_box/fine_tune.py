@@ -25,9 +25,11 @@ class FineTune(Attack):
     share: float = Field(0.1, gt=0, le=1)
     """Share of the thief's images whose labels he has."""
 
+    def images(self, count: int) -> int:
+        return max(round(self.share * count), 2)
+
     def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
-        count = max(round(self.share * len(data.train)), 2)
-        few = data.some(count, derive(fit.seed, "few"))
+        few = data.some(self.images(len(data.train)), derive(fit.seed, "few"))
 
         def objective(network: nn.Module, batch: Batch) -> Terms:
             return {"ce": cross_entropy(network(batch.images), batch.labels)}
