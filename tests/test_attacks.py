@@ -183,10 +183,19 @@ def test_class_means_are_not_rounded_by_autocast() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hide", "matrix"), [(lambda z: z / 6, False), (lambda z: -z, True), (lambda z: z[:, [3, 0, 1, 2]], True)]
+    ("hide", "matrix", "left"),
+    [
+        (lambda z: z / 6, False, (0, 0.03)),
+        (lambda z: -z, False, (0, 0.03)),
+        (lambda z: z[:, [3, 0, 1, 2]], False, (0.03, 1)),
+        (lambda z: z[:, [3, 0, 1, 2]], True, (0, 0.03)),
+    ],
+    ids=["temperature", "reversed", "exchanged", "exchanged, with a matrix"],
 )
-def test_an_affine_map_finds_what_a_defence_hid(hide: Callable[[Tensor], Tensor], matrix: bool) -> None:
-    """A temperature, a reversed ranking, exchanged classes: labels teach the map the answers as they were."""
+def test_an_affine_map_finds_what_a_defence_hid(
+    hide: Callable[[Tensor], Tensor], matrix: bool, left: tuple[float, float]
+) -> None:
+    """A temperature, a reversed ranking, with a matrix exchanged classes: labels teach the map what answers were."""
     generator = torch.Generator().manual_seed(0)
     truth = 3 * torch.randn(4000, 4, generator=generator)
     labels = torch.multinomial(truth.softmax(1), 1, generator=generator).flatten()
@@ -198,7 +207,7 @@ def test_an_affine_map_finds_what_a_defence_hid(hide: Callable[[Tensor], Tensor]
         optimiser.zero_grad()
         F.cross_entropy(affine(answer), labels).backward()
         optimiser.step()
-    assert float(kl(truth, affine(answer)).detach()) < 0.1 * before
+    assert left[0] <= float(kl(truth, affine(answer)).detach()) / before < left[1]
 
 
 def test_a_chain_passes_on_what_its_members_agree_on(toy: Data, honest: Run) -> None:
@@ -342,9 +351,10 @@ def test_the_generator_of_disguide_raises_disagreement(toy: Data) -> None:
     game, values = _Game(generator, 0.01, 10, toy.split), []
     for _ in range(40):
         made = generator.sample(32)
-        values.append(disagreeing([first(made), second(made)], 0.0))
-        game.learn(values[-1])
-    assert statistics.fmean(map(float, values[-5:])) < 1.2 * statistics.fmean(map(float, values[:5])) < 0
+        lost = disagreeing([first(made), second(made)], 0.0)
+        game.learn(lost)
+        values.append(lost.item())
+    assert statistics.fmean(values[-5:]) < 1.2 * statistics.fmean(values[:5]) < 0
 
 
 def test_a_fine_tuned_copy_begins_with_the_weights_without_responses(toy: Data, honest: Run) -> None:

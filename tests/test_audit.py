@@ -163,7 +163,7 @@ def test_an_attack_that_cannot_be_tried_is_named_before_anything_is_trained(
     victim: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("undistill.attacks.data_free.deep_inversion.batch_norms", lambda network: [])
-    with pytest.raises(ModelError, match=r"the victim has none\. Leave this attack out"):
+    with pytest.raises(ModelError, match=r"the victim has none\. It can do without"):
         run_audit(victim, tmp_path / "audit", attacks=["DeepInversion()"])
     assert not (tmp_path / "audit").exists()
 

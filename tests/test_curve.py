@@ -9,6 +9,7 @@ from tests.test_cli import call
 from undistill.api import audit, plan_audit
 from undistill.attacks import Attack
 from undistill.auditing.curve import bought_once, budgets, curve_jobs, lines, named_or_plain, price_of_a_copy, stretched
+from undistill.auditing.plan import CURVE_FLOORS
 from undistill.auditing.schema import Cell, Report
 from undistill.auditing.tuning import configured
 from undistill.core.errors import StoreError
@@ -92,6 +93,22 @@ def test_a_thief_with_weights_has_no_curve_and_the_plain_one_takes_its_place(vic
     plan = plan_audit(victim, students=[STUDENT], attacks=["ZSKT()"], device="cpu")
     name = "ZSKT(lr=0.001, latent=100, width=64, student_steps=10)"
     assert named_or_plain(plan, name, STUDENT) == "SoftLabels(T=4, alpha=0.9)"
+
+
+def test_floors_of_a_curve_are_tuned_with_the_whole_budget(victim: Run) -> None:
+    plan = plan_audit(victim, students=[STUDENT], device="cpu", curve=True, budget=60)
+    floors = [job for job in plan.searched if str(job.attack) in CURVE_FLOORS]
+    assert [job.budget for job in floors] == [60, 60]
+
+
+def test_budgets_that_buy_a_thief_nothing_are_left_out(victim: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("undistill.auditing.curve.budgets", lambda images: [20, 60])
+    plan = plan_audit(victim, attacks=["QuerySmoothing(k=20)"], students=[STUDENT], device="cpu", curve=True)
+    jobs = curve_jobs(plan, plan.searched, str(plan.jobs[-1].attack), STUDENT)
+    smoothed = [job for job in jobs if "QuerySmoothing" in str(job.attack)]
+    assert {job.budget for job in smoothed} == {60}
+    assert {len(job.data.train) for job in smoothed} == {3}
+    assert {job.budget for job in jobs} == {20, 60}
 
 
 def test_each_line_of_a_curve_has_the_settings_that_were_best_for_it(victim: Run) -> None:

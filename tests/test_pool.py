@@ -46,7 +46,7 @@ def test_a_pool_with_training_images_is_said(toy: Data, tmp_path: Path, caplog: 
     remark.cache_clear()
     images = np.concatenate([toy_arrays(per_class=10, seed=7)["images"], toy.train.pixels[:4, 0].numpy()])
     read_pool(write(tmp_path / "x.npz", images), toy)
-    assert "4 images of the pool are also the owner's training images" in caplog.text
+    assert "4 images of the pool are also training images of the model" in caplog.text
 
 
 def test_a_pool_that_nobody_asks_about_is_refused(victim: Run, pool: str, tmp_path: Path) -> None:

@@ -274,6 +274,9 @@ def test_what_a_suite_lists_and_a_network_does_not_allow_is_left_out(
     assert [flag.message for flag in report.flags if flag.name == "not_tried" and why in flag.message]
     with pytest.raises(ModelError, match="names a single one"):
         plan_audit(victim, suite="one", attacks=["Skeptical()"], students=[STUDENT], recipe=RECIPE, device="cpu")
+    (tmp_path / "flat.py").write_text("from torch import nn\n\ndef make():\n    return nn.Linear(1, 1)\n")
+    with pytest.raises(ModelError, match=r"flat\.py:make"):  # of no use to any attack
+        plan_audit(victim, suite="one", students=[f"{tmp_path / 'flat.py'}:make"], recipe=RECIPE, device="cpu")
 
 
 def test_a_thief_who_chooses_is_not_refused(victim: Run) -> None:

@@ -15,7 +15,7 @@ from undistill.auditing.statistics import (
     quantile,
 )
 from undistill.auditing.verdict import Judge
-from undistill.auditing.wording import is_above_zero, leak_in_words, price
+from undistill.auditing.wording import beyond_labels, is_above_zero, price
 from undistill.core.errors import SpecError
 
 FLOORS = {"Scratch()": 0.80, "LabelSmoothing(smoothing=0.1)": 0.82, "HardLabels()": 0.85}
@@ -107,10 +107,38 @@ def test_what_true_labels_did_is_no_leak() -> None:
 
 def test_how_much_could_hide_is_said() -> None:
     leak = Interval(mean=0.0, low=-0.061, high=0.061, n=3)
-    verdict = Judge(cells(), (), 10**9).verdict(COST, "toys").model_copy(update={"leak_hard": leak})
-    assert leak_in_words(verdict, labelled=False).endswith(
-        "nothing measurable beyond their labels (at most 6.1 points)"
+    verdict = Judge(cells(), (), 10**9).verdict(COST, "toys").model_copy(update={"leak": leak})
+    assert beyond_labels(verdict).endswith("nothing measurable beyond their labels (at most 6.1 points)")
+
+
+@pytest.mark.parametrize(
+    ("hard", "labels", "expected"),
+    [
+        ((0.03, 0.01, 0.05), (0.025, 0.02, 0.03), 0.025),  # surely ahead of both: the smaller one
+        ((0.03, 0.01, 0.05), (0.01, -0.01, 0.03), 0.01),  # of one only
+        ((-0.05, -0.06, -0.04), (0.0, -0.07, 0.07), -0.05),  # surely behind one
+    ],
+)
+def test_a_leak_is_ahead_of_both_floors(
+    hard: tuple[float, ...], labels: tuple[float, ...], expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"HardLabels()": hard, "LabelSmoothing(smoothing=0.1)": labels}
+    intervals = {name: Interval(mean=mean, low=low, high=high, n=3) for name, (mean, low, high) in found.items()}
+    monkeypatch.setattr(Judge, "minus", lambda self, a, b: intervals[b[1]])
+    leak = Judge(cells(), (), 10**9).leak(("victim", "SoftLabels(T=4, alpha=0.9)", "ConvNet(width=2)"))
+    assert leak is not None
+    assert leak.mean == expected
+
+
+def test_who_had_more_images_than_his_floors_proves_nothing() -> None:
+    few, many = (
+        Threat(access="answers", data="labelled", form="full", buying="once", images=images) for images in (66, 2000)
     )
+    threats = {"SoftLabels": many, "HardLabels": few, "Scratch": few, "LabelSmoothing": few}
+    unequal = [one.model_copy(update={"threat": threats[one.attack.partition("(")[0]]}) for one in cells(0.95)]
+    verdict = Judge(unequal, (), 10**9).verdict(COST, "toys")
+    assert verdict.leak is None
+    assert "it is not assessed what the protected model's answers give beyond their labels" in verdict.sentence
 
 
 def test_the_listed_setting_stays_where_others_are_ahead_by_luck() -> None:

@@ -114,7 +114,7 @@ class Attack(Spec):
         return self.buying
 
     def check(self, victim: nn.Module, fresh: "Fresh") -> None:
-        """`ModelError` for a victim, as this attack meets it, or for students with which it cannot be tried.
+        """`Unsuitable` for a victim, as this attack meets it, or for students with which it cannot be tried.
 
         An audit asks before it trains anything.
         """

@@ -19,7 +19,7 @@ from undistill.attacks.attack import Attack, Buying, QueryAttack, Role, ThiefDat
 from undistill.attacks.data_free.synthesis import without_images
 from undistill.auditing.pair import VictimPair
 from undistill.auditing.schema import Cell, Side, Threat, Trial, written
-from undistill.core.errors import BudgetExceeded, ModelError, NonFinite, SpecError
+from undistill.core.errors import BudgetExceeded, NonFinite, SpecError, Unsuitable
 from undistill.core.files import read_json, seal, unseal, write_json
 from undistill.core.identity import fingerprint, program_sha256, source_sha256
 from undistill.core.progress import Progress
@@ -76,12 +76,12 @@ class Job:
         return fingerprint(*asked, *thief, *code, runs[self.side].program)[:20]
 
     def check(self) -> None:
-        """`ModelError` or `SpecError` for what cannot be tried; an audit asks before it trains anything."""
+        """`Unsuitable` or `SpecError` for what cannot be tried; an audit asks before it trains anything."""
         victim = self.pair.victims[self.side]
         self._check_space()
         self.attack.check(victim.bare if self.attack.needs == Access.WEIGHTS else victim.network, self._students)
         if self.attack.needs == Access.QUERY and self.attack.form > victim.form:
-            raise ModelError(
+            raise Unsuitable(
                 f"{self.attack} needs answers of the form {self.attack.form.name}, and this victim's show no more than "
                 f"{victim.form.name}."
             )
@@ -120,7 +120,8 @@ class Job:
     def _affordable(self) -> int:
         """How many images the budget buys to a thief who does not choose."""
         assert self.budget is not None
-        return self.budget // self.attack.queries_per_image(self.recipe) if self.attack.needs else self.budget
+        asks = self.attack.queries_per_image(self.recipe) if self.attack.needs else 1
+        return self.budget // max(asks, 1)
 
     @property
     def schedule(self) -> Recipe:
@@ -175,6 +176,8 @@ class Job:
     def _images(self) -> int:
         data = self.data
         count = len(data.train) + (len(data.spare) if data.spare and self.attack.passes_over_spare else 0)
+        if self.attack.buying == Buying.CHOSEN and self.budget is not None:
+            count = min(count, self.budget)
         return self.attack.images(count)
 
     @property

@@ -37,14 +37,20 @@ def curve_jobs(plan: Plan, best: Sequence[Job], attack: str, student: str) -> li
         for budget in budgets(images)
         for column in [*columns, *(("victim", floor, student) for floor in CURVE_FLOORS)]
         for seed in pair.seeds
+        if affordable(tuned[column], budget) > 1
     ]
+
+
+def affordable(job: Job, budget: int) -> int:
+    """How many images that budget buys to a thief who buys each answer once."""
+    return budget // bought_once(job.attack).queries_per_image(job.recipe)
 
 
 def at_budget(job: Job, budget: int, images: int) -> Job:
     """The job of a thief who buys one answer for each of `budget` of his `images`."""
     attack, recipe = bought_once(job.attack), job.recipe
     if not attack.passes_over_spare:
-        recipe = stretched(recipe, images / (budget // attack.queries_per_image(recipe)))
+        recipe = stretched(recipe, images / affordable(job, budget))
     return replace(job, attack=attack, recipe=recipe, budget=budget)
 
 

@@ -84,9 +84,9 @@ def few_validation_images(report: Report) -> str | None:
     if not images or images >= 500 or _most_trials(report) < 2:
         return None
     return (
-        f"Thieves tuned on {images} validation images, on which luck moves an accuracy by up to "
-        f"{50 / images**0.5:.1f} points; a setting that is better by less was not found. More data helps, or setting "
-        "the attack by hand."
+        f"Thieves tuned on {images} validation images, where the standard error of an accuracy is up to "
+        f"{50 / images**0.5:.1f} points. A setting is taken only if it is ahead by one, so that a better one may have "
+        "been missed. More data helps, or setting the attack by hand."
     )
 
 
@@ -103,10 +103,10 @@ def labels_suffice(report: Report) -> str | None:
     beyond = report.verdict.leak_hard
     if beyond.mean > 0.005 or beyond.low is None or beyond.high is None:
         return None
-    most = f" (anything above {100 * beyond.high:.1f} points would have been seen)" if beyond.high > 0 else ""
     return (
-        f"Copying the top answers alone is as good as any attack on answers here{most}. No protection of answers that "
-        "keeps the top answer can lower that; only fewer answers do (--curve shows how fast a copy becomes good)."
+        "Copying the top answers alone is as good as the worst case (the 95 % interval of the difference ends at "
+        f"{100 * beyond.high:+.1f} points). No protection of answers that keeps the top answer can lower that; only "
+        "fewer answers do (--curve shows how fast a copy becomes good)."
     )
 
 

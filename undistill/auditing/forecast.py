@@ -55,7 +55,7 @@ def describe(plan: Plan, cells: Path) -> str:
         f"{most}{count(batches, 'batch', 'batches')}: {count(len(attacks), 'attack')} ({names}) x "
         f"{count(students, 'network')} x {count(seeds, 'seed')}, on the protected model and on its unprotected twin. "
         f"Before, each thief tries {count(tuning.trials, 'setting')} for {tuning.share:.0%} of the epochs."
-        + (f" These networks do not allow {left_out}; the report says why." if left_out else "")
+        + (f" Not every network allows {left_out}; the report says why." if left_out else "")
         + (f" The curve takes {count(len(curve), 'more student', 'more students')}." if curve else "")
     )
 

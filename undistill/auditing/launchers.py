@@ -247,6 +247,9 @@ class Ray(Launcher):
     gpus: float = Field(0.0, ge=0)
 
     def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Any]:
+        new = unfinished(jobs, cells)
+        if not new:  # no cluster is needed to read them
+            return Serial().run(jobs, cells, progress)
         if any(job.pair.options.device.type == "cuda" for job in jobs) and not self.gpus:
             raise LaunchError(
                 "The cells compute on a GPU, and Ray gives them none: --launcher 'Ray(gpus=1)', or a share of one; "
@@ -256,7 +259,6 @@ class Ray(Launcher):
         remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=PATIENCE)(perform)
         orders = {job.key: Order.of(job, cells, max(int(self.cpus), 1)) for job in jobs}
         done: dict[str, Result] = {}
-        new = unfinished(jobs, cells)
         known = len(orders) - len(new)
         try:
             with progress.task("audit", len(orders), done=known) as task, Board(progress, cells) as board:

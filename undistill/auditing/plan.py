@@ -8,7 +8,7 @@ from undistill.auditing.cell import Job
 from undistill.auditing.pair import VictimPair
 from undistill.auditing.schema import Side
 from undistill.auditing.suites import Tuning, find_suite
-from undistill.core.errors import ModelError
+from undistill.core.errors import Unsuitable
 from undistill.models.model import Model
 from undistill.training.recipe import Recipe
 from undistill.victims.oracle import Access
@@ -24,6 +24,8 @@ class Plan:
     suite: str
     tuning: Tuning
     jobs: tuple[Job, ...]
+    budget: int | None = None
+    """The most queries of each thief."""
     curve: bool = False
     """Whether students of several budgets are trained, too."""
     skipped: Mapping[str, str] = field(default_factory=dict)
@@ -43,13 +45,13 @@ class Plan:
     ) -> "Plan":
         """The suite's cells and those of more `attacks`; an attack that asks nobody runs once for both sides.
 
-        Under a budget, who asks nobody has as many images as plain distillation can buy answers for.
+        Under a budget, who asks nobody has as many images as the first plain thief can buy answers for.
         """
         chosen = find_suite(suite)
         parsed = dict.fromkeys(Attack.from_user(attack) for attack in [*chosen.attacks, *attacks])
         networks = dict.fromkeys(Model.from_user(student) for student in students or chosen.students)
-        plain = [attack.queries_per_image(recipe) for attack in parsed if attack.role == Role.PLAIN]
-        own = budget and budget // max(min(plain, default=1), 1)
+        plain = next((attack for attack in parsed if attack.role == Role.PLAIN), None)
+        own = budget // max(plain.queries_per_image(recipe), 1) if budget and plain else budget
         jobs = [
             Job(pair, side, attack, student, seed, recipe, budget if attack.needs else own)
             for pair in pairs
@@ -58,25 +60,24 @@ class Plan:
             for attack in parsed
             for side in sides_of(attack)
         ]
-        return cls(suite, tuning or chosen.tuning, tuple(jobs), curve)
+        return cls(suite, tuning or chosen.tuning, tuple(jobs), budget, curve)
 
     def possible(self, named: Collection[Attack]) -> "Plan":
         """The plan without what the suite lists and these networks do not allow; what the user `named` is refused.
 
-        `ModelError` and `SpecError` say what cannot be tried, before anything is trained.
+        Errors say what cannot be tried, before anything is trained.
         """
-        skipped: dict[str, str] = {}
-        jobs = []
+        why: dict[tuple[Attack, Model], str] = {}
         for job in self.jobs:
             try:
                 job.check()
-            except ModelError as error:
+            except Unsuitable as error:
                 if job.attack in named:
                     raise
-                skipped[f"{job.attack} with {job.student}"] = str(error)
-            else:
-                jobs.append(job)
-        return replace(self, jobs=tuple(jobs), skipped=skipped)
+                why[job.attack, job.student] = str(error)
+        jobs = tuple(job for job in self.jobs if (job.attack, job.student) not in why)
+        skipped = {f"{attack} by {student}": reason for (attack, student), reason in why.items()}
+        return replace(self, jobs=jobs, skipped=skipped)
 
     @property
     def searched(self) -> list[Job]:
@@ -94,7 +95,9 @@ class Plan:
         first, floors = self.jobs[0], [Attack.parse(text) for text in CURVE_FLOORS if self.curve]
         students = dict.fromkeys(job.student for job in self.jobs)
         return [
-            replace(first, side="victim", attack=floor, student=student) for floor in floors for student in students
+            replace(first, side="victim", attack=floor, student=student, budget=self.budget)
+            for floor in floors
+            for student in students
         ]
 
     def tuned(self, best: Sequence[Job]) -> list[Job]:

@@ -194,8 +194,11 @@ class Verdict(Part):
     """Differences of test accuracy. Positive leaks are good for the thief."""
 
     sentence: Text
+    leak: Interval | None = None
+    """What answers give beyond their labels: `leak_hard`, and for a thief with labels of his own no more than
+    `leak_label_smoothing`. Null where it was not assessed, and in reports of earlier versions."""
     leak_hard: Interval
-    """Worst attack minus the better of the students of top answers alone: what answers give beyond their labels."""
+    """Worst attack minus the better of the students of top answers alone."""
     leak_label_smoothing: Interval
     """Worst attack minus the better of the students without teacher and with smoothed labels."""
     kd_gain: Interval

@@ -44,7 +44,7 @@ def summarise(
         class_names=first["classes"],
         suite=plan.suite,
         tuning=str(plan.tuning),
-        searched_by=proposals({}, 0).name if trials else "",
+        searched_by=proposals({}, 0).name if len(trials) > len(plan.searched) else "",
         skipped=dict(plan.skipped),
         recipe=str(plan.jobs[0].recipe),
         victim=average([pair.victim for pair in measured]),

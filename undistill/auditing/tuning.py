@@ -109,7 +109,7 @@ class Search:
 
     @classmethod
     def of(cls, job: Job, tuning: Tuning) -> "Search":
-        # not of the side: a victim and its twin are tried with the same settings
+        # not of the side: a victim and its twin are tried with the same settings, as long as these wait for no score
         seed = int(fingerprint(str(job.attack), str(job.student))[:8], 16)
         return cls(job, tuning, proposals({**job.attack.space, **COMMON}, seed))
 

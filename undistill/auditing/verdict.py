@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from undistill.attacks.attack import FLOORS, Role, ThiefData
-from undistill.auditing.schema import Cell, Interval, Report, Side, Trial, Verdict, predicted
+from undistill.auditing.schema import Cell, Interval, Report, Side, Threat, Trial, Verdict, predicted
 from undistill.auditing.statistics import crossed_interval, interval, least_spread, preferred
-from undistill.auditing.wording import sentence
+from undistill.auditing.wording import is_above_zero, sentence
 from undistill.core.errors import SpecError
 
 Column = tuple[Side, str, str]  # side, attack as it is listed, student
@@ -118,20 +118,39 @@ class Judge:
 
     def asks(self, column: Column) -> bool:
         """Whether the thief has answers alone: what he gains beyond labels, answers gave away."""
-        threat = next(iter(self.table[column].values())).threat
+        threat = self._threat(column)
         if threat is None:  # a cell of an earlier version
             return self.role(column) not in (Role.WHITE_BOX, Role.DATA_FREE)
         return threat.access == "answers"
 
     def has_labels(self, column: Column) -> bool:
         """Whether the thief has labels of his own, by which he may get further than by answers."""
-        threat = next(iter(self.table[column].values())).threat
+        threat = self._threat(column)
         return threat is None or threat.data == ThiefData.LABELLED
 
     def floor(self, column: Column) -> Column:
         """The best that the thief of this column gets without more of an answer than its label."""
         floors = [self.hard(column[2]), self.labelled(column[2])]
         return self.best(floors) if self.has_labels(column) else floors[0]
+
+    def leak(self, column: Column) -> Interval | None:
+        """What answers gave this thief beyond what he gets from labels; None where his floors had fewer images.
+
+        For one with labels of his own, it is above zero only if he is ahead of both floors.
+        """
+        floors = [self.hard(column[2]), *([self.labelled(column[2])] if self.has_labels(column) else [])]
+        threats = [self._threat(one) for one in (column, *floors)]
+        images = [threat.images for threat in threats if threat]
+        if len(images) == len(threats) and min(images) < images[0]:
+            return None
+        ahead = [self.minus(column, floor) for floor in floors]
+        by_luck = [one for one in ahead if not is_above_zero(one)]
+        if by_luck:
+            return min(by_luck, key=lambda one: one.mean if one.high is None else one.high)
+        return min(ahead, key=lambda one: one.mean)
+
+    def _threat(self, column: Column) -> Threat | None:
+        return next(iter(self.table[column].values())).threat
 
     def hard(self, student: str) -> Column:
         """The floor of whoever can query: the better of those who take top answers alone."""
@@ -163,6 +182,7 @@ class Judge:
         spared, unharmed = min(students, key=ahead(twin, plain)), ("honest", *thief[1:])
         verdict = Verdict(
             sentence="",
+            leak=self.leak(worst),
             leak_hard=self.minus(worst, self.hard(worst[2])),
             leak_label_smoothing=self.minus(worst, self.labelled(worst[2])),
             kd_gain=self.minus(plain[gains], scratch[gains]),
@@ -175,7 +195,7 @@ class Judge:
             best_attack=thief[1],
             best_student=thief[2],
         )
-        words = sentence(verdict, data, self._thief_in_words(thief), labelled=self.has_labels(worst))
+        words = sentence(verdict, data, self._thief_in_words(thief))
         return verdict.model_copy(update={"sentence": words})
 
     def _thief_in_words(self, column: Column) -> str:

@@ -5,10 +5,10 @@ from undistill.auditing.schema import Interval, Verdict
 NOTHING = 0.005  # accuracy lost that counts as none
 
 
-def sentence(verdict: Verdict, data: str, thief: str, *, labelled: bool) -> str:
+def sentence(verdict: Verdict, data: str, thief: str) -> str:
     """Say what the best `thief` got, what plain imitation lost, and what the protection costs.
 
-    One seed claims nothing. `labelled` says whether the worst thief has labels of his own.
+    One seed claims nothing.
     """
     if verdict.damage.n < 2:
         return (
@@ -16,21 +16,20 @@ def sentence(verdict: Verdict, data: str, thief: str, *, labelled: bool) -> str:
             f"labels, nor what the protection does; more seeds assess it. {price(verdict.cost)}"
         )
     damage = f"{points(verdict.damage.mean)} worse" if is_above_zero(verdict.damage) else "not measurably worse"
-    beyond = leak_in_words(verdict, labelled=labelled)
+    beyond = beyond_labels(verdict)
     return (
         f"On {data}, {thief}; {beyond}. Plain distillation from the protected model gives a student {damage} than from "
         f"the unprotected one. {price(verdict.cost)}"
     )
 
 
-def leak(verdict: Verdict, *, labelled: bool) -> Interval:
-    """What answers give beyond their labels: with labels of his own, no more than beyond what these alone give."""
-    beyond = [verdict.leak_hard, verdict.leak_label_smoothing] if labelled else [verdict.leak_hard]
-    return min(beyond, key=lambda difference: difference.mean if difference.low is None else difference.low)
-
-
-def leak_in_words(verdict: Verdict, *, labelled: bool) -> str:
-    found = leak(verdict, labelled=labelled)
+def beyond_labels(verdict: Verdict) -> str:
+    found = verdict.leak
+    if found is None:
+        return (
+            "it is not assessed what the protected model's answers give beyond their labels, since the worst thief had "
+            "more images than those who take labels alone"
+        )
     if is_above_zero(found):
         return f"the protected model's answers give {points(found.mean)} beyond their labels ({verdict.worst_attack})"
     most = f" (at most {points(found.high)})" if found.high is not None and found.high > 0 else ""

@@ -25,6 +25,10 @@ class ModelError(UndistillError):
     """A network or its weights that cannot be used."""
 
 
+class Unsuitable(ModelError):
+    """A sound network that an attack cannot be tried on."""
+
+
 class StoreError(UndistillError):
     """A run folder that holds something else, is unfinished, or is damaged."""
 

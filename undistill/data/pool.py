@@ -31,7 +31,7 @@ def _require_apart(pool: Samples, data: Data, source: str) -> None:
             "pool of other images."
         )
     if known := len(asked & owned):
-        remark(f"{known:,} images of the pool are also the owner's training images; its thieves know part of these.")
+        remark(f"{known:,} images of the pool are also training images of the model.")
 
 
 def _shaped(pool: Samples, data: Data, source: str) -> Samples:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from undistill.core.code import is_code, reference
-from undistill.core.errors import ModelError, unknown
+from undistill.core.errors import ModelError, Unsuitable, unknown
 from undistill.core.seeds import seeded
 from undistill.core.spec import Spec
 from undistill.models.trial import Shape, check
@@ -40,14 +40,14 @@ class Model(Spec):
     def stages(self, network: nn.Module) -> Sequence[nn.Module]:
         """The parts of a network of ours after which its feature maps can be read, from the input to the output.
 
-        A network of the user's own names them: `network.stages = ["layer1", "layer2"]`. `ModelError` where there are
+        A network of the user's own names them: `network.stages = ["layer1", "layer2"]`. `Unsuitable` where there are
         none.
         """
         named = getattr(network, "stages", None)
         if not isinstance(named, list | tuple) or not named:
-            raise ModelError(
+            raise Unsuitable(
                 f"{self} names no stages, which this attack reads. Give the network an attribute that names them, such "
-                "as network.stages = ['layer1', 'layer2'], or leave the attack out."
+                "as network.stages = ['layer1', 'layer2']."
             )
         parts = dict(network.named_modules())
         if missing := [name for name in named if name not in parts]:

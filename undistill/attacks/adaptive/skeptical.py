@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from undistill.attacks.attack import Fresh, QueryAttack, Role, tries
-from undistill.core.errors import ModelError
+from undistill.core.errors import Unsuitable
 from undistill.core.spec import Temperature
 from undistill.data.batches import Batch
 from undistill.data.split import Split
@@ -40,7 +40,7 @@ class Skeptical(QueryAttack):
 
     def check(self, victim: nn.Module, fresh: Fresh) -> None:
         if len(fresh.stages(fresh())) < 2:
-            raise ModelError(
+            raise Unsuitable(
                 "A skeptical student needs a head before its last stage, and this network names a single one. Give it "
                 "more: network.stages = ['layer1', 'layer2']."
             )

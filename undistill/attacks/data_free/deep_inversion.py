@@ -17,7 +17,7 @@ from undistill.attacks.data_free.synthesis import (
     to_bytes,
     total_variation,
 )
-from undistill.core.errors import ModelError
+from undistill.core.errors import Unsuitable
 from undistill.core.spec import LearningRate, Temperature, Weight
 from undistill.data.batches import Batch
 from undistill.data.split import Samples, Split
@@ -60,9 +60,9 @@ class DeepInversion(Attack):
 
     def check(self, victim: nn.Module, fresh: Fresh) -> None:
         if self.statistics and not batch_norms(victim):
-            raise ModelError(
-                "DeepInversion reads the statistics of batch norms, and the victim has none. Leave this attack out, or "
-                "have it do without: DeepInversion(statistics=0)."
+            raise Unsuitable(
+                "DeepInversion reads the statistics of batch norms, and the victim has none. It can do without: "
+                "DeepInversion(statistics=0)."
             )
 
     def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:

@@ -19,8 +19,8 @@ class LSKD(Distillation):
     """`CE + weight T^2 KL(victim/T || student/T)` of logits with mean 0 and standard deviation 1 over the classes.
 
     A temperature, a scale or a shift of the victim's log-probabilities makes no difference to it, as long as they are
-    above the floor. Where a probability was rounded to 0, the thief reads `floor`: by zeros as they stand, all other
-    classes would be equal.
+    above the floor. Where a probability was rounded to 0, the thief reads `floor`: a logarithm of nearly 0 would make
+    up all of the standard deviation, beside which the other classes look equal.
     """
 
     form = Form.TOP
