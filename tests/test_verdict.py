@@ -180,6 +180,15 @@ def test_crossed_interval_by_hand() -> None:
     assert crossed_interval(differences[:1]).low is None
 
 
+def test_seeds_that_agree_by_luck_leave_the_luck_of_the_images() -> None:
+    """Two seeds with the same mean difference, on other images."""
+    differences = np.zeros((2, 10_000))
+    differences[0, :400], differences[1, 400:800] = 1, 1
+    found = crossed_interval(differences)
+    assert found.mean == pytest.approx(0.04)
+    assert found.low == pytest.approx(paired_interval(list(differences.mean(0))).low)
+
+
 def test_verdict_by_hand() -> None:
     verdict = Judge(cells(), (), 10**9).verdict(COST, "toys")
     assert verdict.leak_hard.mean == pytest.approx(0.70 - 0.85)
