@@ -160,7 +160,7 @@ def show(report: "Report", folder: Path) -> None:
     sentence = escape(legible(verdict.sentence))
     console.print(
         f"\n{sentence}\n\nIn points: damage {points(verdict.damage)}, cost {points(verdict.cost)}, "
-        f"worst case ahead of top answers {points(verdict.leak_hard)}, gain of a student of the unprotected model "
+        f"worst case against top answers {points(verdict.leak_hard)}, gain of a student of the unprotected model "
         f"{points(verdict.kd_gain_honest)}."
     )
     for flag in report.flags:
