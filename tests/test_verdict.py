@@ -206,6 +206,13 @@ def test_verdict_by_hand() -> None:
     )
 
 
+def test_a_tuned_thief_is_named_by_what_he_did() -> None:
+    listed = {"listed": "SoftLabels(T=4, alpha=0.9)", "attack": "SoftLabels(T=1, alpha=0.9)"}
+    tuned = [one.model_copy(update=listed) if "Soft" in one.attack else one for one in cells(0.9)]
+    verdict = Judge(tuned, (), 10**9).verdict(COST, "toys")
+    assert "(SoftLabels(T=1, alpha=0.9), tuned) gets a copy" in verdict.sentence
+
+
 def test_worst_attack_decides() -> None:
     verdict = Judge(cells(Clever=0.88), (), 10**9).verdict(COST, "toys")
     assert verdict.worst_attack == "Clever()"

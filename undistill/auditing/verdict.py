@@ -200,7 +200,9 @@ class Judge:
 
     def _thief_in_words(self, column: Column) -> str:
         kinds = len({attack for _, attack, _ in self.asked})
-        how = "copying only the top answers" if self.role(column) == Role.TOP_ANSWERS else column[1]
+        first = next(iter(self.table[column].values()))
+        named = f"{first.attack}, tuned" if first.listed else first.attack
+        how = "copying only the top answers" if self.role(column) == Role.TOP_ANSWERS else named
         accuracy = statistics.fmean(cell.accuracy for cell in self.table[column].values())
         return f"the best thief of {kinds} that were tried ({how}) gets a copy of {accuracy:.1%} accuracy"
 
