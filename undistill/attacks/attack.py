@@ -52,7 +52,7 @@ class Role(StrEnum):
     RECOVERY = "recovery"
     """Undoes a known defence."""
     BOUND = "upper bound"
-    """What no thief has: how far an attack of this kind could get at best."""
+    """An attack with knowledge that no thief has, which shows how far others could get at best."""
     SURROGATE = "surrogate data"
     """Answers to other images than the owner's."""
     DATA_FREE = "data-free"

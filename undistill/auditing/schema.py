@@ -195,7 +195,7 @@ class Verdict(Part):
 
     sentence: Text
     leak: Interval | None = None
-    """What answers give beyond their labels: `leak_hard`, and for a thief with labels of his own no more than
+    """Gain from answers beyond their labels: `leak_hard`, and for a thief with labels of his own no more than
     `leak_label_smoothing`. Null where it was not assessed, and in reports of earlier versions."""
     leak_hard: Interval
     """Worst attack minus the better of the students of top answers alone."""
@@ -260,7 +260,7 @@ class Report(Part):
     """Settings that thieves tried before, judged by validation images."""
     tuning: Text = ""
     searched_by: Text = ""
-    """What proposed these settings."""
+    """Name of the search that proposed these settings."""
     skipped: dict[Text, Text] = Field(default_factory=dict)
     """Attacks of the suite that cannot be tried on these networks, and why."""
     curve: list[Cell] = Field(default_factory=list)

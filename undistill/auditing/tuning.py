@@ -89,7 +89,7 @@ class Optuna:
 
 
 def proposals(space: Mapping[str, Sequence[Any]], seed: int) -> Grid | Optuna:
-    """What proposes settings here: Optuna where it is installed, else the grid."""
+    """The search over settings: Optuna's where it is installed, else the grid."""
     return Optuna(space, seed) if importlib.util.find_spec("optuna") else Grid(space, seed)
 
 

@@ -134,7 +134,7 @@ class Judge:
         return self.best(floors) if self.has_labels(column) else floors[0]
 
     def leak(self, column: Column) -> Interval | None:
-        """What answers gave this thief beyond what he gets from labels; None where his floors had fewer images.
+        """This thief's gain from answers beyond their labels; None where his floors had fewer images.
 
         For one with labels of his own, it is above zero only if he is ahead of both floors.
         """
