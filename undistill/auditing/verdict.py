@@ -128,17 +128,16 @@ class Judge:
         threat = self._threat(column)
         return threat is None or threat.data == ThiefData.LABELLED
 
-    def floor(self, column: Column) -> Column:
-        """The best that the thief of this column gets without more of an answer than its label."""
-        floors = [self.hard(column[2]), self.labelled(column[2])]
-        return self.best(floors) if self.has_labels(column) else floors[0]
+    def floors(self, column: Column) -> list[Column]:
+        """What the thief of this column gets without more of an answer than its label."""
+        return [self.hard(column[2]), *([self.labelled(column[2])] if self.has_labels(column) else [])]
 
     def leak(self, column: Column) -> Interval | None:
         """This thief's gain from answers beyond their labels; None where his floors had fewer images.
 
         For one with labels of his own, it is above zero only if he is ahead of both floors.
         """
-        floors = [self.hard(column[2]), *([self.labelled(column[2])] if self.has_labels(column) else [])]
+        floors = self.floors(column)
         threats = [self._threat(one) for one in (column, *floors)]
         images = [threat.images for threat in threats if threat]
         if len(images) == len(threats) and min(images) < images[0]:
@@ -169,7 +168,7 @@ class Judge:
         attacks = [column for column in self.asked if self.role(column) not in FLOORS and self.asks(column)]
         if not attacks:
             raise SpecError("The audit has no attack beside the floors; add one, such as SoftLabels(T=4, alpha=0.9).")
-        worst = max(attacks, key=lambda column: self.scores[column] - self.scores[self.floor(column)])
+        worst = max(attacks, key=lambda column: self.scores[column] - self.scores[self.best(self.floors(column))])
         thief, students = self.best_thief, list(dict.fromkeys(column[2] for column in attacks))
         plain = {who: self.of_role((Role.PLAIN,), "victim", who)[0] for who in students}
         twin = {who: self.of_role((Role.PLAIN,), "honest", who)[0] for who in students}
