@@ -354,7 +354,7 @@ LIES = {
 def verdict_with(report: Report, **change: float):
     name, value = next(iter(change.items()))
     interval = getattr(report.verdict, name)
-    new = {"n": value} if name == "damage" else {"mean": value, "low": value}
+    new = {"n": value} if name == "damage" else {"mean": value, "low": value, "high": value}
     return report.verdict.model_copy(update={name: interval.model_copy(update=new)})
 
 
