@@ -16,7 +16,6 @@ from tests.conftest import RECIPE, students
 from tests.test_victims import jobs
 from undistill.attacks import Attack
 from undistill.attacks.adaptive.affine_map import Affine
-from undistill.attacks.adaptive.averager import ClassMeans
 from undistill.attacks.adaptive.htc import HTC
 from undistill.attacks.adaptive.mkd import MKD, Markov
 from undistill.attacks.black_box.disguide import _Game, disagreeing
@@ -34,6 +33,7 @@ from undistill.data.batches import Batch, ViewDataset
 from undistill.data.views import Views, to_float
 from undistill.defences.responses.rounding import Rounded
 from undistill.runs.run import Run
+from undistill.training.class_means import ClassMeans
 from undistill.training.fit import Fit
 from undistill.training.losses import distillation, kl
 from undistill.training.metrics import accuracy, evaluate

@@ -36,25 +36,30 @@ CPU = torch.device("cpu")
 # So small that it is done in a moment, and so calm that any seed does; a new attack needs a line here only where its
 # defaults are large.
 SMALL = {
+    "AdaptiveMisinformation": {"tau": 0.9, "nu": 10, "epochs": 1},
     "DAFL": {"lr": 0.005, "width": 16},
     "ActiveThief": {"rounds": 3},
     "DKD": {"warmup": 0.5},
     "DeepInversion": {"count": 48, "steps": 6},
     "DisGUIDE": {"lr": 0.005, "memory": 200, "width": 16},
+    "GradientRedirection": {"epsilon": 0.4, "epochs": 1},
     "Fast": {"bank": 40, "every": 3, "warmup": 1, "width": 16},
     "FixMatch": {"mu": 2, "threshold": 0.5},
     "LSKD": {"floor": 0.01},
+    "LinearCMI": {"steps": 2},
+    "MAD": {"epochs": 1},
     "PBayes": {"draws": 4, "rounds": 1},
     "Skeptical": {"wait": 0.2},
+    "Stingy": {"share": 0.4},
     "ZSKT": {"student_steps": 2, "width": 16},
 }
 ATTACKS = [spec(**SMALL.get(name, {})) for name, spec in Attack.registry.items()]
-DEFENCES = [spec() for spec in Defence.registry.values()]
+DEFENCES = [spec(**SMALL.get(name, {})) for name, spec in Defence.registry.items()]
 attacks = pytest.mark.parametrize("attack", ATTACKS, ids=str)
 defences = pytest.mark.parametrize("defence", DEFENCES, ids=str)
 
 
-def fields(specs: list[Spec]) -> Iterator[object]:
+def fields(specs: list[Spec]) -> Iterator[Any]:
     for spec in specs:
         for name in type(spec).model_fields:
             yield pytest.param(spec, name, id=f"{type(spec).__name__}.{name}")
@@ -279,14 +284,18 @@ def test_defended_teachers_stay_accurate(defence: Defence, toy: Data, honest: Ru
     assert accuracy(answers, toy.test.labels) > 0.8
 
 
-@pytest.mark.parametrize(("defence", "field"), list(fields(DEFENCES)))
+BUCKETS_MERGE = "Sealed.levels"  # on the toy world, where all answers are right; see tests/test_sealed.py
+
+
+@pytest.mark.parametrize(("defence", "field"), [one for one in fields(DEFENCES) if one.id != BUCKETS_MERGE])
 def test_every_field_of_a_defence_changes_the_run(
     defence: Defence, field: str, toy: Data, honest: Run, victim: Run
 ) -> None:
     plain = protected(toy, defence, honest)
     choices = others(defence, field)
-    if field == "adversary":
-        choices = iter([type(defence)(**(defence.model_dump() | {field: str(victim.folder)}))])
+    named = {"adversary": str(victim.folder), "surrogate": "ConvNet(width=4)"}
+    if field in named:
+        choices = iter([type(defence)(**(defence.model_dump() | {field: named[field]}))])
     assert any(not alike(plain, protected(toy, changed, honest), toy) for changed in choices)
 
 

@@ -89,8 +89,10 @@ def test_responses_keep_their_promises(name: str, toy: Data, honest: Run) -> Non
         whole, plain = network.answer(images), teacher(images)
         alone = torch.cat([network.answer(image[None]).log_p for image in images])
     assert torch.allclose(whole.filled.exp().sum(1), torch.ones(len(images)), atol=1e-4)
-    assert torch.equal(whole.top, plain.argmax(1))
-    assert torch.allclose(alone, whole.log_p, atol=1e-4)
+    flips = float((whole.top != plain.argmax(1)).float().mean())
+    assert flips == 0 or not Defence.registry[name].keeps_top
+    assert torch.allclose(alone.exp(), whole.log_p.exp(), atol=1e-4)
+    assert torch.equal(network.answer(images).log_p, whole.log_p), "deterministic"
     assert bare(network) is teacher
 
 

@@ -2,13 +2,17 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 from torch import nn
 
+from undistill.core.errors import DataError
 from undistill.core.spec import Spec
-from undistill.data.split import Split
+from undistill.data.split import Samples, Split
 from undistill.training.fit import Fit
+from undistill.victims.answer import Answer
 from undistill.victims.protected import Protected, Response, with_response
+from undistill.victims.victim import NetworkVictim
 
 Fresh = Callable[[], nn.Module]
 """Gives a new network of the same architecture, another one at each call, the same for the same seed."""
@@ -34,8 +38,8 @@ class Defence(Spec):
         """The protected network; `current` and `honest` stay as they are.
 
         Args:
-            current: the network to protect, in eval mode, as earlier defences left it. A defence that trains gets it
-                without their responses; if it trains a fresh network instead, it undoes what they trained.
+            current: the network to protect, in eval mode, as earlier defences left it. A defence that trains a fresh
+                network instead undoes what they trained.
             honest: a normally trained network: the unprotected one, or that of `reference`.
             fresh: gives new networks of the same architecture, for defences that train from scratch.
             data: the owner's training and validation images, never the test images.
@@ -47,15 +51,41 @@ class ResponseDefence(Defence):
     """A defence that changes answers only: a `Response` over the network, whose weights stay."""
 
     listed = False
+    calibrated_on: ClassVar[str] = ""
+    """Images of the owner's by which `calibrate` sets the response: "validation" or "training"; empty for none."""
+
+    keeps_top: ClassVar[bool] = True
+    """Whether the top class never changes; how often it does is measured where it may."""
 
     @abstractmethod
     def response(self, shape: tuple[int, int, int], num_classes: int) -> Response:
         """The response before it is calibrated, for inputs of `shape` (C, H, W): its structure."""
+
+    def calibrate(self, response: Response, current: nn.Module, data: Split, fit: Fit) -> None:
+        """Set the tables, or train the networks, of `response`, whose answers will be those of `current`."""
 
     def wrap(self, current: nn.Module, shape: tuple[int, int, int], num_classes: int) -> Protected:
         """`current` with this response over it."""
         return with_response(current, self.response(shape, num_classes))
 
     def protect(self, current: nn.Module, honest: nn.Module, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
-        """A response that needs no calibration is done as soon as it is over the network."""
-        return self.wrap(current, data.shape, data.num_classes).to(fit.device).eval()
+        """`current` with the calibrated response over it."""
+        protected = self.wrap(current, data.shape, data.num_classes).to(fit.device)
+        response: Response = protected.responses[-1]  # type: ignore[assignment]
+        self.calibrate(response, current.to(fit.device), data, fit)
+        return protected.eval().requires_grad_(False)
+
+
+def calibration_answer(current: nn.Module, data: Split, least: int, why: str) -> tuple[Answer, Samples]:
+    """The answer (N, K) of `current` to the validation images, in main memory, and these images.
+
+    `DataError` says `why` at least so many are needed, where there are fewer.
+    """
+    samples = data.validation
+    if len(samples) < least:
+        raise DataError(
+            f"Calibration has {len(samples)} validation images, and {why} at least {least}. Add images, or give more "
+            "of them to validation."
+        )
+    log_p, shown, whole = NetworkVictim.of(current).answer_samples(samples, data.num_classes)
+    return Answer(log_p.cpu(), shown.cpu(), whole), samples

@@ -79,16 +79,21 @@ def frozen(network: nn.Module) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
+def last_layer(network: nn.Module) -> nn.Linear | None:
+    """The last linear layer of a network, which makes logits of features; None if it has none."""
+    return next((module for module in [*network.modules()][::-1] if isinstance(module, nn.Linear)), None)
+
+
 @contextlib.contextmanager
 def last_features(network: nn.Module) -> Iterator[list[Tensor]]:
     """A list that holds, after each call of the network, the inputs of its last linear layer, if it has one."""
-    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    layer = last_layer(network)
     seen: list[Tensor] = []
-    handles = [layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))] if layers else []
+    handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) if layer else None
     try:
         yield seen
     finally:
-        for handle in handles:
+        if handle:
             handle.remove()
 
 

@@ -1,5 +1,6 @@
 """`protect`: from the run of an honest network to that of a protected one."""
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,8 +11,8 @@ from undistill.core.errors import ModelError, SpecError
 from undistill.core.files import GIB
 from undistill.core.progress import Progress
 from undistill.core.seeds import derive, seeded
-from undistill.data.split import Data, Split
-from undistill.defences.defence import Defence, Fresh, ResponseDefence
+from undistill.data.split import Data
+from undistill.defences.defence import Defence, ResponseDefence
 from undistill.models.model import Model
 from undistill.models.trial import returned
 from undistill.runs.folder import claim, together
@@ -23,7 +24,6 @@ from undistill.training.answers import REMEMBER, AnswerStore
 from undistill.training.compute import pick_device
 from undistill.training.fit import Fit
 from undistill.training.metrics import evaluate
-from undistill.victims.protected import bare, with_network
 
 
 def protect(
@@ -56,6 +56,7 @@ def protect(
         raise SpecError("Nothing protects without a defence; name one, such as Nasty(omega=0.04, T=4).")
     if honest.record.get("defences"):
         raise SpecError(f"{honest.folder} is protected already. Protect the run it was made from, by all defences.")
+    _require_order(defences)
     model = honest.model(None if model is None else Model.from_user(model))
     data = honest.data()
     references = {one.reference: Run.open(one.reference) for one in defences if one.reference}
@@ -86,17 +87,37 @@ def protect(
             with seeded(derive(settings.seed, "defence")):
                 for one in defences:
                     reference = references[one.reference].network().to(chosen) if one.reference else teacher
-                    victim = returned(
-                        _apply(one, victim, reference, fresh, data.split, fit), one, data.shape, data.num_classes
-                    )
+                    victim = one.protect(victim, reference, fresh, data.split, fit)
+                    victim = returned(victim, one, data.shape, data.num_classes)
             record = record_of(request, data, fit, victim, ", ".join(map(str, defences)))
             record["responses"] = [str(one) for one in defences if _restructures(one, teacher, data)]
+            record["calibrated_on"] = _calibration(defences, data)
             again = _rebuilt(honest.fresh(seed, model), victim, defences, data)
             record["metrics"]["divergence"] = metrics.divergence(
                 evaluate(victim, data.validation), evaluate(teacher, data.validation)
             )
             place.finish(victim, record, again, data.validation)
     return Run.open(out)
+
+
+def _require_order(defences: Sequence[Defence]) -> None:
+    """Raise `SpecError` for a defence that trains the network after one that was calibrated on its answers."""
+    for before, after in itertools.pairwise(defences):
+        if isinstance(before, ResponseDefence) and not isinstance(after, ResponseDefence):
+            raise SpecError(
+                f"{after} trains the network, and {before} changes the answers of a network that is trained; name "
+                f"{type(after).__name__} first."
+            )
+
+
+def _calibration(defences: Sequence[Defence], data: Data) -> dict[str, str]:
+    """The images on which each response was calibrated, by its text."""
+    parts = {"training": data.train, "validation": data.validation}
+    return {
+        str(one): f"{len(parts[one.calibrated_on]):,} {one.calibrated_on} images"
+        for one in defences
+        if isinstance(one, ResponseDefence) and one.calibrated_on
+    }
 
 
 def _restructures(defence: Defence, network: nn.Module, data: Data) -> bool:
@@ -126,10 +147,3 @@ class _Fresh:
         seed = derive(self.seed, f"fresh {self.made}") if self.made else self.seed
         self.made += 1
         return self.run.fresh(seed, self.model)
-
-
-def _apply(defence: Defence, current: nn.Module, honest: nn.Module, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
-    """`current` with one more defence. One that trains gets the bare network; responses before it stay over it."""
-    if isinstance(defence, ResponseDefence):
-        return defence.protect(current, honest, fresh, data, fit)
-    return with_network(current, defence.protect(bare(current), honest, fresh, data, fit))

@@ -42,6 +42,28 @@ def undermining(nasty: Tensor, adversary: Tensor, T: float) -> Tensor:
     return -T * T * kl(nasty, adversary.detach(), T)
 
 
+def conditional_information(logits: Tensor, labels: Tensor) -> Tensor:
+    """I(X; answer | label) of answers (N, K) to images with `labels` (N,), in nats.
+
+    It is the mean KL of each answer to the mean answer of its class. Ye et al. (2025) and Fang et al. (2026)
+    minimise it, since it is what imitation learns beyond the label.
+    """
+    log_p = F.log_softmax(logits.float(), dim=1)
+    shares = F.one_hot(labels, logits.shape[1]).to(log_p.dtype)
+    means = shares.T @ log_p.exp() / shares.sum(0)[:, None].clamp_min(1)
+    return kl(log_p, means.clamp_min(1e-30).log()[labels])
+
+
+def misinformation(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log(1 - p_y + 1e-7), mean over the batch: low for answers (B, K) that are wrong about `labels` (B,).
+
+    Kariyappa and Qureshi (CVPR 2020), the reverse cross-entropy. `labels` may be shares (B, K).
+    """
+    p = F.softmax(logits.float(), dim=1)
+    of_labels = (p * labels).sum(1) if labels.ndim == 2 else p.gather(1, labels[:, None]).squeeze(1)
+    return -(1 - of_labels + 1e-7).log().mean()
+
+
 def filled(served: Tensor) -> Tensor:
     """`served` (B, K) with probabilities for the classes at `UNSHOWN`: they share what is left of 1 evenly.
 

@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import ClassVar, cast
 
 from torch import Tensor, nn
@@ -18,6 +17,13 @@ class Response(nn.Module):
 
     form: ClassVar[Form] = Form.FULL
     """The most that it lets through."""
+    reads_inputs: ClassVar[bool] = False
+    """Whether an answer depends on the input in other ways than through the answer that it changes."""
+
+    @property
+    def bits(self) -> float | None:
+        """The most bits that an answer carries beyond its label, where that is bounded; else None."""
+        return None
 
     @abstractmethod
     def forward(self, answer: Answer, inputs: Tensor) -> Answer:
@@ -48,6 +54,18 @@ class Protected(nn.Module):
         """How much its answers show."""
         return min((response.form for response in responses_of(self)), default=Form.FULL)
 
+    @property
+    def bits(self) -> float | None:
+        """The most bits that an answer carries beyond its label; None where no response bounds them.
+
+        What a later response makes of an answer alone carries no more than that answer does.
+        """
+        bound: float | None = None
+        for response in responses_of(self):
+            known = [bits for bits in (response.bits, None if response.reads_inputs else bound) if bits is not None]
+            bound = min(known, default=None)
+        return bound
+
 
 def bare(network: nn.Module) -> nn.Module:
     """The network without its responses: what a thief with the weights has."""
@@ -62,10 +80,3 @@ def responses_of(network: nn.Module) -> list[Response]:
 def with_response(network: nn.Module, response: Response) -> Protected:
     """`network` and the responses that it has, with one more over them."""
     return Protected(bare(network), [*responses_of(network), response])
-
-
-def with_network(protected: nn.Module, network: nn.Module) -> nn.Module:
-    """The responses of `protected`, if it has any, over another network."""
-    if not isinstance(protected, Protected):
-        return network
-    return Protected(network, [deepcopy(one) for one in responses_of(protected)])

@@ -1,0 +1,55 @@
+"""Answers at another temperature; one that is fitted calibrates them (Guo et al., ICML 2017)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+
+from undistill.core import spec
+from undistill.data.split import Split
+from undistill.defences.defence import ResponseDefence, calibration_answer
+from undistill.training.fit import Fit
+from undistill.victims.answer import Answer
+from undistill.victims.protected import Response
+
+LOWEST, HIGHEST = 0.05, 20.0  # of a temperature that is fitted
+
+
+class Temperature(ResponseDefence):
+    """`softmax(log p / T)`: softer answers above 1, sharper ones below. A thief who knows T undoes it."""
+
+    calibrated_on = "validation"
+    T: spec.Temperature | None = 4.0
+    """None takes the temperature with the lowest negative log-likelihood on validation images."""
+
+    def response(self, shape: tuple[int, int, int], num_classes: int) -> Response:
+        return Softened(self.T or 1.0)
+
+    def calibrate(self, response: Response, current: nn.Module, data: Split, fit: Fit) -> None:
+        if self.T is None:
+            answer, samples = calibration_answer(current, data, 1, "a temperature needs")
+            response.T.fill_(fitted_temperature(answer.filled, samples.labels))  # type: ignore[operator]
+
+
+class Softened(Response):
+    """The answer at temperature `T`."""
+
+    T: Tensor
+
+    def __init__(self, T: float) -> None:
+        super().__init__()
+        self.register_buffer("T", torch.tensor(T))
+
+    def forward(self, answer: Answer, inputs: Tensor) -> Answer:
+        return Answer.of_logits(answer.filled / self.T)
+
+
+def fitted_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature at which softmax(logits / T) of (N, K) logits is most likely for `labels` (N,)."""
+
+    def nll(log_T: float) -> float:
+        return float(F.cross_entropy(logits.double() / math.exp(log_T), labels))
+
+    return math.exp(minimize_scalar(nll, bounds=(math.log(LOWEST), math.log(HIGHEST)), method="bounded").x)

@@ -1,0 +1,26 @@
+"""Mean answers of classes, which run over an epoch."""
+
+import torch
+from torch import Tensor
+
+
+class ClassMeans:
+    """Mean probabilities of the images of each class that were seen in this epoch."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.sums = torch.zeros(num_classes, num_classes, device=device)
+        self.counts = torch.zeros(num_classes, 1, device=device)
+        self.epoch = -1
+
+    def __call__(self, log_p: Tensor, labels: Tensor, epoch: int) -> Tensor:
+        """Log of the mean answer (B, K) of each label's class; the answers `log_p` (B, K) are among those averaged.
+
+        labels: (B,), or shares (B, K), by which an answer counts for several classes.
+        """
+        if epoch != self.epoch:
+            self.sums, self.counts, self.epoch = torch.zeros_like(self.sums), torch.zeros_like(self.counts), epoch
+        shares = labels if labels.ndim == 2 else torch.zeros_like(log_p).scatter(1, labels[:, None], 1.0)
+        with torch.autocast(log_p.device.type, enabled=False):  # products would be bf16
+            self.sums = self.sums + shares.T @ log_p.exp()
+            self.counts = self.counts + shares.sum(0)[:, None]
+            return (shares @ (self.sums / self.counts.clamp_min(1e-12))).clamp_min(1e-30).log()
