@@ -50,3 +50,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 schema: $(READY)
 	$(BIN)/python -c "import json; from undistill.auditing.schema import Report; print(json.dumps(Report.model_json_schema(), indent=2))" > docs/report.schema.json
+	$(BIN)/python -c "import json; from undistill.auditing.comparison import Comparison; print(json.dumps(Comparison.model_json_schema(), indent=2))" > docs/comparison.schema.json

@@ -11,7 +11,7 @@ from undistill.auditing.cell import Job
 from undistill.auditing.flags import CHECKS, raised
 from undistill.auditing.pair import VictimPair
 from undistill.auditing.plan import Plan
-from undistill.auditing.schema import Report
+from undistill.auditing.schema import ClassLoss, Interval, Report
 from undistill.auditing.suites import Tuning
 from undistill.auditing.tuning import Search
 from undistill.core.errors import ModelError, SpecError, StoreError
@@ -339,6 +339,17 @@ LIES = {
     "labels_suffice": lambda r: r.model_copy(update={"verdict": verdict_with(r, leak_hard=0.0)}),
     "zeros_in_answers": lambda r: pairs_with(r, zeros=0.3),
     "costly": lambda r: r.model_copy(update={"verdict": verdict_with(r, cost=0.1)}),
+    "miscalibrated": lambda r: r.model_copy(update={"costs": r.costs.model_copy(update={"ece": 0.05})}),
+    "a_class_pays": lambda r: pairs_with(
+        r, worst_class=ClassLoss(name="0", lost=Interval(mean=0.5, low=0.4, high=0.6, n=40))
+    ),
+    "top_answers_flip": lambda r: pairs_with(r, flips=0.1),
+    "price_not_kept": lambda r: pairs_with(
+        r.model_copy(update={"verdict": verdict_with(r, cost=0.01)}), price=0.5, validation_cost=None
+    ),
+    "price_beyond_validation": lambda r: pairs_with(
+        r, price=0.5, validation_cost=Interval(mean=0, low=-0.05, high=0.05, n=100)
+    ),
     "barely_diverged": lambda r: r.model_copy(update={"divergence": 0.2}),
     "underfitted_teacher": lambda r: pairs_with(r, honest_train_accuracy=0.9),
     "students_still_learning": lambda r: cells_with(r, late_gain=0.1),
@@ -384,6 +395,8 @@ def sound(report: Report) -> Report:
     good = good.model_copy(update={"verdict": verdict_with(good, kd_gain_honest=0.01)})
     good = good.model_copy(update={"verdict": verdict_with(good, cost=0.0)})
     good = good.model_copy(update={"verdict": verdict_with(good, leak_hard=0.1)})
+    good = good.model_copy(update={"costs": good.costs.model_copy(update={"ece": 0.0})})
+    good = pairs_with(good, worst_class=None)
     assert not raised(good)
     return good
 

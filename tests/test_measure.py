@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from undistill.data import Samples
+from undistill.training import metrics
 from undistill.training.metrics import accuracy, ece, evaluate, fidelity, l1, nll
 
 
@@ -43,3 +44,41 @@ def test_evaluate_is_batched_and_restores_the_mode() -> None:
     samples = Samples(torch.randint(0, 256, (7, 1, 2, 2), dtype=torch.uint8), torch.arange(7))
     assert torch.allclose(evaluate(network, samples, batch_size=3), evaluate(network, samples), atol=1e-6)
     assert network.training
+
+
+def test_brier_and_top_k_by_hand() -> None:
+    p = torch.tensor([[0.7, 0.2, 0.1], [0.25, 0.25, 0.5]])
+    labels = torch.tensor([0, 1])
+    assert metrics.brier(p.log(), labels) == pytest.approx(((0.09 + 0.04 + 0.01) + (0.0625 + 0.5625 + 0.25)) / 2)
+    assert metrics.top_k(p.log(), labels, k=1) == 0.5
+    assert metrics.top_k(p.log(), labels, k=2) == pytest.approx(0.75), "among equal answers it is by chance"
+    assert metrics.top_k(p.log(), labels, k=5) == 1
+
+
+def test_accuracy_where_a_network_is_surest_by_hand() -> None:
+    p = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.45, 0.55]])
+    labels = torch.tensor([0, 1, 1, 0])  # right, wrong, right, wrong
+    assert metrics.selective_accuracy(p.log(), labels, coverage=0.25) == 1
+    assert metrics.selective_accuracy(p.log(), labels, coverage=0.5) == 0.5
+    assert metrics.selective_accuracy(p.log(), labels, coverage=0.75) == pytest.approx(2 / 3)
+    equal = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.8, 0.2], [0.8, 0.2]])
+    assert metrics.selective_accuracy(equal.log(), torch.tensor([0, 0, 1, 1]), coverage=0.5) == pytest.approx(
+        (1 + 1 / 3) / 2
+    )
+
+
+def test_accuracy_of_each_class_and_its_loss_by_hand() -> None:
+    answers = torch.eye(3)[[0, 0, 1, 0]]
+    labels = torch.tensor([0, 0, 1, 1])
+    assert metrics.class_accuracies(answers, labels) == [1, 0.5, None]
+    lost, error = metrics.accuracy_lost(answers, torch.eye(3)[labels], labels)
+    assert lost == 0.25
+    assert error == pytest.approx(math.sqrt(1 + 1 - 1 / 6) / 6)
+    assert metrics.accuracy_lost(answers, answers, labels)[1] > 0, "agreement on few images is no proof of it on others"
+
+
+def test_a_fitted_temperature_is_the_likeliest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    answers = 2 * torch.randn(4000, 5, generator=generator)
+    labels = torch.multinomial(answers.softmax(1), 1, generator=generator).flatten()
+    assert metrics.fitted_temperature(3 * answers, labels) == pytest.approx(3, rel=0.1)

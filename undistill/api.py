@@ -1,25 +1,33 @@
-"""`train`, `adopt`, `protect` and `audit`: what the command line and the README call."""
+"""`train`, `adopt`, `protect`, `audit` and `compare`: what the command line and the README call."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import nn
 
 from undistill.attacks.attack import Attack, ThiefData
 from undistill.auditing import MOST_SEEDS
+from undistill.auditing.cell import Job
+from undistill.auditing.comparison import NONE, Comparison, compared, parse_defences
 from undistill.auditing.curve import curve_jobs
-from undistill.auditing.forecast import describe
+from undistill.auditing.forecast import count as quantity
+from undistill.auditing.forecast import describe, forecast
 from undistill.auditing.launchers import Launcher
 from undistill.auditing.pair import QueryOptions, VictimPair
 from undistill.auditing.plan import Plan
 from undistill.auditing.schema import Report
 from undistill.auditing.suites import Tuning, find_suite
-from undistill.auditing.summary import summarise
+from undistill.auditing.summary import judge_of, summarise
 from undistill.auditing.tuning import tune
+from undistill.auditing.verdict import Judge
 from undistill.core import distributed
 from undistill.core.errors import SpecError, StoreError
+from undistill.core.identity import fingerprint
 from undistill.core.progress import Progress
 from undistill.data.arrays import Images, stored
 from undistill.data.source import Source
@@ -30,13 +38,13 @@ from undistill.runs.adopt import adopt
 from undistill.runs.folder import claim
 from undistill.runs.protect import protect
 from undistill.runs.run import Run
-from undistill.runs.settings import recorded_settings
+from undistill.runs.settings import Settings, recorded_settings
 from undistill.runs.train import train
 from undistill.training.answers import REMEMBER
 from undistill.training.compute import pick_device
 from undistill.training.recipe import Recipe
 
-__all__ = ["adopt", "audit", "protect", "train"]
+__all__ = ["adopt", "audit", "compare", "protect", "train"]
 
 
 def audit(
@@ -60,6 +68,7 @@ def audit(
     device: str = "auto",
     launcher: str | Launcher = "Serial",
     remember: float = REMEMBER,
+    cells: str | Path | None = None,
     progress: Progress | bool | None = None,
 ) -> Report:
     """Audit one victim; writes report.json, report.html and report.md into `out`.
@@ -85,6 +94,7 @@ def audit(
         device: auto, cpu, cuda or cuda:N.
         launcher: where cells are done: `Serial`, `Pool(workers=2)`, `Ray(address='auto')`.
         remember: GiB of disk that the answers of each network may fill, in its run folder.
+        cells: where finished students are kept, `out`/cells by default; audits that share it share those.
         progress: True shows it on standard error, False nowhere; None shows it in a notebook.
     """
     launcher = Launcher.from_user(launcher)
@@ -106,14 +116,108 @@ def audit(
         device=device,
         remember=remember,
     )
+    plan.jobs[0].pair.require_finite()
+    place = Path(cells) if cells else Path(out) / "cells"
+    with claim(Path(out), request_of(plan)), alone_in(place), Progress.of(progress) as shown, launcher.ready():
+        shown.say(describe(plan, place))
+        return perform(plan, Path(out), launcher, shown, by, place)
+
+
+def request_of(plan: Plan) -> dict[str, str]:
+    """What the folder of an audit is claimed for."""
     pair = plan.jobs[0].pair
-    pair.require_finite()
     request = {"command": "audit", "victim": pair.victim.digest, "honest": pair.honest.digest}
     if pair.victim.record.get("responses"):  # over the same weights there may be others
         request["victim_identity"] = pair.victim.identity
-    with claim(Path(out), request), Progress.of(progress) as shown, launcher.ready():
-        shown.say(describe(plan, Path(out) / "cells"))
-        return perform(plan, Path(out), launcher, shown, by)
+    return request
+
+
+@contextmanager
+def alone_in(cells: Path) -> Iterator[None]:
+    """Inside, this command alone makes cells in that folder."""
+    cells.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(cells / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise StoreError(f"Another audit is working in {cells}; wait for it, or name another --cells.") from None
+
+
+def compare(
+    run: str | Path | Run,
+    defences: Sequence[str],
+    out: str | Path,
+    *,
+    settings: Settings | None = None,
+    by: str = "",
+    launcher: str | Launcher = "Serial",
+    progress: Progress | bool | None = None,
+    **options: Any,
+) -> Comparison:
+    """Protect one network by several defences, and audit each by one suite, beside the unprotected network itself.
+
+    Writes comparison.json, comparison.html and comparison.md into `out`; victims and their audits lie below it, and
+    share the students that they have in common.
+
+    Args:
+        run: the run folder of the unprotected network.
+        defences: a row each: one defence, or several that apply in this order as 'A(...) + B(...)'.
+        out: where the result goes. What it holds already is not done again.
+        settings: recipe and seed of the protected networks, by default those of the honest one.
+        by: whoever audits, for the page.
+        launcher: where cells are done: `Serial`, `Pool(workers=2)`, `Ray(address='auto')`.
+        progress: True shows it on standard error, False nowhere; None shows it in a notebook.
+        options: those of `audit`, such as suite, attacks, students, seeds, trials, share, recipe, model and device.
+    """
+    from undistill.report.comparison import write_comparison
+
+    honest, out = run if isinstance(run, Run) else Run.open(run), Path(out)
+    rows = list(dict.fromkeys([NONE, *(" + ".join(parse_defences(text)) or NONE for text in defences)]))
+    for text in rows:
+        for defence in parse_defences(text):
+            Defence.from_user(defence)
+    launcher = Launcher.from_user(launcher)
+    reports: dict[str, Report] = {}
+    judges: dict[str, Judge] = {}
+    shared = {name: options[name] for name in ("model", "device", "remember") if name in options}
+    with claim(out, {"command": "compare", "honest": honest.digest}), alone_in(out / "cells"), launcher.ready():
+        with Progress.of(progress) as shown:
+            for text in rows:
+                name = folder_name(text)
+                victim = honest
+                if text != NONE:
+                    place = out / "victims" / name
+                    victim = protect(honest, parse_defences(text), place, settings=settings, progress=shown, **shared)
+                plan = plan_audit(victim, honest=honest, **options)
+                plan.jobs[0].pair.require_finite()
+                folder = out / "audits" / name
+                with claim(folder, request_of(plan)):
+                    shown.say(f"{text}: {describe(plan, out / 'cells')}")
+                    reports[f"audits/{name}"], judges[f"audits/{name}"] = judged(
+                        plan, folder, launcher, shown, by, out / "cells"
+                    )
+        comparison = compared(reports, judges)
+        write_comparison(comparison, out)
+    return comparison
+
+
+def describe_comparison(run: Run, defences: Sequence[str], out: str | Path, **options: Any) -> str:
+    """What `compare` would do, and about how long its students take, of whom the unprotected network gets as many."""
+    rows = [text for text in defences if parse_defences(text)]
+    plan = plan_audit(run, honest=run, **options)
+    seconds = forecast(plan, Path(out) / "cells")
+    count = len(dict.fromkeys(rows)) + 1
+    return (
+        f"{quantity(count - 1, 'defence')} to train and calibrate; an audit of each, and of the unprotected network. "
+        f"{describe(plan, Path(out) / 'cells')} For one of the {count} audits: {seconds} Students that several audits "
+        "have in common are trained once."
+    )
+
+
+def folder_name(text: str) -> str:
+    """'nasty-sealed-1a2b3c' of 'Nasty(price=0.5) + Sealed(levels=4)'."""
+    names = [part.split("(")[0].rpartition(":")[2].lower() for part in parse_defences(text)]
+    return "-".join([*(names or [NONE]), fingerprint(text)[:6]])
 
 
 def plan_audit(
@@ -164,32 +268,48 @@ def tuning_of(suite: str, trials: int | None, share: float | None) -> Tuning:
     return Tuning(**(find_suite(suite).tuning.model_dump() | asked))
 
 
-def perform(plan: Plan, out: Path, launcher: Launcher, progress: Progress, by: str = "") -> Report:
+def perform(
+    plan: Plan, out: Path, launcher: Launcher, progress: Progress, by: str = "", cells: Path | None = None
+) -> Report:
     """Let thieves tune, train what is not there yet, then write one report over all cells."""
-    from undistill.report.figures import label
+    return judged(plan, out, launcher, progress, by, cells)[0]
+
+
+def judged(
+    plan: Plan, out: Path, launcher: Launcher, progress: Progress, by: str, cells: Path | None = None
+) -> tuple[Report, Judge]:
+    """The report of `perform`, and the judge who made it, who holds the students' answers as well."""
     from undistill.report.page import write_report
 
-    trials, best = tune(plan.searched, plan.tuning, launcher, out / "cells", progress)
+    cells = cells or out / "cells"
+    trials, best = tune(plan.searched, plan.tuning, launcher, cells, progress)
     jobs = plan.tuned(best)
-    cells = launcher.run(jobs, out / "cells", progress)
+    students = launcher.run(jobs, cells, progress)
     pairs = list(dict.fromkeys(job.pair for job in jobs))
-    last = max((out / "cells" / f"{job.key}.json").stat().st_mtime for job in jobs)
+    last = max((cells / f"{job.key}.json").stat().st_mtime for job in jobs)
     made = datetime.fromtimestamp(last, UTC).date().isoformat()
-    report = summarise(pairs, cells, trials, plan, made=made, by=by)
+    judge = judge_of(pairs, students, trials)
+    report = summarise(pairs, judge, plan, made=made, by=by)
     if plan.curve:
         bought = curve_jobs(plan, best, report.verdict.worst_attack, report.verdict.worst_student)
-        points = launcher.run(bought, out / "cells", progress)
+        points = launcher.run(bought, cells, progress)
         report = report.model_copy(update={"curve": [cell.model_copy(update={"predictions": ""}) for cell in points]})
-    first = pairs[0]
-    sheets: dict[str, Path] = {}
-    for job in jobs:
-        if (sheet := job.sheet(out / "cells")).exists():
-            sheets.setdefault(label(job.column), sheet)
-    curves = {"unprotected": read_curve(first.honest), "protected": read_curve(first.victim)}
-    write_evidence(out / "evidence.npz", first.data, first.network("honest"), first.network("victim"), sheets, curves)
+    _write_evidence(pairs[0], jobs, cells, out)
     report = timed_before(report, out)
     write_report(report, out)
-    return report
+    return report, judge
+
+
+def _write_evidence(pair: VictimPair, jobs: Sequence[Job], cells: Path, out: Path) -> None:
+    """What the page's pictures are drawn from, of the first pair."""
+    from undistill.report.figures import label
+
+    sheets: dict[str, Path] = {}
+    for job in jobs:
+        if (sheet := job.sheet(cells)).exists():
+            sheets.setdefault(label(job.column), sheet)
+    curves = {"unprotected": read_curve(pair.honest), "protected": read_curve(pair.victim)}
+    write_evidence(out / "evidence.npz", pair.data, pair.network("honest"), pair.network("victim"), sheets, curves)
 
 
 def timed_before(report: Report, out: Path) -> Report:

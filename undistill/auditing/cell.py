@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from undistill.attacks.attack import Attack, Buying, QueryAttack, Role, ThiefData
 from undistill.attacks.data_free.synthesis import without_images
 from undistill.auditing.pair import VictimPair
-from undistill.auditing.schema import Cell, Side, Threat, Trial, written
+from undistill.auditing.schema import Cell, Side, Threat, Trial, predicted, written
 from undistill.core.errors import BudgetExceeded, NonFinite, SpecError, Unsuitable
 from undistill.core.files import read_json, seal, unseal, write_json
 from undistill.core.identity import fingerprint, program_sha256, source_sha256
@@ -62,9 +62,13 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Names everything on which the cell's result depends: weights, responses, data, specs, seed, code."""
+        """Names everything on which the cell's result depends: weights, responses, data, specs, seed, code.
+
+        A student who asked nobody is the same whatever victim it is compared with, see `relisted`.
+        """
         runs = {"victim": self.pair.victim, "honest": self.pair.honest, "none": self.pair.victim}
-        asked = [runs[self.side].identity, self.pair.victim.record["data_sha256"], self.side, str(self.attack)]
+        run = None if self._asks_nobody else runs[self.side]
+        asked = [run and run.identity, self.pair.victim.record["data_sha256"], str(self.attack)]
         thief = [str(self.student), self.seed, str(self.schedule), self.pair.share, self.budget]
         if self.attack.data == ThiefData.SURROGATE:
             thief.append(self.pair.surrogate.train.digest.hex())
@@ -73,7 +77,11 @@ class Job:
             thief += ["trial", (self._buyer, self.recipe.epochs) if self._is_allotted else None]
         code: list[object] = [sorted(names.values()) for names in refers if names]
         code += [program_sha256(Path(__file__)), *(source_sha256(type(spec)) for spec in (self.attack, self.student))]
-        return fingerprint(*asked, *thief, *code, runs[self.side].program)[:20]
+        return fingerprint(*asked, *thief, *code, run and run.program)[:20]
+
+    @property
+    def _asks_nobody(self) -> bool:
+        return self.side == "none" and self.attack.data == ThiefData.LABELLED
 
     def check(self) -> None:
         """`Unsuitable` or `SpecError` for what cannot be tried; an audit asks before it trains anything."""
@@ -339,8 +347,13 @@ class Students:
 
 
 def relisted(result: Result, job: Job) -> Result:
-    """The result of `job`, which may be that of another that was tuned to the same setting."""
-    return result.model_copy(update={"listed": job.listed})
+    """The result of `job`, which may be that of another: one that was tuned to the same setting, of a side that is the
+    same network, or of another victim that was not asked."""
+    changes: dict[str, object] = {"listed": job.listed, "side": job.side}
+    if job.side == "none" and isinstance(result, Cell):
+        predictions = torch.from_numpy(predicted(result.predictions, job.pair.data.num_classes))
+        changes["fidelity"] = metrics.accuracy(job.pair.test_logits("victim"), predictions)
+    return result.model_copy(update=changes)
 
 
 def read_result(file: Path, job: Job) -> Result | None:
@@ -351,7 +364,7 @@ def read_result(file: Path, job: Job) -> Result | None:
         found = job.kind.model_validate(unseal(read_json(file) or {}))
     except ValidationError:
         found = None
-    if found and (*job.column, job.seed) == (found.side, found.attack, found.student, found.seed):
+    if found and (str(job.attack), str(job.student), job.seed) == (found.attack, found.student, found.seed):
         return found
     log.warning("%s is damaged or was edited; that cell is done again.", file)
     return None

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from statistics import fmean
 
-from undistill.auditing.schema import Flag, Report
+from undistill.auditing.schema import ClassLoss, Flag, Report
 from undistill.training.answers import ASKED
 from undistill.training.recipe import Recipe
 
@@ -127,6 +127,75 @@ def costly(report: Report) -> str | None:
     if cost.low is None or cost.low <= 0.02:
         return None
     return f"The protection costs at least {cost.low * 100:.1f} points of accuracy; its users will notice."
+
+
+MORE_ECE = 0.01
+CLASS_PAYS = 3.0  # times the price
+
+
+@check
+def miscalibrated(report: Report) -> str | None:
+    if report.costs.ece <= MORE_ECE:
+        return None
+    return (
+        f"Confidences fit worse than before: the expected calibration error rose by {100 * report.costs.ece:.1f} "
+        f"points, to {100 * report.victim.ece:.1f} %. Whoever acts on confidences is misled; "
+        "--defence 'Temperature(T=None)' or --defence 'Sealed()' after the others calibrates them."
+    )
+
+
+@check
+def a_class_pays(report: Report) -> str | None:
+    worst = max((pair.worst_class for pair in report.pairs if pair.worst_class), key=_least_lost, default=None)
+    price = max((_stated_price(report) or 0.0) / 100, report.verdict.cost.mean, 0.0)
+    if worst is None or _least_lost(worst) <= CLASS_PAYS * price:
+        return None
+    return (
+        f"The class {worst.name} loses {100 * worst.lost.mean:.1f} points of accuracy, more than three times the price "
+        f"({100 * price:.1f} points). Look at by_class in report.json; a lower price spares it."
+    )
+
+
+def _least_lost(worst: ClassLoss) -> float:
+    return -1.0 if worst.lost.low is None else worst.lost.low
+
+
+@check
+def top_answers_flip(report: Report) -> str | None:
+    share = max(pair.flips for pair in report.pairs)
+    if share <= 0:
+        return None
+    return (
+        f"A response changes the top answer to {share:.1%} of the test images, so it costs accuracy that no training "
+        "paid for. One that keeps the top answer, such as Sealed, does not."
+    )
+
+
+@check
+def price_not_kept(report: Report) -> str | None:
+    stated, cost = _stated_price(report), report.verdict.cost
+    if stated is None or cost.low is None or 100 * cost.low <= stated:
+        return None
+    return (
+        f"The price was stated as {stated:g} points of accuracy, and at least {100 * cost.low:.1f} were paid. State a "
+        "lower price, or give more images to validation, by which it is kept."
+    )
+
+
+@check
+def price_beyond_validation(report: Report) -> str | None:
+    stated, known = _stated_price(report), [pair.validation_cost for pair in report.pairs if pair.validation_cost]
+    widths = [50 * (cost.high - cost.low) for cost in known if cost.low is not None and cost.high is not None]
+    if stated is None or not widths or max(widths) <= stated:
+        return None
+    return (
+        f"The validation images measure an accuracy to ± {max(widths):.1f} points, and the price is {stated:g}: it was "
+        "kept by experience with other data more than by measurement. More validation images mend that."
+    )
+
+
+def _stated_price(report: Report) -> float | None:
+    return max((pair.price for pair in report.pairs if pair.price is not None), default=None)
 
 
 @check

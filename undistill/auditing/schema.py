@@ -44,12 +44,30 @@ def plus_minus(value: Interval, times: float = 1, sign: str = "") -> str:
 
 
 class Teacher(Part):
-    """One network on the test set; `nll` in nats, of probabilities of at least 1.2e-7. Means of several."""
+    """One network on the test set; `nll` in nats, of probabilities of at least 1.2e-7. Means of several.
+
+    What reports of earlier versions do not have is null or empty.
+    """
 
     spec: Text
     accuracy: Share
     nll: NotNegative
     ece: Share
+    brier: NotNegative | None = None
+    """Squared distance of probabilities from the label, 0 to 2."""
+    top5: Share | None = None
+    """Share of labels among the five highest answers."""
+    selective: Share | None = None
+    """Accuracy on the 80 % of images of which it is surest."""
+    by_class: list[Share | None] = Field(default_factory=list)
+    """Accuracy on each class; null where there is no test image of it."""
+
+
+class ClassLoss(Part):
+    """The class that lost the most accuracy, with an interval wide enough for the choice among all classes."""
+
+    name: Text
+    lost: Interval
 
 
 class Pair(Part):
@@ -72,6 +90,19 @@ class Pair(Part):
     """The victim was protected from this honest teacher."""
     responses: list[Text] = Field(default_factory=list)
     """Defences of the victim that change answers only."""
+    calibrated_on: dict[Text, Text] = Field(default_factory=dict)
+    """The images by which each of them was calibrated; never the test images."""
+    bits: NotNegative | None = None
+    """The most bits that an answer carries beyond its label; null where nothing bounds them."""
+    flips: Share = 0.0
+    """Share of test images of which a response changes the top answer."""
+    price: Number | None = None
+    """Points of accuracy that the owner accepted to lose; null where no price was stated."""
+    validation_cost: Interval | None = None
+    """Accuracy lost on validation images, by which a price is kept; null in reports of earlier versions."""
+    found: dict[Text, Number] = Field(default_factory=dict)
+    """Numbers that the defence found by itself, such as omega."""
+    worst_class: ClassLoss | None = None
     answers_vary: bool = False
     """The victim answers one image differently each time."""
     self_agreement: Share = 1.0
@@ -211,6 +242,8 @@ class Verdict(Part):
     """The same for the best thief; null where the unprotected twin was not attacked so."""
     cost: Interval
     """Honest accuracy minus victim accuracy."""
+    bits: NotNegative | None = None
+    """The most bits that an answer carries beyond its label, by construction; null where nothing bounds them."""
     worst_attack: Text
     """The attack that was furthest above its floor on validation images."""
     worst_student: Text
@@ -225,6 +258,11 @@ class Costs(Part):
     accuracy_lost: Number
     nll: Number
     ece: Number
+    brier: Number | None = None
+    top5: Number | None = None
+    """Share of labels among the five highest answers that is lost; positive is a loss."""
+    selective: Number | None = None
+    """Accuracy lost at 80 % coverage."""
     l1: Number
     ms_per_query_victim: Number
     ms_per_query_honest: Number

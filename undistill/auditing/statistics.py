@@ -37,10 +37,13 @@ def preferred(scores: Sequence[float], images: int) -> int:
     return best if scores[best] > scores[0] + error else 0
 
 
-def paired_interval(differences: Sequence[float]) -> Interval:
-    """Mean difference of two networks over images, each right (1) or wrong (0), with its 95 % interval."""
+def paired_interval(differences: Sequence[float], among: int = 1) -> Interval:
+    """Mean difference of two networks over images, each right (1) or wrong (0), with its 95 % interval.
+
+    `among` is how many such differences one was chosen from; the intervals of all of them hold at once (Bonferroni).
+    """
     n, mean = len(differences), statistics.fmean(differences)
-    return around(mean, quantile(0.975, n + 1) * math.sqrt(image_variance(np.asarray(differences))), n)
+    return around(mean, quantile(1 - 0.025 / among, n + 1) * math.sqrt(image_variance(np.asarray(differences))), n)
 
 
 def crossed_interval(differences: NDArray[np.float64]) -> Interval:

@@ -109,6 +109,10 @@ class Judge:
         """Every attack of a thief on the victim, the copying of top answers among them."""
         return [column for column in self.table if column[0] == "victim" and self.role(column) != Role.BOUND]
 
+    def accuracy(self, column: Column) -> Interval:
+        """Test accuracy of the students of `column`, over seeds."""
+        return interval([cell.accuracy for cell in self.table[column].values()], least_spread(self.images))
+
     @property
     def best_thief(self) -> Column:
         return self.best(self.asked)
@@ -160,7 +164,7 @@ class Judge:
         self.of_role((Role.NO_TEACHER,), "none", student)
         return self.best(self.of_role((Role.LABELS, Role.NO_TEACHER), "none", student))
 
-    def verdict(self, cost: Interval, data: str) -> Verdict:
+    def verdict(self, cost: Interval, data: str, bits: float | None = None) -> Verdict:
         """The verdict over all cells. `SpecError` names a role that is lacking.
 
         Attacks are found by their role; of several plain ones the first counts.
@@ -189,6 +193,7 @@ class Judge:
             damage=self.minus(twin[spared], plain[spared]),
             damage_best=self.minus(unharmed, thief) if unharmed in self.table else None,
             cost=cost,
+            bits=bits,
             worst_attack=worst[1],
             worst_student=worst[2],
             best_attack=thief[1],

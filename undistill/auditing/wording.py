@@ -13,14 +13,11 @@ def sentence(verdict: Verdict, data: str, thief: str) -> str:
     if verdict.damage.n < 2:
         return (
             f"On {data}, {thief}. With one student of each kind it is not assessed what answers give beyond their "
-            f"labels, nor what the protection does; more seeds assess it. {price(verdict.cost)}"
+            f"labels, nor what the protection does; more seeds assess it.{bound(verdict.bits)} {price(verdict.cost)}"
         )
     damage = f"{points(verdict.damage.mean)} worse" if is_above_zero(verdict.damage) else "not measurably worse"
-    beyond = beyond_labels(verdict)
-    return (
-        f"On {data}, {thief}; {beyond}. Plain distillation from the protected model gives a student {damage} than from "
-        f"the unprotected one. {price(verdict.cost)}"
-    )
+    imitation = f"Plain distillation from the protected model gives a student {damage} than from the unprotected one."
+    return f"On {data}, {thief}; {beyond_labels(verdict)}.{bound(verdict.bits)} {imitation} {price(verdict.cost)}"
 
 
 def beyond_labels(verdict: Verdict) -> str:
@@ -34,6 +31,15 @@ def beyond_labels(verdict: Verdict) -> str:
         return f"the protected model's answers give {points(found.mean)} beyond their labels ({verdict.worst_attack})"
     most = f" (at most {points(found.high)})" if found.high is not None and found.high > 0 else ""
     return f"the protected model's answers give nothing measurable beyond their labels{most}"
+
+
+def bound(bits: float | None) -> str:
+    """What answers give at most, by construction; empty where nothing bounds it."""
+    if bits is None:
+        return ""
+    if bits == 0:
+        return " By construction an answer carries nothing beyond its label, whatever a thief computes from it."
+    return f" By construction an answer carries at most {bits:.3g} bits beyond its label, whatever a thief computes."
 
 
 def is_above_zero(difference: Interval) -> bool:

@@ -69,6 +69,9 @@ def audit(
     budget: Annotated[int | None, typer.Option(min=1, help="The most queries of each thief.")] = None,
     pool: Annotated[str | None, typer.Option(metavar="DATA", help="Images of thieves who have none of yours.")] = None,
     out: AuditOut = None,
+    cells: Annotated[
+        Path | None, typer.Option(help="Finished students, shared by audits.", show_default="OUT/cells")
+    ] = None,
     by: Annotated[str, typer.Option(help="Who audits, for the page: a name, a company.")] = "",
     dry_run: DryRun = False,
     model: Code = None,
@@ -114,12 +117,18 @@ def audit(
     }
     if dry_run:
         plan = plan_audit(victim, **asked)
-        say(describe(plan, out / "cells"))
-        say(str(forecast(plan, out / "cells")))
+        say(describe(plan, cells or out / "cells"))
+        say(str(forecast(plan, cells or out / "cells")))
         return
     with working() as progress:
         found = work(
-            victim, out, by=by, launcher=build_launcher(launcher, workers, address), progress=progress, **asked
+            victim,
+            out,
+            by=by,
+            launcher=build_launcher(launcher, workers, address),
+            cells=cells,
+            progress=progress,
+            **asked,
         )
     show(found, out)
 
@@ -128,15 +137,21 @@ def report(
     folder: Annotated[Path, typer.Argument(help="Where an audit or demo wrote its report.")],
     open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Make the pages of an audit again from report.json, and show the table."""
+    """Make the pages of an audit or comparison again from their JSON, and show the table."""
     import webbrowser
 
+    from undistill.cli import comparing
+    from undistill.report.comparison import read_comparison, render_comparison
     from undistill.report.page import read_report, render
 
-    render(folder)
-    show(read_report(folder), folder)
+    if (folder / "comparison.json").exists():
+        page = render_comparison(folder)
+        comparing.show(read_comparison(folder), folder)
+    else:
+        page = render(folder)
+        show(read_report(folder), folder)
     if open_:
-        webbrowser.open((folder / "report.html").resolve().as_uri())
+        webbrowser.open(page.resolve().as_uri())
 
 
 def show(report: "Report", folder: Path) -> None:

@@ -6,6 +6,7 @@ import typer
 
 from undistill import __version__
 from undistill.cli.audits import audit, demo, report
+from undistill.cli.comparing import compare
 from undistill.cli.looking import data_check, figure, list_
 from undistill.cli.models import adopt, protect, train
 from undistill.cli.options import Commands, say
@@ -39,6 +40,7 @@ app.command()(train)
 app.command()(adopt)
 app.command()(protect)
 app.command()(audit)
+app.command()(compare)
 app.command()(report)
 app.command("list")(list_)
 app.command()(figure)

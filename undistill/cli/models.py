@@ -98,8 +98,12 @@ def adopt(
 def protect(
     run: Annotated[Path, typer.Argument(help="The run folder of the honest teacher.")],
     defence: Annotated[
-        list[str], typer.Option(help='A listed defence, such as "Nasty(omega=0.04, T=4)"; several apply in this order.')
-    ],
+        list[str] | None,
+        typer.Option(help='A listed defence, such as "Nasty(omega=0.04, T=4)"; several apply in this order.'),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Points of accuracy that you accept to lose: Nasty(price=...), applied first.")
+    ] = None,
     out: ProtectOut = None,
     model: Code = None,
     config: Config = None,
@@ -117,14 +121,17 @@ def protect(
 
     honest = Run.open(run)
     chosen = Settings(**merge(recorded_settings(honest).model_dump(), read_settings(config, settings, fast)))
-    out = out or beside(run, "-".join(one.split("(")[0].split(":")[-1].lower() for one in defence))
+    named = [*([] if price is None else [f"Nasty(price={price:g})"]), *(defence or ())]
+    out = out or beside(run, "-".join(one.split("(")[0].split(":")[-1].lower() for one in named) or "protected")
     with working() as progress:
         victim = work(
-            honest, defence, out, model=model, settings=chosen, device=device, remember=remember, progress=progress
+            honest, named, out, model=model, settings=chosen, device=device, remember=remember, progress=progress
         )
     metrics = victim.record["metrics"]
     say(
         f"{victim.folder}: validation accuracy {metrics['validation_accuracy']:.1%} "
         f"(honest {honest.record['metrics']['validation_accuracy']:.1%}), "
+        f"lost {100 * metrics['accuracy_lost']:.1f} ± {196 * metrics['accuracy_lost_error']:.1f} points, "
         f"divergence T^2 KL {metrics['divergence']:.2f} nats"
+        + "".join(f", {name} {value:.3g}" for name, value in victim.record["found"].items())
     )

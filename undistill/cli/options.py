@@ -140,6 +140,7 @@ def working() -> Iterator["Progress"]:
 _OUT = "Where the result goes; the same command resumes there."
 TrainOut = Annotated[Path | None, typer.Option(help=_OUT, show_default="runs/DATA-MODEL")]
 ProtectOut = Annotated[Path | None, typer.Option(help=_OUT, show_default="RUN-DEFENCE")]
+CompareOut = Annotated[Path | None, typer.Option(help=_OUT, show_default="RUN-compare")]
 AuditOut = Annotated[Path | None, typer.Option(help=_OUT, show_default="RUN-audit")]
 Config = Annotated[Path | None, typer.Option(help="A YAML file of settings.")]
 Set = Annotated[

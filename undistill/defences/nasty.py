@@ -1,17 +1,24 @@
 """The nasty teacher: self-undermining knowledge distillation (Ma et al., ICLR 2021)."""
 
 import math
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
-from undistill.core.spec import Temperature, Weight
+from undistill.core.errors import SpecError, Unsuitable
+from undistill.core.spec import Temperature, Weight, within
 from undistill.data.batches import Batch
 from undistill.data.split import Split
 from undistill.defences.defence import Defence, Fresh
+from undistill.defences.price import FoundWeight, at_price
+from undistill.models.model import last_layer
 from undistill.training.fit import Fit
 from undistill.training.losses import cross_entropy, undermining
-from undistill.training.objectives import Terms, Weighted
+from undistill.training.metrics import accuracy, evaluate, fitted_temperature
+from undistill.training.objectives import Objective, Terms, Weighted
+
+Points = Annotated[float, within(0.01, 100, "it is the points of accuracy that you accept to lose")]
 
 
 class Nasty(Defence):
@@ -21,20 +28,47 @@ class Nasty(Defence):
     from, by default the honest teacher.
     """
 
-    omega: Weight = 0.04
+    quiet = ("price", "calibrated")
+    omega: Weight | None = 0.04
+    """None where a price is stated, from which it is found."""
     T: Temperature = 4.0
     warm_start: float | None = Field(None, gt=0, le=1)
     """None trains from scratch, as published. A share starts from the unprotected weights and takes that share of the
     recipe's epochs."""
     adversary: str | None = None
     """A run folder whose network to differ from, instead of the honest teacher."""
+    price: Points | None = None
+    """Points of accuracy that you accept to lose, instead of omega; see docs/price.md."""
+    calibrated: bool = False
+    """Whether the last layer is scaled at the end, so that confidences fit the validation images (Guo et al. 2017)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _price_or_omega(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or fields.get("price") is None:
+            if isinstance(fields, dict) and fields.get("omega", 0) is None:
+                raise ValueError("without a price, omega needs a value")
+            return fields
+        for name in ("omega", "warm_start"):
+            if fields.get(name) is not None:
+                raise ValueError(f"a price finds {name} by itself; leave {name} out")
+        return fields | {"omega": None}
 
     @property
     def reference(self) -> str | None:
         return self.adversary
 
     def protect(self, current: nn.Module, honest: nn.Module, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
-        network, reference = fresh(), fit.answers(honest)
+        network = (
+            self._at_price(current, honest, fresh, data, fit)
+            if self.price
+            else self._trained(current, honest, fresh, data, fit)
+        )
+        return calibrated(network, data) if self.calibrated else network
+
+    def _trained(self, current: nn.Module, honest: nn.Module, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
+        assert self.omega is not None
+        network, reference, omega = fresh(), fit.answers(honest), self.omega
         epochs = fit.recipe.epochs
         if self.warm_start:
             network.load_state_dict(current.state_dict())
@@ -43,7 +77,49 @@ class Nasty(Defence):
         def objective(nasty: nn.Module, batch: Batch) -> Terms:
             logits = nasty(batch.images)
             divergence = undermining(logits, reference(batch), self.T)
-            return {"ce": cross_entropy(logits, batch.labels), "undermining": Weighted(divergence, self.omega)}
+            return {"ce": cross_entropy(logits, batch.labels), "undermining": Weighted(divergence, omega)}
 
-        rounding = 1e-6 * self.T**2  # of a KL in fp32, in nats
-        return fit(network, data, objective, epochs=epochs, bounds={"undermining": rounding})
+        return fit(network, data, objective, epochs=epochs, bounds=self._bounds)
+
+    def _at_price(self, current: nn.Module, honest: nn.Module, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
+        assert self.price
+        labels = data.validation.labels
+        if self.price / 100 >= (own := accuracy(evaluate(current, data.validation).cpu(), labels)):
+            raise SpecError(f"A price of {self.price:g} points is more than the accuracy there is, {100 * own:.1f} %.")
+        unprotected = fit.answers(current)
+        reference = unprotected if honest is current else fit.answers(honest)
+
+        def objective(omega: FoundWeight) -> Objective:
+            def terms(nasty: nn.Module, batch: Batch) -> Terms:
+                logits = nasty(batch.images)
+                ce = cross_entropy(logits, batch.labels)
+                excess = ce - cross_entropy(unprotected(batch), batch.labels)
+                divergence = undermining(logits, reference(batch), self.T)
+                return {"ce": ce, "undermining": Weighted(divergence, omega(excess))}
+
+            return terms
+
+        return at_price(self.price / 100, current, fresh, data, fit, objective, self._bounds)
+
+    @property
+    def _bounds(self) -> dict[str, float]:
+        return {"undermining": 1e-6 * self.T**2}  # of a KL rounded in fp32, in nats
+
+
+def calibrated(network: nn.Module, data: Split) -> nn.Module:
+    """`network`, its last linear layer scaled to the temperature that fits the validation images.
+
+    `Unsuitable` where no last linear layer makes the logits.
+    """
+    logits = evaluate(network, data.validation)
+    T, layer = fitted_temperature(logits.cpu(), data.validation.labels), last_layer(network)
+    if layer is not None:
+        layer.weight.data /= T
+        if layer.bias is not None:
+            layer.bias.data /= T
+    if not evaluate(network, data.validation).allclose(logits / T, rtol=1e-2, atol=1e-2):
+        raise Unsuitable(
+            "calibrated=True scales the last linear layer, and this network's logits are made otherwise; name "
+            "--defence 'Temperature(T=None)' after it instead."
+        )
+    return network

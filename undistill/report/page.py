@@ -23,7 +23,7 @@ from undistill.report.curves import queries, training
 from undistill.report.evidence import read_evidence
 from undistill.training.recipe import Recipe
 
-_HTML = Environment(
+HTML = Environment(
     loader=PackageLoader("undistill.report"),
     autoescape=True,
     undefined=StrictUndefined,
@@ -39,7 +39,7 @@ def _plain(value: object) -> object:
     return re.sub(r"([\\`*_\[\]<>|~$])", r"\\\1", legible(" ".join(value.split())).replace("&", "&amp;"))
 
 
-_MARKDOWN = _HTML.overlay(autoescape=False, finalize=_plain)
+MARKDOWN = HTML.overlay(autoescape=False, finalize=_plain)
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -88,13 +88,14 @@ def render(folder: Path) -> Path:
         "explained": explained,
         "word": word,
         "rows": table(report),
+        "costs": costs(report),
         "copy_price": price_of_a_copy(report) if report.curve else "",
         "agreement": agreement,
         "percent": percent,
         "points": points,
     }
-    html = _HTML.get_template("report.html").render(context, pictures=pictures)
-    write_text(folder / "report.md", _MARKDOWN.get_template("report.md").render(context))
+    html = HTML.get_template("report.html").render(context, pictures=pictures)
+    write_text(folder / "report.md", MARKDOWN.get_template("report.md").render(context))
     write_text(folder / "report.html", html)
     return folder / "report.html"
 
@@ -104,6 +105,33 @@ def best(report: Report) -> dict[str, str]:
     found = columns(report.cells)
     column = best_thief(report)
     return {"attack": figures.label(column), "accuracy": percent(interval(list(found[column].values())))}
+
+
+def costs(report: Report) -> list[tuple[str, ...]]:
+    """Rows of name, value of the protected model and of the unprotected one, of everything that protecting may cost."""
+    both = report.victim, report.honest
+    rows: list[tuple[str, ...]] = [("accuracy", *(percent(one.accuracy) for one in both))]
+    lost = [pair.worst_class for pair in report.pairs if pair.worst_class]
+    if lost and all(one.by_class for one in both):
+        worst = max(lost, key=lambda one: one.lost.mean)
+        place = report.class_names.index(worst.name) if worst.name in report.class_names else 0
+        values = [one.by_class[place] for one in both]
+        rows.append((f"accuracy of the class that lost most, {legible(worst.name)}", *map(_share, values)))
+        rows.append(("accuracy of its worst class", *(_share(min(_known(one.by_class))) for one in both)))
+    rows.append(("accuracy on the 80 % of which it is surest", *(_share(one.selective) for one in both)))
+    rows.append(("label among its five highest answers", *(_share(one.top5) for one in both)))
+    rows.append(("ECE, in points", *(f"{100 * one.ece:.1f}" for one in both)))
+    rows.append(("NLL, in nats", *(f"{one.nll:.3f}" for one in both)))
+    rows.append(("Brier score", *("–" if one.brier is None else f"{one.brier:.3f}" for one in both)))
+    return rows
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else percent(value)
+
+
+def _known(values: list[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def draw(figure: Figure) -> Markup:

@@ -93,9 +93,8 @@ def protect(
             record["responses"] = [str(one) for one in defences if _restructures(one, teacher, data)]
             record["calibrated_on"] = _calibration(defences, data)
             again = _rebuilt(honest.fresh(seed, model), victim, defences, data)
-            record["metrics"]["divergence"] = metrics.divergence(
-                evaluate(victim, data.validation), evaluate(teacher, data.validation)
-            )
+            record |= {"found": fit.found, "price": stated_price(defences)}
+            record["metrics"] |= _beside(victim, teacher, data)
             place.finish(victim, record, again, data.validation)
     return Run.open(out)
 
@@ -108,6 +107,19 @@ def _require_order(defences: Sequence[Defence]) -> None:
                 f"{after} trains the network, and {before} changes the answers of a network that is trained; name "
                 f"{type(after).__name__} first."
             )
+
+
+def _beside(victim: nn.Module, honest: nn.Module, data: Data) -> dict[str, float]:
+    """What the validation images say of a victim beside the honest network."""
+    after, before = (evaluate(network, data.validation).cpu() for network in (victim, honest))
+    lost, error = metrics.accuracy_lost(after, before, data.validation.labels)
+    divergence = metrics.divergence(after, before)
+    return {"divergence": divergence, "accuracy_lost": lost, "accuracy_lost_error": error}
+
+
+def stated_price(defences: Sequence[Defence]) -> float | None:
+    """Points of accuracy that the owner accepts to lose, if one of the defences states a price."""
+    return next((one.price for one in defences if getattr(one, "price", None)), None)  # type: ignore[attr-defined]
 
 
 def _calibration(defences: Sequence[Defence], data: Data) -> dict[str, str]:

@@ -65,6 +65,12 @@ class Recorded(BaseModel):
     """Defences that were applied, in order."""
     responses: list[str] = Field(default_factory=list)
     """Defences that give the network another structure; it is rebuilt before the weights are loaded."""
+    calibrated_on: dict[str, str] = Field(default_factory=dict)
+    """Images by which each response was calibrated, in words."""
+    price: Finite | None = None
+    """Points of accuracy that the owner accepted to lose, if he stated a price."""
+    found: dict[str, Finite] = Field(default_factory=dict)
+    """Numbers that a defence found by itself, such as omega."""
     parent: Parent | None = None
     start_sha256: str | None = None
     classes: list[str] = Field(min_length=2)

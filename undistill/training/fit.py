@@ -65,6 +65,8 @@ class Fit:
     """Compute settings of each call."""
     asides: list[float] = field(default_factory=list)
     """Wall time of `once()` calls, in seconds."""
+    found: dict[str, float] = field(default_factory=dict)
+    """Numbers that a defence found by itself, such as the weight of a term; for the run's record."""
     calls: int = 0
 
     def answers(self, network: nn.Module) -> RememberedAnswers:

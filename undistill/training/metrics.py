@@ -16,6 +16,8 @@ from undistill.training.compute import EXACT, Compute
 from undistill.training.losses import distillation, filled, require_finite
 
 DIVERGENCE_T = 4.0
+COVERAGE = 0.8  # of the samples that are answered, the rest being left to people
+LOWEST, HIGHEST = 0.05, 20.0  # of a temperature that is fitted
 
 
 @torch.no_grad()
@@ -43,6 +45,16 @@ def evaluate(network: nn.Module, samples: Samples, compute: Compute = EXACT, bat
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of samples whose highest answer is the label."""
     return (logits.argmax(1) == labels).double().mean().item()
+
+
+def accuracy_lost(after: Tensor, before: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Accuracy of `before` minus that of `after`, two answers (N, K) to the same images, and its standard error.
+
+    Half an image is added to each kind of disagreement (Agresti and Min 2005), so that the error is never 0.
+    """
+    lost = (before.argmax(1) == labels).double() - (after.argmax(1) == labels).double()
+    more = len(lost) + 2
+    return float(lost.mean()), math.sqrt(float(lost.square().sum() + 1 - lost.sum() ** 2 / more)) / more
 
 
 def confidence(logits: Tensor) -> float:
@@ -79,6 +91,37 @@ def ece(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     return (sums.abs().sum() / len(labels)).item()
 
 
+def brier(logits: Tensor, labels: Tensor) -> float:
+    """Mean squared distance of the probabilities from the one-hot label, 0 to 2 (Brier 1950)."""
+    p = F.softmax(logits.double(), dim=1)
+    return (p - F.one_hot(labels, p.shape[1])).square().sum(1).mean().item()
+
+
+def top_k(logits: Tensor, labels: Tensor, k: int = 5) -> float:
+    """Share of samples whose label is among the `k` highest answers; among equal ones it is by chance."""
+    own = logits.gather(1, labels[:, None])
+    higher, equal = (logits > own).sum(1), (logits == own).sum(1)
+    return ((k - higher) / equal).clamp(0, 1).double().mean().item()
+
+
+def selective_accuracy(logits: Tensor, labels: Tensor, coverage: float = COVERAGE) -> float:
+    """Accuracy on the share `coverage` of samples whose highest answer is surest; among equally sure ones by chance."""
+    sure, right = logits.softmax(1).amax(1), (logits.argmax(1) == labels).double()
+    kept = max(round(coverage * len(labels)), 1)
+    least = sure.sort(descending=True).values[kept - 1]
+    surer, equal = sure > least, sure == least
+    return ((right[surer].sum() + right[equal].mean() * (kept - surer.sum())) / kept).item()
+
+
+def class_accuracies(logits: Tensor, labels: Tensor) -> list[float | None]:
+    """Accuracy on the samples of each class; None for a class that has none."""
+    right = logits.argmax(1) == labels
+    return [
+        right[labels == label].double().mean().item() if (labels == label).any() else None
+        for label in range(logits.shape[1])
+    ]
+
+
 def divergence(victim: Tensor, honest: Tensor, T: float = DIVERGENCE_T) -> float:
     """T^2 KL(victim/T || honest/T) of two answers to the same images, in nats: how far a defence went."""
     return distillation(victim, honest, T).item()
@@ -87,3 +130,14 @@ def divergence(victim: Tensor, honest: Tensor, T: float = DIVERGENCE_T) -> float
 def l1(a: Tensor, b: Tensor) -> float:
     """Mean L1 distance of two answers' probabilities, 0 to 2."""
     return (F.softmax(a.double(), 1) - F.softmax(b.double(), 1)).abs().sum(1).mean().item()
+
+
+def fitted_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature at which softmax(logits / T) of (N, K) logits is most likely for `labels` (N,)."""
+
+    from scipy.optimize import minimize_scalar  # here, since every start would wait for it
+
+    def nll(log_T: float) -> float:
+        return float(F.cross_entropy(logits.double() / math.exp(log_T), labels))
+
+    return math.exp(minimize_scalar(nll, bounds=(math.log(LOWEST), math.log(HIGHEST)), method="bounded").x)

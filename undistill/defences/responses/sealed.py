@@ -16,6 +16,7 @@ from undistill.victims.answer import Answer
 from undistill.victims.protected import Response
 
 MARGIN = 0.01  # by which the top class is above every other, in shares of an even answer
+BEYOND = 1e6  # log-odds that no answer has
 DIFFERENT = 1.96  # standard errors by which the accuracies of two buckets differ, or they become one
 
 
@@ -65,13 +66,13 @@ class SealedAnswers(Response):
     """Looks the answer up by label and bucket."""
 
     edges: Tensor
-    """Log-odds of the top class between buckets, ascending (levels - 1,); infinite where buckets became one."""
+    """Log-odds of the top class between buckets, ascending (levels - 1,); `BEYOND` where buckets became one."""
     table: Tensor
     """Log-probabilities (K, levels, K)."""
 
     def __init__(self, levels: int, num_classes: int) -> None:
         super().__init__()
-        self.register_buffer("edges", torch.full((levels - 1,), torch.inf))
+        self.register_buffer("edges", torch.full((levels - 1,), BEYOND))
         self.register_buffer("table", torch.zeros(num_classes, levels, num_classes).log_softmax(2))
 
     def seal(self, edges: Tensor, table: Tensor) -> None:
@@ -81,7 +82,7 @@ class SealedAnswers(Response):
 
     @property
     def bits(self) -> float:
-        return math.log2(int(self.edges.isfinite().sum()) + 1)
+        return math.log2(int((self.edges < BEYOND).sum()) + 1)
 
     def forward(self, answer: Answer, inputs: Tensor) -> Answer:
         bucket = torch.bucketize(log_odds(answer), self.edges)

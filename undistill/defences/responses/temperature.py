@@ -1,20 +1,15 @@
 """Answers at another temperature; one that is fitted calibrates them (Guo et al., ICML 2017)."""
 
-import math
-
 import torch
-import torch.nn.functional as F
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from undistill.core import spec
 from undistill.data.split import Split
 from undistill.defences.defence import ResponseDefence, calibration_answer
 from undistill.training.fit import Fit
+from undistill.training.metrics import fitted_temperature
 from undistill.victims.answer import Answer
 from undistill.victims.protected import Response
-
-LOWEST, HIGHEST = 0.05, 20.0  # of a temperature that is fitted
 
 
 class Temperature(ResponseDefence):
@@ -44,12 +39,3 @@ class Softened(Response):
 
     def forward(self, answer: Answer, inputs: Tensor) -> Answer:
         return Answer.of_logits(answer.filled / self.T)
-
-
-def fitted_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature at which softmax(logits / T) of (N, K) logits is most likely for `labels` (N,)."""
-
-    def nll(log_T: float) -> float:
-        return float(F.cross_entropy(logits.double() / math.exp(log_T), labels))
-
-    return math.exp(minimize_scalar(nll, bounds=(math.log(LOWEST), math.log(HIGHEST)), method="bounded").x)

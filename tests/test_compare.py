@@ -1,0 +1,129 @@
+"""`compare`: several defences of one network, one suite, one table; students in common are trained once."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.conftest import FAST, RECIPE, STUDENT
+from undistill.api import audit, compare
+from undistill.auditing.comparison import NONE, Comparison, parse_defences
+from undistill.cli.commands import app
+from undistill.core.errors import SpecError, StoreError
+from undistill.report.comparison import COLUMNS, front, read_comparison
+from undistill.report.page import read_report
+from undistill.runs.run import Run
+from undistill.runs.settings import Settings
+
+DEFENCES = ["LabelOnly()", "Nasty(omega=0.05, T=4) + Sealed(levels=2)"]
+QUICK = {"suite": "quick-2", "students": [STUDENT], "recipe": RECIPE.model_copy(update={"epochs": 3}), "seeds": 2}
+
+
+@pytest.fixture(scope="module")
+def done(honest: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
+    out = tmp_path_factory.mktemp("compare") / "out"
+    settings = Settings(recipe=RECIPE)
+    return compare(honest, DEFENCES, out, settings=settings, by="me", device="cpu", **QUICK), out
+
+
+def test_a_row_for_each_defence_and_one_without(done: tuple[Comparison, Path]) -> None:
+    comparison, out = done
+    assert [row.defence for row in comparison.rows] == [
+        NONE,
+        "LabelOnly()",
+        "Nasty(omega=0.05, T=4, warm_start=None, adversary=None), Sealed(levels=2, rest='uniform')",
+    ]
+    plain, label_only, sealed = comparison.rows
+    assert plain.cost.mean == plain.ece == plain.divergence == 0
+    assert plain.bits is None
+    assert label_only.bits == 0
+    assert sealed.bits is not None
+    assert sealed.bits <= 1
+    for row in comparison.rows:
+        report = read_report(out / row.folder)
+        assert row.leak_hard == report.verdict.leak_hard
+        assert row.victim == report.victim
+        assert len(row.accuracies) == 6
+        assert len(row.beyond) == 4, "attacks that ask; students without teacher are read beside them"
+        assert row.beyond["HardLabels() by " + STUDENT].mean == 0
+    assert read_comparison(out) == comparison
+
+
+def test_students_in_common_are_trained_once(done: tuple[Comparison, Path], honest: Run) -> None:
+    """Those of the unprotected network, which is the victim of the first row, and those who ask nobody."""
+    _, out = done
+    cells = [json.loads(path.read_text()) for path in (out / "cells").glob("*.json")]
+    trained = [cell for cell in cells if "accuracy" in cell.get("content", cell)]
+    asking, alone, seeds, networks = 4, 2, 2, 3
+    assert len(trained) == seeds * (alone + asking * networks)
+
+
+def test_cells_are_shared_with_a_single_audit(done: tuple[Comparison, Path], honest: Run, tmp_path: Path) -> None:
+    comparison, out = done
+    before = {path.name for path in (out / "cells").iterdir()}
+    victim = next(path for path in (out / "victims").iterdir() if path.name.startswith("labelonly"))
+    report = audit(victim, tmp_path / "audit", honest=honest, cells=out / "cells", device="cpu", **QUICK)
+    assert {path.name for path in (out / "cells").iterdir()} == before, "nothing was trained anew"
+    assert report.verdict.leak_hard == comparison.rows[1].leak_hard
+    assert not (tmp_path / "audit" / "cells").exists()
+
+
+def test_a_repeated_comparison_is_the_same_bytes(done: tuple[Comparison, Path], honest: Run) -> None:
+    _, out = done
+    before = (out / "comparison.json").read_bytes()
+    compare(honest, DEFENCES, out, settings=Settings(recipe=RECIPE), by="me", device="cpu", **QUICK)
+    assert (out / "comparison.json").read_bytes() == before
+
+
+def test_the_page_needs_no_network_and_can_be_sorted(done: tuple[Comparison, Path]) -> None:
+    _, out = done
+    page = (out / "comparison.html").read_text()
+    assert not re.search(r"""(?:src|href)=["']?https?://""", page)
+    assert page.count("<button") == len(COLUMNS) + 2
+    for row in done[0].rows:
+        assert f'href="{row.folder}/report.html"' in page
+        assert (out / row.folder / "report.html").exists()
+    assert "| LabelOnly() |" in (out / "comparison.md").read_text().replace("\\", "")
+
+
+def test_the_schema_is_that_of_the_documents() -> None:
+    held = json.loads((Path(__file__).parents[1] / "docs" / "comparison.schema.json").read_text())
+    assert held == Comparison.model_json_schema(), "run 'make schema'"
+
+
+def test_no_other_defence_beats_those_on_the_front() -> None:
+    assert front([0, 1, 2, 1], [5, 3, 4, 2]) == [0, 3]
+    assert front([0, 0], [2, 1]) == [1]
+    assert front([], []) == []
+
+
+def test_defences_of_a_row_are_separated_by_plus() -> None:
+    assert parse_defences("Nasty(price=0.5) + Sealed(levels=4)") == ["Nasty(price=0.5)", "Sealed(levels=4)"]
+    assert parse_defences("a+b.py:Mine(x='1 + 2') + TopK(k=1)")[-1] == "TopK(k=1)"
+    assert parse_defences("None") == []
+    for text in ("", "TopK() +", "+"):
+        with pytest.raises(SpecError, match="write one defence, or several"):
+            parse_defences(text)
+
+
+def test_the_command_line_ends_with_a_table(done: tuple[Comparison, Path], honest: Run) -> None:
+    _, out = done
+    shown = CliRunner().invoke(app, ["report", str(out)], env={"COLUMNS": "80"}).output
+    assert max(map(len, shown.splitlines()[:-1])) <= 80
+    assert "LabelOnly()" in shown
+    arguments = [part for setting in FAST for part in ("--set", setting)]
+    dry = CliRunner().invoke(app, ["compare", str(honest.folder), "--defence", "Sealed()", "--dry-run", *arguments])
+    assert dry.exit_code == 0, dry.output
+    assert "1 defences to train" not in dry.output
+    wrong = CliRunner().invoke(app, ["compare", str(honest.folder), "--defence", "Seeled()"])
+    assert wrong.exit_code == 2
+
+
+def test_two_audits_do_not_work_in_the_same_cells(done: tuple[Comparison, Path], honest: Run, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    _, out = done
+    with FileLock(out / "cells" / ".lock"), pytest.raises(StoreError, match="Another audit is working in"):
+        audit(honest, tmp_path / "a", honest=honest, cells=out / "cells", device="cpu", **QUICK)

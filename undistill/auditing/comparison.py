@@ -1,0 +1,167 @@
+"""`comparison.json`: several defences of one network, audited by one suite (docs/comparison.schema.json)."""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from undistill.auditing.schema import Interval, Number, Part, Report, Share, Teacher, Text
+from undistill.auditing.verdict import Column, Judge
+from undistill.core.errors import SpecError
+
+NONE = "none"
+"""Name of the row without a defence."""
+ACCEPTED = 0.005
+"""Accuracy that a defence may cost where no price was stated."""
+UNSHIPPABLE = ("costly", "miscalibrated", "a_class_pays", "top_answers_flip", "price_not_kept", "answers_vary")
+"""Flags that say that users of the model are worse off."""
+
+
+class Row(Part):
+    """One defence. Its whole report lies in `folder`."""
+
+    defence: Text
+    folder: Text
+    """From the comparison's own folder."""
+    victim: Teacher
+    cost: Interval
+    """Accuracy lost against the unprotected network."""
+    price: Number | None
+    """Points that the owner accepted to lose, if he stated a price."""
+    found: dict[Text, Number]
+    ece: Number
+    """Rise of the expected calibration error."""
+    flips: Share
+    bits: Number | None
+    """The most bits that an answer carries beyond its label; null where nothing bounds them."""
+    divergence: Number
+    ms_per_query: Number
+    ms_per_query_unprotected: Number
+    train_seconds: Number
+    leak_hard: Interval
+    """The attack that is furthest above its floor, minus the better of the students of top answers alone."""
+    leak_label_smoothing: Interval
+    """The same minus the better of the students without teacher and with smoothed labels."""
+    damage: Interval
+    """Plain distillation from the unprotected network minus that from this one."""
+    worst_attack: Text
+    best_attack: Text
+    best_accuracy: Share
+    """Test accuracy of the thief who was best on validation images."""
+    accuracies: dict[Text, Interval]
+    """Test accuracy of every attack on this network, by attack and student."""
+    beyond: dict[Text, Interval]
+    """The same minus the floor of top answers, for the attacks that are none."""
+    not_shippable: list[Text]
+    """Why its users would be worse off; empty where they are not."""
+
+
+class Comparison(Part):
+    """The whole of comparison.json."""
+
+    format: Literal[1] = 1
+    title: Text
+    by: Text = ""
+    made: Annotated[str, Field(max_length=10)] = ""
+    data: Text
+    classes: Annotated[int, Field(ge=2)]
+    suite: Text
+    tuning: Text
+    recipe: Text
+    seeds: Annotated[int, Field(ge=1)]
+    test_images: Annotated[int, Field(ge=1)]
+    unprotected: Teacher
+    rows: Annotated[list[Row], Field(min_length=1, max_length=200)]
+    environment: dict[Text, Text | int]
+
+
+def compared(reports: Mapping[str, Report], judges: Mapping[str, Judge]) -> Comparison:
+    """One comparison of audits of the same unprotected network, by the folders in which their reports lie."""
+    first = next(iter(reports.values()))
+    rows = [row_of(report, judges[folder], folder) for folder, report in reports.items()]
+    return Comparison(
+        title=f"Defences of {first.honest.spec}",
+        by=first.by,
+        made=max(report.made for report in reports.values()),
+        data=first.data,
+        classes=first.classes,
+        suite=first.suite,
+        tuning=first.tuning,
+        recipe=first.recipe,
+        seeds=first.verdict.damage.n,
+        test_images=first.pairs[0].test_images,
+        unprotected=first.honest,
+        rows=rows,
+        environment=first.environment,
+    )
+
+
+def row_of(report: Report, judge: Judge, folder: str) -> Row:
+    """The row of one audit."""
+    pair, costs, verdict = report.pairs[0], report.costs, report.verdict
+    attacks = [column for column in judge.table if column[0] in ("victim", "none")]
+    best = judge.best_thief
+    return Row(
+        defence=report.title.removeprefix("Audit of ").replace("an unprotected model", NONE),
+        folder=folder,
+        victim=report.victim,
+        cost=verdict.cost,
+        price=pair.price,
+        found=pair.found,
+        ece=costs.ece,
+        flips=pair.flips,
+        bits=pair.bits,
+        divergence=report.divergence,
+        ms_per_query=costs.ms_per_query_victim,
+        ms_per_query_unprotected=costs.ms_per_query_honest,
+        train_seconds=costs.train_seconds,
+        leak_hard=verdict.leak_hard,
+        leak_label_smoothing=verdict.leak_label_smoothing,
+        damage=verdict.damage,
+        worst_attack=verdict.worst_attack,
+        best_attack=verdict.best_attack,
+        best_accuracy=judge.accuracy(best).mean,
+        accuracies={name_of(column): judge.accuracy(column) for column in attacks},
+        beyond={
+            name_of(column): judge.minus(column, judge.hard(column[2])) for column in judge.asked if judge.asks(column)
+        },
+        not_shippable=objections(report),
+    )
+
+
+def name_of(column: Column) -> str:
+    """'SoftLabels(T=4, alpha=0.9) by ConvNet(width=8)'."""
+    return f"{column[1]} by {column[2]}"
+
+
+def objections(report: Report) -> list[str]:
+    """Why users of this network would be worse off than its owner said."""
+    found = [flag.name for flag in report.flags if flag.name in UNSHIPPABLE]
+    stated, cost = report.pairs[0].price, report.verdict.cost.mean
+    accepted = ACCEPTED if stated is None else stated / 100
+    if cost > accepted:
+        found.insert(0, f"costs {100 * cost:.1f} points of accuracy, more than {100 * accepted:g}")
+    return found
+
+
+def parse_defences(text: str) -> list[str]:
+    """The defences of 'Nasty(price=0.5) + Sealed(levels=4)', in their order; none for 'none'.
+
+    A plus inside parentheses or quotes separates nothing. Raises `SpecError` for an empty part.
+    """
+    if text.strip().casefold() == NONE:
+        return []
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        depth += (character == "(") - (character == ")") if not quote else 0
+        if character == "+" and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    if not all(part.strip() for part in parts):
+        raise SpecError(f"Cannot read '{text}': write one defence, or several as A(...) + B(...), or none.")
+    return [part.strip() for part in parts]

@@ -1,0 +1,137 @@
+"""comparison.json and the two pages made from it: a table that can be sorted, and price against leak."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pydantic import ValidationError
+
+from undistill.auditing.comparison import NONE, Comparison, Row
+from undistill.auditing.schema import Interval
+from undistill.core.errors import StoreError, legible
+from undistill.core.files import parse_json, read_text, require_plain, write_json, write_text
+from undistill.report.figures import FLOOR, HONEST, STYLE, VICTIM, svg
+from undistill.report.page import HTML, MARKDOWN, percent, points
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> None:
+    """Write comparison.json into `folder`, then both pages."""
+    write_json(folder / "comparison.json", comparison.model_dump())
+    render_comparison(folder)
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """Raises `StoreError` where there is no whole comparison."""
+    path = folder / "comparison.json"
+    if not path.is_file():
+        raise StoreError(f"There is no {path}; 'undistill compare' writes one.")
+    require_plain(folder)
+    try:
+        return Comparison.model_validate(parse_json(read_text(path)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except ValueError as error:
+        why = str(error)
+    raise StoreError(f"{path} is no comparison of this version of undistill ({legible(why)}).")
+
+
+def render_comparison(folder: Path) -> Path:
+    """Make comparison.html and comparison.md anew from comparison.json."""
+    comparison = read_comparison(folder)
+    context = {
+        "comparison": comparison,
+        "rows": [cells(row) for row in comparison.rows],
+        "attacks": list(dict.fromkeys(name for row in comparison.rows for name in row.accuracies)),
+        "matrix": [(row.defence, row.accuracies, row.beyond) for row in comparison.rows],
+        "percent": percent,
+        "points": points,
+    }
+    page = HTML.get_template("comparison.html").render(context, picture=Markup(svg(pareto(comparison.rows))))
+    write_text(folder / "comparison.md", MARKDOWN.get_template("comparison.md").render(context))
+    write_text(folder / "comparison.html", page)
+    return folder / "comparison.html"
+
+
+COLUMNS = (
+    "accuracy",
+    "cost, points",
+    "leak, points",
+    "against labels",
+    "best copy",
+    "damage",
+    "ECE, %",
+    "NLL",
+    "bits",
+    "ms a query",
+)
+"""Of the table; the first two, defence and whether it can be shipped, are words."""
+
+
+def cells(row: Row) -> dict[str, object]:
+    """One row of the table: words, and for each of `COLUMNS` what is shown and by what it is sorted."""
+    bits = "–" if row.bits is None else f"{row.bits:.3g}"
+    values: list[tuple[str, float]] = [
+        (percent(row.victim.accuracy), row.victim.accuracy),
+        (points(row.cost), row.cost.mean),
+        (points(row.leak_hard), row.leak_hard.mean),
+        (points(row.leak_label_smoothing), row.leak_label_smoothing.mean),
+        (percent(row.best_accuracy), row.best_accuracy),
+        (points(row.damage), row.damage.mean),
+        (f"{100 * row.victim.ece:.1f}", row.victim.ece),
+        (f"{row.victim.nll:.3f}", row.victim.nll),
+        (bits, math.inf if row.bits is None else row.bits),
+        (f"{row.ms_per_query:.3f}", row.ms_per_query),
+    ]
+    shippable = "no: " + "; ".join(row.not_shippable) if row.not_shippable else "yes"
+    return {
+        "defence": row.defence,
+        "folder": row.folder,
+        "shippable": shippable,
+        "values": [(name, shown, f"{number:.9g}") for name, (shown, number) in zip(COLUMNS, values, strict=True)],
+    }
+
+
+def pareto(rows: Sequence[Row]) -> Figure:
+    """Price against what is left to the thief, and against damage; those that no other beats in both are joined."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 4.6 + 0.17 * len(rows)), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        _plane(left, rows, [row.leak_hard for row in rows], sign=1)
+        left.set_ylabel("leak: worst thief ahead of top answers, points")
+        _plane(right, rows, [row.damage for row in rows], sign=-1)
+        right.set_ylabel("damage to plain distillation, points")
+        for axes in (left, right):
+            axes.set_xlabel("price: accuracy lost, points")
+        named = [f"{number} {legible(row.defence)}" for number, row in enumerate(rows)]
+        figure.supxlabel("\n".join(named), fontsize=8, ha="left", x=0.02)
+    return figure
+
+
+def _plane(axes: Axes, rows: Sequence[Row], heights: Sequence[Interval], sign: int) -> None:
+    """Every row as a point with its interval; a low height is good for `sign` 1, a high one for -1."""
+    prices = [100 * row.cost.mean for row in rows]
+    means = [100 * height.mean for height in heights]
+    for number, (row, x, height) in enumerate(zip(rows, prices, heights, strict=True)):
+        colour = HONEST if row.defence == NONE else VICTIM
+        if height.low is not None and height.high is not None:
+            axes.plot([x, x], [100 * height.low, 100 * height.high], color=colour, linewidth=1, alpha=0.6)
+        axes.plot(x, 100 * height.mean, "D" if row.not_shippable else "o", color=colour, markersize=6)
+        axes.annotate(str(number), (x, 100 * height.mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    best = front(prices, [sign * mean for mean in means])
+    axes.plot([prices[place] for place in best], [means[place] for place in best], "--", color=FLOOR, linewidth=1)
+    axes.axhline(0, color=FLOOR, linewidth=0.6)
+
+
+def front(prices: Sequence[float], losses: Sequence[float]) -> list[int]:
+    """Places of the points that no other one equals or beats in both, by ascending price."""
+    order = sorted(range(len(prices)), key=lambda place: (prices[place], losses[place]))
+    kept: list[int] = []
+    for place in order:
+        if not kept or losses[place] < losses[kept[-1]]:
+            kept.append(place)
+    return kept
