@@ -52,7 +52,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def in_haste(words: list[str]) -> list[str]:
     """An audit with four epochs for every student, and one student of each kind; other commands as they stand."""
-    return [words[0], "--seeds", "1", *words[1:], "--set", "recipe.epochs=4"] if words[0] == "audit" else words
+    audits = words[0] in ("audit", "compare")
+    return [words[0], "--seeds", "1", *words[1:], "--set", "recipe.epochs=4"] if audits else words
 
 
 def hurried(setting: scales.Setting) -> scales.Setting:
@@ -74,7 +75,8 @@ def test_console_blocks_run(world: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "SquaredError" in (world / "runs" / "audit" / "report.md").read_text()
     adopted, nasty = Run.open("runs/honest"), Run.open("runs/nasty")
     assert adopted.record["epochs"] == 0
-    assert nasty.record["epochs"] == 80
+    assert nasty.record["price"] == 0.5
+    assert (world / "runs" / "compare" / "comparison.html").exists()
 
 
 def test_python_block_runs(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from undistill.victims.protected import Response
 
 MARGIN = 1e-4  # between the top class and every other, as published
 LEAST = 1e-12  # probability that is told from 0
-HALVINGS, STEP = 30, 1e-8  # of the search, and between two points by which it sees whether the value falls
+HALVINGS, STEP = 25, 1e-8  # of the search, and between two points by which it sees whether the value falls
 ROUNDING = 1e-12
 
 
@@ -57,7 +57,7 @@ def guarded(y: Tensor, top: Tensor, epsilon: float) -> Tensor:
     high = (highest + epsilon / 2).clamp_max(1.0)  # always allowed, since only others lose
     for _ in range(HALVINGS):
         t = (low + high) / 2
-        now, beyond = (_value(others, highest, point, epsilon) for point in (t, t + STEP))
+        now, beyond = _value(others, highest, torch.stack([t, t + STEP]), epsilon)
         falls = (beyond < now) | now.isinf()  # what is not allowed lies below
         low, high = torch.where(falls, t, low), torch.where(falls, high, t)
     moved, _ = _with_top(others, highest, high, epsilon)
@@ -65,29 +65,29 @@ def guarded(y: Tensor, top: Tensor, epsilon: float) -> Tensor:
 
 
 def _value(others: Tensor, highest: Tensor, t: Tensor, epsilon: float) -> Tensor:
-    """`sum_k y'_k log y_k` (B, 1) of the best answers with the top values `t` (B, 1); infinite if not allowed."""
+    """`sum_k y'_k log y_k` (P, B, 1) of the best answers with the top values `t` (P, B, 1); infinite if not allowed."""
     moved, allowed = _with_top(others, highest, t, epsilon)
-    value = (moved * others.clamp_min(LEAST).log()).sum(1, keepdim=True) + t * highest.log()
+    value = (moved * others.clamp_min(LEAST).log()).sum(-1, keepdim=True) + t * highest.log()
     return value.masked_fill(~allowed, torch.inf)
 
 
 def _with_top(others: Tensor, highest: Tensor, t: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The best values (B, K - 1) of the other classes when the top one gets `t` (B, 1), and whether that is allowed.
+    """The best values (..., K - 1) of the other classes when the top one gets `t` (..., 1), and whether it is allowed.
 
     Were there no limit, the least likely classes would be filled up to the cap, in turn. Towards that, probability is
     taken from the likeliest class downwards and given to the least likely upwards until epsilon / 2 has moved.
     """
     cap = t - MARGIN
     capped = others.minimum(cap)
-    cut = (others - capped).sum(1, keepdim=True)
-    places = torch.arange(others.shape[1], dtype=others.dtype, device=others.device)
+    cut = (others - capped).sum(-1, keepdim=True)
+    places = torch.arange(others.shape[-1], dtype=others.dtype, device=others.device)
     target = (1 - t - cap * places).clamp_min(0).minimum(cap)
     room, surplus = (target - capped).clamp_min(0), (capped - target).clamp_min(0)
     left = epsilon / 2 - (highest - t).clamp_min(0) - cut
-    taken = surplus.sum(1, keepdim=True).minimum(left.clamp_min(0))
+    taken = surplus.sum(-1, keepdim=True).minimum(left.clamp_min(0))
     given = highest - t + cut + taken
-    above = surplus.sum(1, keepdim=True) - surplus.cumsum(1)
+    above = surplus.sum(-1, keepdim=True) - surplus.cumsum(-1)
     taken_each = (taken - above).clamp_min(0).minimum(surplus)
-    given_each = (given - (room.cumsum(1) - room)).clamp_min(0).minimum(room)
+    given_each = (given - (room.cumsum(-1) - room)).clamp_min(0).minimum(room)
     allowed = (left >= -ROUNDING) & (given >= -ROUNDING)
     return capped - taken_each + given_each, allowed
