@@ -15,6 +15,7 @@ from undistill.defences.defence import Defence, ResponseDefence
 from undistill.defences.surrogate import SurrogateDefence
 from undistill.models import Model
 from undistill.runs.environment import described, environment
+from undistill.training.compute import keep_freed_memory
 from undistill.victims.answer import Answer
 
 SHAPE, BATCH = (3, 32, 32), 128
@@ -54,12 +55,12 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=20)
     options.add_argument("--classes", type=int, default=10)
     asked = options.parse_args()
+    keep_freed_memory()
     tables = {network: measure(network, asked.classes, asked.rounds) for network in NETWORKS}
     own = {network: 1000 * statistics.median(found["network"]) for network, found in tables.items()}
     heads = [f"share of {network}, {own[network]:.0f} ms" for network in NETWORKS]
-    print(
-        f"{asked.classes} classes, batch {BATCH}, {asked.rounds} rounds; {described(environment(torch.device('cpu')))}\n"
-    )
+    machine = described(environment(torch.device("cpu")))
+    print(f"{asked.classes} classes, batch {BATCH}, {asked.rounds} rounds; {machine}\n")
     print(f"| response | ms | {' | '.join(heads)} |\n|---|---|{'---|' * len(heads)}")
     for name in (str(one) for one in responses()):
         ms = [1000 * statistics.median(found[name]) for found in tables.values()]

@@ -5,13 +5,15 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from tests.conftest import FAST, RECIPE, STUDENT
-from undistill.api import audit, compare
-from undistill.auditing.comparison import NONE, Comparison, parse_defences
+from undistill.api import audit, compare, rows_of
+from undistill.auditing.comparison import NONE, Comparison, parse_defences, row_name
 from undistill.cli.commands import app
-from undistill.core.errors import SpecError, StoreError
+from undistill.core.errors import SpecError, StoreError, UndistillError
+from undistill.defences import Defence
 from undistill.report.comparison import COLUMNS, front, read_comparison
 from undistill.report.page import read_report
 from undistill.runs.run import Run
@@ -33,7 +35,7 @@ def test_a_row_for_each_defence_and_one_without(done: tuple[Comparison, Path]) -
     assert [row.defence for row in comparison.rows] == [
         NONE,
         "LabelOnly()",
-        "Nasty(omega=0.05, T=4, warm_start=None, adversary=None), Sealed(levels=2, rest='uniform')",
+        "Nasty(omega=0.05) + Sealed(levels=2)",
     ]
     plain, label_only, sealed = comparison.rows
     assert plain.cost.mean == plain.ece == plain.divergence == 0
@@ -108,6 +110,36 @@ def test_defences_of_a_row_are_separated_by_plus() -> None:
             parse_defences(text)
 
 
+def test_what_cannot_be_done_is_said_before_anything_is(honest: Run, tmp_path: Path) -> None:
+    for rows, match in (
+        (["LabelOnly()", "Sealed() + Nasty()"], "name Nasty first"),
+        (["LabelOnly()", "Sealed(levels=64)"], "needs 64 of them"),
+        (["LabelOnly()", "MAD(surrogate='Nothing()')"], "No model named 'Nothing'"),
+        (["LabelOnly()", "Nasty(price=100)"], "more than the accuracy there is"),
+    ):
+        with pytest.raises(UndistillError, match=match):
+            compare(honest, rows, tmp_path / "out", device="cpu", **QUICK)
+        assert not (tmp_path / "out").exists()
+
+
+def test_one_defence_is_one_row_however_it_is_written(honest: Run) -> None:
+    assert list(rows_of(honest, ["LabelOnly", "LabelOnly()", "Sealed()", "Sealed(levels=4)", "none"], None)) == [
+        NONE,
+        "LabelOnly()",
+        "Sealed()",
+    ]
+    row = [Defence.parse("Nasty(price=2)"), Defence.parse("TopK(k=1)")]
+    assert row_name(row) == "Nasty(price=2) + TopK(k=1)"
+    assert [Defence.parse(text) for text in parse_defences(row_name(row))] == row
+
+
+def test_a_page_links_to_nothing_else_than_its_reports(done: tuple[Comparison, Path]) -> None:
+    known = done[0].model_dump()
+    known["rows"][0]["folder"] = "javascript:alert(1)//"
+    with pytest.raises(ValidationError):
+        Comparison.model_validate(known)
+
+
 def test_the_command_line_ends_with_a_table(done: tuple[Comparison, Path], honest: Run) -> None:
     _, out = done
     shown = CliRunner().invoke(app, ["report", str(out)], env={"COLUMNS": "80"}).output
@@ -116,7 +148,8 @@ def test_the_command_line_ends_with_a_table(done: tuple[Comparison, Path], hones
     arguments = [part for setting in FAST for part in ("--set", setting)]
     dry = CliRunner().invoke(app, ["compare", str(honest.folder), "--defence", "Sealed()", "--dry-run", *arguments])
     assert dry.exit_code == 0, dry.output
-    assert "1 defences to train" not in dry.output
+    assert "1 defence to train and calibrate" in " ".join(dry.output.split())
+    assert "are there" not in dry.output, "nothing is, in an empty folder"
     wrong = CliRunner().invoke(app, ["compare", str(honest.folder), "--defence", "Seeled()"])
     assert wrong.exit_code == 2
 

@@ -9,14 +9,16 @@ from torch import nn
 
 from tests.conftest import RECIPE
 from undistill.api import protect
-from undistill.core.errors import SpecError, Unsuitable
+from undistill.core.errors import ModelError, SpecError, Unsuitable
 from undistill.data import Data
 from undistill.defences import Defence
 from undistill.defences.nasty import Nasty, calibrated
 from undistill.defences.price import NATS, Attempt, FoundWeight, at_price
+from undistill.report.evidence import read_curve
 from undistill.runs.run import Run
 from undistill.runs.settings import Settings
 from undistill.training.fit import Fit
+from undistill.training.loop import Loop
 from undistill.training.metrics import accuracy, ece, evaluate
 
 CPU = torch.device("cpu")
@@ -24,12 +26,12 @@ CPU = torch.device("cpu")
 
 def test_the_weight_rises_while_the_constraint_holds_and_falls_while_it_is_broken() -> None:
     weight = FoundWeight(slack=0.1, device=CPU, start=0.01)
-    assert float(weight(torch.tensor(0.0))) == pytest.approx(0.01)
+    assert float(weight(torch.tensor(0.0), 8)) == pytest.approx(0.01)
     assert weight.value == pytest.approx(0.01 * math.exp(0.02)), "at most two percent in a step"
-    weight(torch.tensor(0.1))
+    weight(torch.tensor(0.1), 8)
     assert weight.value == pytest.approx(0.01 * math.exp(0.02)), "at the slack it stays"
     for _ in range(10_000):
-        weight(torch.tensor(5.0))
+        weight(torch.tensor(5.0), 8)
     assert weight.value == pytest.approx(1e-6), "a broken constraint takes the term away"
     again = FoundWeight(slack=0.1, device=CPU)
     again.load_state_dict(weight.state_dict())
@@ -39,8 +41,11 @@ def test_the_weight_rises_while_the_constraint_holds_and_falls_while_it_is_broke
 def test_what_is_believed_lies_between_measurement_and_experience() -> None:
     slack = NATS * 0.01  # suggests one point
     assert Attempt(nn.Identity(), slack, 0.02, lost=0.05, error=1e-6).believed == pytest.approx(0.05, rel=1e-3)
-    assert Attempt(nn.Identity(), slack, 0.02, lost=0.05, error=10.0).believed == pytest.approx(0.01, rel=1e-3)
-    assert Attempt(nn.Identity(), slack, 0.02, lost=0.03, error=0.005).believed == pytest.approx(0.02)
+    assert Attempt(nn.Identity(), slack, 0.02, lost=0.05, error=1.0).believed == pytest.approx(0.01, rel=1e-3)
+    assert Attempt(nn.Identity(), slack, 0.02, lost=0.015, error=0.005).believed == pytest.approx(0.0125)
+    assert Attempt(nn.Identity(), slack, 0.02, lost=0.3, error=0.07).believed == pytest.approx(0.16), (
+        "sure to be ruined"
+    )
 
 
 @pytest.mark.parametrize("price", [1.0, 20.0])
@@ -89,6 +94,54 @@ def test_a_run_at_a_price_says_what_was_found_and_repeats(honest: Run, tmp_path:
     assert lost["accuracy_lost_error"] > 0
 
 
+def test_no_ruined_teacher_is_kept(toy: Data, honest: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("undistill.defences.price.accuracy_lost", lambda after, before, labels: (0.3, 0.07))
+    teacher = honest.network()
+    with pytest.raises(ModelError, match=r"Training on costs 30.0 points .* and the price is 0.5. Lower recipe.lr"):
+        Nasty(price=0.5).protect(teacher, teacher, lambda: honest.fresh(1), toy.split, Fit(RECIPE, 0, CPU))
+
+
+def test_epochs_of_trainings_that_go_on_are_counted_on(toy: Data, honest: Run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("undistill.defences.price.accuracy_lost", lambda after, before, labels: (0.0, 1e-9))
+    settings = Settings(recipe=RECIPE)
+    run = protect(honest, ["Nasty(price=2)", "MAD(epochs=2)"], tmp_path / "run", settings=settings, device="cpu")
+    assert run.record["epochs"] == 5 + 3 + 3
+    curve = read_curve(run)
+    assert curve is not None
+    assert curve.shape == (11, 2), "the training of the surrogate is none of the model's"
+
+
+def test_a_killed_training_at_a_price_ends_with_the_same_bits(honest: Run, tmp_path: Path, monkeypatch) -> None:
+    """Killed in its second training; the weight that was found so far lies in the checkpoint."""
+    monkeypatch.setattr("undistill.defences.price.accuracy_lost", lambda after, before, labels: (0.0, 1e-9))
+    monkeypatch.setattr("undistill.training.fit.CHECKPOINT_SECONDS", 0.0)
+    settings = Settings(recipe=RECIPE)
+    whole = protect(honest, "Nasty(price=2)", tmp_path / "whole", settings=settings, device="cpu")
+    plain, rounds = Loop.one_round, iter(range(1000))
+
+    def killed(loop: Loop) -> dict[str, float]:
+        if next(rounds) == 7:
+            raise KeyboardInterrupt
+        return plain(loop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "one_round", killed)
+        with pytest.raises(KeyboardInterrupt):
+            protect(honest, "Nasty(price=2)", tmp_path / "again", settings=settings, device="cpu")
+    again = protect(honest, "Nasty(price=2)", tmp_path / "again", settings=settings, device="cpu")
+    assert again.digest == whole.digest
+    assert again.record["found"] == whole.record["found"]
+
+
+def test_two_defences_that_train_do_not_share_a_price(honest: Run, tmp_path: Path) -> None:
+    for defences in (["Nasty(price=0.5)", "Nasty(omega=0.04)"], ["CMIM()", "Nasty(price=0.5)"]):
+        with pytest.raises(SpecError, match="both train the network, and a price holds for one of them"):
+            protect(honest, defences, tmp_path / "run", device="cpu")
+    with pytest.raises(SpecError, match="name Nasty first"):
+        protect(honest, ["Sealed()", "Nasty()"], tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
@@ -107,7 +160,7 @@ def test_bad_prices_end_in_one_sentence(text: str, match: str) -> None:
 def test_a_price_above_the_accuracy_is_refused(toy: Data, honest: Run) -> None:
     teacher = honest.network()
     with pytest.raises(SpecError, match=r"A price of 100 points is more than the accuracy there is, 100\.0 %"):
-        Nasty(price=100).protect(teacher, teacher, lambda: honest.fresh(1), toy.split, Fit(RECIPE, 0, CPU))
+        Nasty(price=100).check(teacher, toy.split)
 
 
 def test_a_price_reads_as_it_is_written() -> None:

@@ -1,6 +1,6 @@
 """`train`, `adopt`, `protect`, `audit` and `compare`: what the command line and the README call."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -13,7 +13,7 @@ from torch import nn
 from undistill.attacks.attack import Attack, ThiefData
 from undistill.auditing import MOST_SEEDS
 from undistill.auditing.cell import Job
-from undistill.auditing.comparison import NONE, Comparison, compared, parse_defences
+from undistill.auditing.comparison import NONE, Comparison, compared, folder_name, parse_defences, row_name
 from undistill.auditing.curve import curve_jobs
 from undistill.auditing.forecast import count as quantity
 from undistill.auditing.forecast import describe, forecast
@@ -27,7 +27,6 @@ from undistill.auditing.tuning import tune
 from undistill.auditing.verdict import Judge
 from undistill.core import distributed
 from undistill.core.errors import SpecError, StoreError
-from undistill.core.identity import fingerprint
 from undistill.core.progress import Progress
 from undistill.data.arrays import Images, stored
 from undistill.data.source import Source
@@ -35,8 +34,8 @@ from undistill.defences.defence import Defence
 from undistill.models.model import Model
 from undistill.report.evidence import read_curve, write_evidence
 from undistill.runs.adopt import adopt
-from undistill.runs.folder import claim
-from undistill.runs.protect import protect
+from undistill.runs.folder import claim, sweep_below
+from undistill.runs.protect import protect, require_order
 from undistill.runs.run import Run
 from undistill.runs.settings import Settings, recorded_settings
 from undistill.runs.train import train
@@ -138,6 +137,7 @@ def alone_in(cells: Path) -> Iterator[None]:
     cells.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(cells / ".lock", timeout=0):
+            sweep_below(cells)
             yield
     except Timeout:
         raise StoreError(f"Another audit is working in {cells}; wait for it, or name another --cells.") from None
@@ -167,57 +167,71 @@ def compare(
         by: whoever audits, for the page.
         launcher: where cells are done: `Serial`, `Pool(workers=2)`, `Ray(address='auto')`.
         progress: True shows it on standard error, False nowhere; None shows it in a notebook.
-        options: those of `audit`, such as suite, attacks, students, seeds, trials, share, recipe, model and device.
+        options: suite, attacks, students, seeds, trials, share, curve, recipe, model, budget, pool, device and
+            remember, as of `audit`. Attacks that cannot be tried on a victim are left out of its row.
     """
     from undistill.report.comparison import write_comparison
 
     honest, out = run if isinstance(run, Run) else Run.open(run), Path(out)
-    rows = list(dict.fromkeys([NONE, *(" + ".join(parse_defences(text)) or NONE for text in defences)]))
-    for text in rows:
-        for defence in parse_defences(text):
-            Defence.from_user(defence)
-    launcher = Launcher.from_user(launcher)
-    reports: dict[str, Report] = {}
-    judges: dict[str, Judge] = {}
-    shared = {name: options[name] for name in ("model", "device", "remember") if name in options}
+    launcher, rows = Launcher.from_user(launcher), rows_of(honest, defences, options.get("model"))
+    if options.get("pool") is not None:
+        options["pool"] = str(stored(options["pool"], out))
+    audits: dict[str, tuple[Report, Judge]] = {}
     with claim(out, {"command": "compare", "honest": honest.digest}), alone_in(out / "cells"), launcher.ready():
         with Progress.of(progress) as shown:
-            for text in rows:
-                name = folder_name(text)
-                victim = honest
-                if text != NONE:
-                    place = out / "victims" / name
-                    victim = protect(honest, parse_defences(text), place, settings=settings, progress=shown, **shared)
-                plan = plan_audit(victim, honest=honest, **options)
+            plans = {
+                text: plan_audit(
+                    _protected(honest, row, out / "victims" / folder_name(text), settings, shown, options),
+                    honest=honest,
+                    strict=False,
+                    **options,
+                )
+                for text, row in rows.items()
+            }
+            for text, plan in plans.items():
                 plan.jobs[0].pair.require_finite()
-                folder = out / "audits" / name
+                folder = out / "audits" / folder_name(text)
                 with claim(folder, request_of(plan)):
                     shown.say(f"{text}: {describe(plan, out / 'cells')}")
-                    reports[f"audits/{name}"], judges[f"audits/{name}"] = judged(
-                        plan, folder, launcher, shown, by, out / "cells"
-                    )
-        comparison = compared(reports, judges)
+                    audits[text] = judged(plan, folder, launcher, shown, by, out / "cells")
+        comparison = compared(audits)
         write_comparison(comparison, out)
     return comparison
 
 
+def rows_of(honest: Run, defences: Sequence[str], model: Any) -> dict[str, list[Defence]]:
+    """The defences of each row, by its name, after one without any. What cannot be done is said before any is done."""
+    rows: dict[str, list[Defence]] = {NONE: []}
+    for text in defences:
+        row = [Defence.from_user(one) for one in parse_defences(text)]
+        require_order(row)
+        rows[row_name(row)] = row
+    network, data = honest.network(honest.model(None if model is None else Model.from_user(model))), honest.data()
+    for defence in dict.fromkeys(one for row in rows.values() for one in row):
+        defence.check(network, data.split)
+    return rows
+
+
+def _protected(
+    honest: Run, row: list[Defence], out: Path, settings: Settings | None, shown: Progress, options: Mapping[str, Any]
+) -> Run:
+    """The victim of one row, made or found."""
+    if not row:
+        return honest
+    shared = {name: options[name] for name in ("model", "device", "remember") if name in options}
+    return protect(honest, row, out, settings=settings, progress=shown, **shared)
+
+
 def describe_comparison(run: Run, defences: Sequence[str], out: str | Path, **options: Any) -> str:
     """What `compare` would do, and about how long its students take, of whom the unprotected network gets as many."""
-    rows = [text for text in defences if parse_defences(text)]
+    rows = rows_of(run, defences, options.get("model"))
     plan = plan_audit(run, honest=run, **options)
     seconds = forecast(plan, Path(out) / "cells")
-    count = len(dict.fromkeys(rows)) + 1
     return (
-        f"{quantity(count - 1, 'defence')} to train and calibrate; an audit of each, and of the unprotected network. "
-        f"{describe(plan, Path(out) / 'cells')} For one of the {count} audits: {seconds} Students that several audits "
-        "have in common are trained once."
+        f"{quantity(len(rows) - 1, 'defence')} to train and calibrate; an audit of each, and of the unprotected "
+        f"network. {describe(plan, Path(out) / 'cells')} For the unprotected network: {seconds} Each defence takes "
+        "about as long, but for the students without teacher, who are trained once."
     )
-
-
-def folder_name(text: str) -> str:
-    """'nasty-sealed-1a2b3c' of 'Nasty(price=0.5) + Sealed(levels=4)'."""
-    names = [part.split("(")[0].rpartition(":")[2].lower() for part in parse_defences(text)]
-    return "-".join([*(names or [NONE]), fingerprint(text)[:6]])
 
 
 def plan_audit(
@@ -238,10 +252,12 @@ def plan_audit(
     pool: str | Source | None = None,
     device: str = "auto",
     remember: float = REMEMBER,
+    strict: bool = True,
 ) -> Plan:
     """The plan of an audit, of which nothing is done yet; the arguments are those of `audit`.
 
-    What cannot be loaded, or attacked, is said here, before work is done.
+    What cannot be loaded, or attacked, is said here, before work is done. Unless `strict`, attacks that were named and
+    cannot be tried are left out, as those of a suite are.
     """
     distributed.require_one("audit")
     if not 1 <= seeds <= MOST_SEEDS:
@@ -254,7 +270,7 @@ def plan_audit(
     recipe = recipe or recorded_settings(pair.honest).recipe
     pair = replace(pair, options=QueryOptions(pick_device(device), recipe.compute, remember))
     plan = Plan.of([pair], suite, attacks, students, recipe, budget, tuning_of(suite, trials, share), curve)
-    named = [Attack.from_user(attack) for attack in attacks]
+    named = [Attack.from_user(attack) for attack in attacks] if strict else []
     if pool and not any(job.attack.data == ThiefData.SURROGATE for job in plan.jobs):
         raise SpecError(
             "No attack here asks about a pool; name one, such as --attack 'Knockoff()', or leave --pool out."

@@ -1,6 +1,6 @@
 """`comparison.json`: several defences of one network, audited by one suite (docs/comparison.schema.json)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -8,6 +8,8 @@ from pydantic import Field
 from undistill.auditing.schema import Interval, Number, Part, Report, Share, Teacher, Text
 from undistill.auditing.verdict import Column, Judge
 from undistill.core.errors import SpecError
+from undistill.core.identity import fingerprint
+from undistill.defences.defence import Defence
 
 NONE = "none"
 """Name of the row without a defence."""
@@ -21,7 +23,7 @@ class Row(Part):
     """One defence. Its whole report lies in `folder`."""
 
     defence: Text
-    folder: Text
+    folder: Annotated[str, Field(pattern=r"^audits/[\w.-]{1,200}$")]
     """From the comparison's own folder."""
     victim: Teacher
     cost: Interval
@@ -52,6 +54,8 @@ class Row(Part):
     """Test accuracy of every attack on this network, by attack and student."""
     beyond: dict[Text, Interval]
     """The same minus the floor of top answers, for the attacks that are none."""
+    skipped: list[Text] = Field(default_factory=list)
+    """Attacks of the suite that could not be tried on this network."""
     not_shippable: list[Text]
     """Why its users would be worse off; empty where they are not."""
 
@@ -75,14 +79,15 @@ class Comparison(Part):
     environment: dict[Text, Text | int]
 
 
-def compared(reports: Mapping[str, Report], judges: Mapping[str, Judge]) -> Comparison:
-    """One comparison of audits of the same unprotected network, by the folders in which their reports lie."""
-    first = next(iter(reports.values()))
-    rows = [row_of(report, judges[folder], folder) for folder, report in reports.items()]
+def compared(audits: Mapping[str, tuple[Report, Judge]]) -> Comparison:
+    """One comparison of audits of the same unprotected network, by the text of its defences."""
+    reports = [report for report, _ in audits.values()]
+    first = reports[0]
+    rows = [row_of(report, judge, text) for text, (report, judge) in audits.items()]
     return Comparison(
         title=f"Defences of {first.honest.spec}",
         by=first.by,
-        made=max(report.made for report in reports.values()),
+        made=max(report.made for report in reports),
         data=first.data,
         classes=first.classes,
         suite=first.suite,
@@ -96,14 +101,14 @@ def compared(reports: Mapping[str, Report], judges: Mapping[str, Judge]) -> Comp
     )
 
 
-def row_of(report: Report, judge: Judge, folder: str) -> Row:
+def row_of(report: Report, judge: Judge, defence: str) -> Row:
     """The row of one audit."""
     pair, costs, verdict = report.pairs[0], report.costs, report.verdict
     attacks = [column for column in judge.table if column[0] in ("victim", "none")]
     best = judge.best_thief
     return Row(
-        defence=report.title.removeprefix("Audit of ").replace("an unprotected model", NONE),
-        folder=folder,
+        defence=defence,
+        folder=f"audits/{folder_name(defence)}",
         victim=report.victim,
         cost=verdict.cost,
         price=pair.price,
@@ -125,6 +130,7 @@ def row_of(report: Report, judge: Judge, folder: str) -> Row:
         beyond={
             name_of(column): judge.minus(column, judge.hard(column[2])) for column in judge.asked if judge.asks(column)
         },
+        skipped=list(report.skipped),
         not_shippable=objections(report),
     )
 
@@ -140,7 +146,7 @@ def objections(report: Report) -> list[str]:
     stated, cost = report.pairs[0].price, report.verdict.cost.mean
     accepted = ACCEPTED if stated is None else stated / 100
     if cost > accepted:
-        found.insert(0, f"costs {100 * cost:.1f} points of accuracy, more than {100 * accepted:g}")
+        found.insert(0, f"costs {100 * cost:.2f} points of accuracy, more than {100 * accepted:g}")
     return found
 
 
@@ -165,3 +171,14 @@ def parse_defences(text: str) -> list[str]:
     if not all(part.strip() for part in parts):
         raise SpecError(f"Cannot read '{text}': write one defence, or several as A(...) + B(...), or none.")
     return [part.strip() for part in parts]
+
+
+def row_name(defences: Sequence[Defence]) -> str:
+    """'Nasty(price=0.5) + Sealed(levels=2)': fields at their defaults are left out; `parse_defences` reads it."""
+    return " + ".join(one.brief for one in defences) or NONE
+
+
+def folder_name(text: str) -> str:
+    """'nasty-sealed-1a2b3c' of 'Nasty(price=0.5) + Sealed(levels=4)'."""
+    names = [part.split("(")[0].rpartition(":")[2].lower() for part in parse_defences(text)]
+    return "-".join([*(names or [NONE]), fingerprint(text)[:6]])

@@ -32,7 +32,10 @@ def _raised(report: Report) -> Iterator[Flag]:
 def selected_on_test(report: Report) -> str | None:
     if not report.data.startswith("Leaky("):
         return None
-    return "Epochs were chosen by the test images: every accuracy here is too high. Use the data without Leaky."
+    return (
+        "Epochs, prices and calibrations were chosen by the test images: every accuracy and confidence here looks too "
+        "good. Use the data without Leaky."
+    )
 
 
 @check
@@ -166,8 +169,8 @@ def top_answers_flip(report: Report) -> str | None:
     if share <= 0:
         return None
     return (
-        f"A response changes the top answer to {share:.1%} of the test images, so it costs accuracy that no training "
-        "paid for. One that keeps the top answer, such as Sealed, does not."
+        f"A response changes the top answer to {share:.1%} of the test images, so that users get other "
+        "classes than the network found. Sealed, Rounding and others keep the top answer."
     )
 
 

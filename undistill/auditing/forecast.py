@@ -46,7 +46,8 @@ def describe(plan: Plan, cells: Path) -> str:
     attacks = list(dict.fromkeys(job.attack for job in jobs))
     names = ", ".join(dict.fromkeys(type(attack).__name__ for attack in attacks))
     students, seeds = len({job.student for job in jobs}), len({job.seed for job in jobs})
-    kept = f" ({len(jobs) - len(todo)} of {len(jobs)} are there)" if len(todo) < len(jobs) else ""
+    keys = {job.key for job in jobs}
+    kept = f" ({len(keys) - len(todo)} of {len(keys)} are there)" if len(todo) < len(keys) else ""
     batches = max(math.ceil(len(job.data.train) / recipe.batch_size) for job in jobs)
     left_out = ", ".join(dict.fromkeys(name.partition("(")[0] for name in plan.skipped))
     most = "at most " if jobs[0].budget else ""
@@ -70,6 +71,7 @@ def forecast(plan: Plan, cells: Path) -> Forecast:
     for job, trainings in [*((job, 1.0) for job in jobs), *((job, tuning.trials * tuning.share) for job in trials)]:
         if job.key not in todo:
             continue
+        todo.remove(job.key)
         if job.attack.data == ThiefData.NONE:
             found.untried.add(type(job.attack).__name__)
             continue

@@ -64,7 +64,7 @@ class Teacher(Part):
 
 
 class ClassLoss(Part):
-    """The class that lost the most accuracy, with an interval wide enough for the choice among all classes."""
+    """The class that surely lost the most accuracy, with an interval wide enough for the choice among all classes."""
 
     name: Text
     lost: Interval

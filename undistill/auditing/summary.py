@@ -151,15 +151,20 @@ def means_by_class(measured: Sequence[Sequence[float | None]]) -> list[float | N
 
 
 def worst_class(pair: VictimPair) -> ClassLoss:
-    """The class of the test images on which the victim lost the most accuracy against its twin.
+    """The class of the test images on which the victim surely lost the most accuracy against its twin.
 
-    Its interval is that of one among as many as there are classes (Bonferroni).
+    Its interval is that of one among as many as there are classes (Bonferroni), so that it may be chosen by its end.
     """
     labels, data = pair.data.test.labels, pair.data
     lost = _rights(pair, "honest") - _rights(pair, "victim")
     present = [label for label in range(data.num_classes) if (labels == label).any()]
     found = {label: paired_interval(lost[labels == label].tolist(), among=len(present)) for label in present}
-    worst = max(present, key=lambda label: found[label].mean)
+
+    def surely_lost(label: int) -> float:
+        low = found[label].low
+        return -1.0 if low is None else low
+
+    worst = max(present, key=surely_lost)
     return ClassLoss(name=data.classes[worst], lost=found[worst])
 
 

@@ -34,12 +34,15 @@ def beyond_labels(verdict: Verdict) -> str:
 
 
 def bound(bits: float | None) -> str:
-    """What answers give at most, by construction; empty where nothing bounds it."""
+    """How many answers there are at most for each label, by construction; empty where nothing bounds them."""
     if bits is None:
         return ""
     if bits == 0:
-        return " By construction an answer carries nothing beyond its label, whatever a thief computes from it."
-    return f" By construction an answer carries at most {bits:.3g} bits beyond its label, whatever a thief computes."
+        return " By construction all answers with the same label are the same, whatever a thief asks."
+    return (
+        f" By construction there are at most {2**bits:.0f} answers for each label, so that one carries at most "
+        f"{bits:.3g} bits beyond it, whatever a thief computes."
+    )
 
 
 def is_above_zero(difference: Interval) -> bool:

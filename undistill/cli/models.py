@@ -131,7 +131,14 @@ def protect(
     say(
         f"{victim.folder}: validation accuracy {metrics['validation_accuracy']:.1%} "
         f"(honest {honest.record['metrics']['validation_accuracy']:.1%}), "
-        f"lost {100 * metrics['accuracy_lost']:.1f} ± {196 * metrics['accuracy_lost_error']:.1f} points, "
-        f"divergence T^2 KL {metrics['divergence']:.2f} nats"
-        + "".join(f", {name} {value:.3g}" for name, value in victim.record["found"].items())
+        + said_lost(metrics)
+        + f"divergence T^2 KL {metrics['divergence']:.2f} nats"
+        + "".join(f", {name} {value:.3g}" for name, value in victim.record.get("found", {}).items())
     )
+
+
+def said_lost(metrics: dict[str, float]) -> str:
+    """Accuracy lost on validation images, in words; runs of earlier versions do not say."""
+    if "accuracy_lost" not in metrics:
+        return ""
+    return f"lost {100 * metrics['accuracy_lost']:.1f} ± {196 * metrics['accuracy_lost_error']:.1f} points, "

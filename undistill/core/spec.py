@@ -77,6 +77,20 @@ class Spec(BaseModel):
 
     __repr__ = __str__
 
+    @property
+    def brief(self) -> str:
+        """A text that `parse` reads as this spec, without the fields that it would have anyway."""
+        said = {name: getattr(self, name) for name in type(self).model_fields}
+        for name in list(said):
+            others = {other: value for other, value in said.items() if other != name}
+            try:
+                if type(self)(**others) == self:
+                    said = others
+            except SpecError:  # that field is needed
+                continue
+        fields = ", ".join(f"{name}={_text(value)}" for name, value in said.items())
+        return f"{str(self).partition('(')[0]}({fields})"
+
     @classmethod
     def _default(cls, name: str) -> object:
         return cls.model_fields[name].default
@@ -84,6 +98,11 @@ class Spec(BaseModel):
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process reads the text, and so runs only code that it was told to trust."""
         return _read, (self._family(), str(self))
+
+    @property
+    def embedded(self) -> Sequence["Spec"]:
+        """Specs whose text is a field of this one, such as the network that it builds."""
+        return ()
 
     def refers(self) -> dict[str, str]:
         """SHA-256 of what the text only names and the result depends on, such as the user's code."""
@@ -108,10 +127,12 @@ class Spec(BaseModel):
     @classmethod
     def from_user(cls, spec: str | Self) -> Self:
         """A spec that the user typed or made himself: its code may run."""
-        if isinstance(spec, cls):
-            return spec
-        trust(str(spec))
-        return cls.parse(str(spec))
+        if not isinstance(spec, cls):
+            trust(str(spec))
+            spec = cls.parse(str(spec))
+        for inner in spec.embedded:
+            trust(str(inner))
+        return spec
 
     @classmethod
     def _find(cls, name: str) -> type[Self]:

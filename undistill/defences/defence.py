@@ -8,7 +8,7 @@ from torch import nn
 
 from undistill.core.errors import DataError
 from undistill.core.spec import Spec
-from undistill.data.split import Samples, Split
+from undistill.data.split import Split
 from undistill.training.fit import Fit
 from undistill.victims.answer import Answer
 from undistill.victims.protected import Protected, Response, with_response
@@ -33,6 +33,9 @@ class Defence(Spec):
         """
         return current
 
+    def check(self, current: nn.Module, data: Split) -> None:
+        """Raise an error for what cannot be done with this network and these images, before anything is trained."""
+
     @abstractmethod
     def protect(self, current: nn.Module, honest: nn.Module, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         """The protected network; `current` and `honest` stay as they are.
@@ -51,11 +54,17 @@ class ResponseDefence(Defence):
     """A defence that changes answers only: a `Response` over the network, whose weights stay."""
 
     listed = False
-    calibrated_on: ClassVar[str] = ""
-    """Images of the owner's by which `calibrate` sets the response: "validation" or "training"; empty for none."""
-
     keeps_top: ClassVar[bool] = True
-    """Whether the top class never changes; how often it does is measured where it may."""
+    """Whether the top class never changes. An audit measures how often it does."""
+
+    @property
+    def calibrated_on(self) -> str:
+        """Images of the owner's by which `calibrate` sets the response: "validation" or "training"; empty for none."""
+        return ""
+
+    def least_images(self, num_classes: int) -> int:
+        """How many validation images calibration needs."""
+        return 1
 
     @abstractmethod
     def response(self, shape: tuple[int, int, int], num_classes: int) -> Response:
@@ -63,6 +72,15 @@ class ResponseDefence(Defence):
 
     def calibrate(self, response: Response, current: nn.Module, data: Split, fit: Fit) -> None:
         """Set the tables, or train the networks, of `response`, whose answers will be those of `current`."""
+
+    def check(self, current: nn.Module, data: Split) -> None:
+        least, images = self.least_images(data.num_classes), len(data.validation)
+        if images < least:
+            raise DataError(
+                f"{self} is calibrated on validation images, needs {least} of them for {data.num_classes} classes, and "
+                f"there are {images}. Add images, or give more of them to validation."
+            )
+        self.response(data.shape, data.num_classes)
 
     def wrap(self, current: nn.Module, shape: tuple[int, int, int], num_classes: int) -> Protected:
         """`current` with this response over it."""
@@ -76,16 +94,7 @@ class ResponseDefence(Defence):
         return protected.eval().requires_grad_(False)
 
 
-def calibration_answer(current: nn.Module, data: Split, least: int, why: str) -> tuple[Answer, Samples]:
-    """The answer (N, K) of `current` to the validation images, in main memory, and these images.
-
-    `DataError` says `why` at least so many are needed, where there are fewer.
-    """
-    samples = data.validation
-    if len(samples) < least:
-        raise DataError(
-            f"Calibration has {len(samples)} validation images, and {why} at least {least}. Add images, or give more "
-            "of them to validation."
-        )
-    log_p, shown, whole = NetworkVictim.of(current).answer_samples(samples, data.num_classes)
-    return Answer(log_p.cpu(), shown.cpu(), whole), samples
+def calibration_answer(current: nn.Module, data: Split) -> Answer:
+    """The answer (N, K) of `current` to the validation images, in main memory."""
+    log_p, shown, whole = NetworkVictim.of(current).answer_samples(data.validation, data.num_classes)
+    return Answer(log_p.cpu(), shown.cpu(), whole)

@@ -24,11 +24,14 @@ class MildlyNasty(Defence):
     omega: Weight = 0.04
     T: Temperature = 4.0
 
+    def check(self, current: nn.Module, data: Split) -> None:
+        if last_layer(current) is None:
+            raise Unsuitable(f"{self} trains the last linear layer, and this network has none; use Nasty.")
+
     def protect(self, current: nn.Module, honest: nn.Module, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         network, reference = deepcopy(current).requires_grad_(False), fit.answers(honest)
         layer = last_layer(network)
-        if layer is None:
-            raise Unsuitable(f"{self} trains the last linear layer, and this network has none; use Nasty.")
+        assert layer is not None
         layer.requires_grad_(True)
 
         def objective(nasty: nn.Module, batch: Batch) -> Terms:

@@ -1,6 +1,7 @@
 """The nasty teacher: self-undermining knowledge distillation (Ma et al., ICLR 2021)."""
 
 import math
+from copy import deepcopy
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -58,6 +59,16 @@ class Nasty(Defence):
     def reference(self) -> str | None:
         return self.adversary
 
+    def check(self, current: nn.Module, data: Split) -> None:
+        if self.price:
+            own = accuracy(evaluate(current, data.validation).cpu(), data.validation.labels)
+            if self.price / 100 >= own:
+                raise SpecError(
+                    f"A price of {self.price:g} points is more than the accuracy there is, {100 * own:.1f} %."
+                )
+        if self.calibrated:
+            calibrated(deepcopy(current), data)
+
     def protect(self, current: nn.Module, honest: nn.Module, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         network = (
             self._at_price(current, honest, fresh, data, fit)
@@ -83,9 +94,6 @@ class Nasty(Defence):
 
     def _at_price(self, current: nn.Module, honest: nn.Module, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         assert self.price
-        labels = data.validation.labels
-        if self.price / 100 >= (own := accuracy(evaluate(current, data.validation).cpu(), labels)):
-            raise SpecError(f"A price of {self.price:g} points is more than the accuracy there is, {100 * own:.1f} %.")
         unprotected = fit.answers(current)
         reference = unprotected if honest is current else fit.answers(honest)
 
@@ -95,7 +103,7 @@ class Nasty(Defence):
                 ce = cross_entropy(logits, batch.labels)
                 excess = ce - cross_entropy(unprotected(batch), batch.labels)
                 divergence = undermining(logits, reference(batch), self.T)
-                return {"ce": ce, "undermining": Weighted(divergence, omega(excess))}
+                return {"ce": ce, "undermining": Weighted(divergence, omega(excess, len(batch.labels)))}
 
             return terms
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from undistill.core import distributed
+from undistill.core.errors import ModelError
 from undistill.data.split import Split
 from undistill.defences.defence import Fresh
 from undistill.training.fit import Fit
@@ -22,6 +24,7 @@ from undistill.training.objectives import Objective
 NATS = 6.0  # of slack for each share of accuracy, as long as validation images do not say otherwise
 SHARES = 0.75, 0.375, 0.375  # of the recipe's epochs for each training, one and a half in all
 NEAR = 0.25  # of the price: what is believed to be lost may differ by so much
+RUINED = 0.02  # of accuracy, surely lost beyond the price
 FURTHEST = 4.0  # factor by which a slack is corrected
 START, LOWEST, HIGHEST = 0.01, 1e-6, 1.0  # of the weight
 RATE = 0.02  # of the weight's logarithm in a step, at most
@@ -35,9 +38,14 @@ class FoundWeight:
         self.log = torch.tensor(math.log(start), device=device)
 
     @torch.no_grad()
-    def __call__(self, excess: Tensor) -> Tensor:
-        """The weight in this step, a scalar, under the constraint `excess <= slack`."""
+    def __call__(self, excess: Tensor, images: int) -> Tensor:
+        """The weight in this step, a scalar, under the constraint that the mean of `excess` is at most the slack.
+
+        `excess` is the mean over the `images` that this process has of the batch.
+        """
         weight = self.log.exp()
+        total = distributed.all_reduce(torch.stack([excess * images, torch.full_like(excess, images)]))
+        excess = total[0] / total[1]
         held = ((self.slack - excess) / self.slack).clamp(-1, 1)
         self.log = (self.log + RATE * held).clamp(math.log(LOWEST), math.log(HIGHEST))
         return weight
@@ -67,11 +75,16 @@ class Attempt:
     def believed(self) -> float:
         """The share that is believed to be lost: what was measured, and where that is noise, what the slack suggests.
 
-        The suggestion is believed up to half of itself (one standard deviation).
+        The suggestion is believed up to half of itself (one standard deviation), but not against two standard errors.
         """
         suggested = self.slack / NATS
         trust = (suggested / 2) ** 2 / ((suggested / 2) ** 2 + self.error**2)
-        return trust * self.lost + (1 - trust) * suggested
+        return max(trust * self.lost + (1 - trust) * suggested, self.least)
+
+    @property
+    def least(self) -> float:
+        """The least share that was lost, two standard errors below the measured one."""
+        return self.lost - 2 * self.error
 
 
 def at_price(
@@ -85,7 +98,8 @@ def at_price(
 ) -> nn.Module:
     """Train `current` on until it loses about the share `price` of its accuracy; the network that comes nearest.
 
-    At most three trainings, each from where the last one ended, take one and a half times the recipe's epochs.
+    At most three trainings, each from where the last one ended, take one and a half times the recipe's epochs. Raises
+    `ModelError` where all of them cost far more than the price: it is not undermining that costs so much, but training.
     """
     samples = data.validation
     before = evaluate(current, samples).cpu()
@@ -95,7 +109,16 @@ def at_price(
         network, found = fresh(), FoundWeight(slack, fit.device, weight)
         network.load_state_dict(state)
         epochs = math.ceil(share * fit.recipe.epochs)
-        network = fit(network, data, objective(found), epochs=epochs, carried=[found], bounds=bounds)
+        network = fit(
+            network,
+            data,
+            objective(found),
+            epochs=epochs,
+            carried=[found],
+            choose=False,
+            continues=bool(attempts),
+            bounds=bounds,
+        )
         lost, error = accuracy_lost(evaluate(network, samples).cpu(), before, samples.labels)
         attempts.append(Attempt(network, slack, found.value, lost, error))
         believed = attempts[-1].believed
@@ -104,5 +127,10 @@ def at_price(
         slack *= min(max(price / believed, 1 / FURTHEST), FURTHEST) if believed > 0 else FURTHEST
         weight, state = found.value, network.state_dict()
     best = min(attempts, key=lambda one: abs(one.believed - price))
+    if best.least > price + RUINED:
+        raise ModelError(
+            f"Training on costs {100 * best.lost:.1f} points of accuracy, however little it undermines, and the price "
+            f"is {100 * price:g}. Lower recipe.lr, or train the unprotected network for longer first."
+        )
     fit.found |= {"omega": best.weight, "slack": best.slack}
     return best.network

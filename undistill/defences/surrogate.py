@@ -1,5 +1,7 @@
 """Networks of a response's own, trained on the owner's images when it is calibrated."""
 
+from collections.abc import Sequence
+
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -17,11 +19,18 @@ class SurrogateDefence(ResponseDefence):
     """The common base of responses that ask a small network of their own beside the one they protect."""
 
     listed = False
-    calibrated_on = "training"
     surrogate: str = "ConvNet(width=16)"
     """The small network: a listed one, or file.py:factory."""
     epochs: int = Field(10, ge=1, le=10_000)
     """Epochs of its training."""
+
+    @property
+    def calibrated_on(self) -> str:
+        return "training"
+
+    @property
+    def embedded(self) -> Sequence[Model]:
+        return [Model.parse(self.surrogate)]
 
     def refers(self) -> dict[str, str]:
         return super().refers() | Model.parse(self.surrogate).refers()
@@ -36,7 +45,7 @@ class SurrogateDefence(ResponseDefence):
         def objective(surrogate: nn.Module, batch: Batch) -> Terms:
             return self.objective(surrogate(batch.images), batch.labels)
 
-        fit(network, data, objective, epochs=self.epochs)
+        fit(network, data, objective, epochs=self.epochs, choose=False, aside=True)
 
     def objective(self, logits: Tensor, labels: Tensor) -> Terms:
         """The terms of the surrogate's loss on its `logits` (B, K); by default it classifies."""

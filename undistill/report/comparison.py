@@ -69,7 +69,7 @@ COLUMNS = (
     "bits",
     "ms a query",
 )
-"""Of the table; the first two, defence and whether it can be shipped, are words."""
+"""Numbers of the table, between the defence and whether it can be shipped."""
 
 
 def cells(row: Row) -> dict[str, object]:
@@ -87,11 +87,13 @@ def cells(row: Row) -> dict[str, object]:
         (bits, math.inf if row.bits is None else row.bits),
         (f"{row.ms_per_query:.3f}", row.ms_per_query),
     ]
+    lacking = f" (not tried: {', '.join(row.skipped)})" if row.skipped else ""
     shippable = "no: " + "; ".join(row.not_shippable) if row.not_shippable else "yes"
     return {
         "defence": row.defence,
         "folder": row.folder,
         "shippable": shippable,
+        "lacking": lacking,
         "values": [(name, shown, f"{number:.9g}") for name, (shown, number) in zip(COLUMNS, values, strict=True)],
     }
 

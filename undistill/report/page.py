@@ -112,8 +112,8 @@ def costs(report: Report) -> list[tuple[str, ...]]:
     both = report.victim, report.honest
     rows: list[tuple[str, ...]] = [("accuracy", *(percent(one.accuracy) for one in both))]
     lost = [pair.worst_class for pair in report.pairs if pair.worst_class]
-    if lost and all(one.by_class for one in both):
-        worst = max(lost, key=lambda one: one.lost.mean)
+    if lost and all(len(_known(one.by_class)) and len(one.by_class) == report.classes for one in both):
+        worst = max(lost, key=lambda one: one.lost.mean if one.lost.low is None else one.lost.low)
         place = report.class_names.index(worst.name) if worst.name in report.class_names else 0
         values = [one.by_class[place] for one in both]
         rows.append((f"accuracy of the class that lost most, {legible(worst.name)}", *map(_share, values)))

@@ -118,7 +118,7 @@ def _take(folder: Path, request: Record) -> FileLock:
     except Timeout:
         raise StoreError(f"Another process is working in {folder}; wait for it, or choose another --out.") from None
     try:
-        _sweep_below(folder)
+        sweep_below(folder)
         if not path.exists():
             write_json(path, request)
         elif (held := _as_asked_now(read_record(path), request)) != request:
@@ -147,12 +147,12 @@ def _as_asked_now(held: Record, request: Record) -> Record:
     return held | {"refers": refers}
 
 
-def _sweep_below(folder: Path) -> None:
+def sweep_below(folder: Path) -> None:
     """Remove what killed processes left in a folder, but for parts of it that have a lock of their own."""
     sweep(folder)
     for path in folder.iterdir():
         if path.is_dir() and path.name != "answers" and not (path / ".lock").exists():
-            _sweep_below(path)
+            sweep_below(path)
 
 
 def difference(one: Record, other: Record, prefix: str = "") -> tuple[str, object, object]:

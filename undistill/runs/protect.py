@@ -53,10 +53,10 @@ def protect(
     settings = settings or recorded_settings(honest)
     defences = [Defence.from_user(one) for one in ([defence] if isinstance(defence, str | Defence) else defence)]
     if not defences:
-        raise SpecError("Nothing protects without a defence; name one, such as Nasty(omega=0.04, T=4).")
+        raise SpecError("Nothing protects without a defence; name one, such as Nasty(price=0.5) (--price 0.5).")
     if honest.record.get("defences"):
         raise SpecError(f"{honest.folder} is protected already. Protect the run it was made from, by all defences.")
-    _require_order(defences)
+    require_order(defences)
     model = honest.model(None if model is None else Model.from_user(model))
     data = honest.data()
     references = {one.reference: Run.open(one.reference) for one in defences if one.reference}
@@ -84,6 +84,8 @@ def protect(
             fit = Fit(settings.recipe, seed, chosen, place.folder, shown, name, store=store)
             fresh = _Fresh(honest, model, seed)
             victim: nn.Module = teacher
+            for one in defences:
+                one.check(teacher, data.split)
             with seeded(derive(settings.seed, "defence")):
                 for one in defences:
                     reference = references[one.reference].network().to(chosen) if one.reference else teacher
@@ -99,8 +101,13 @@ def protect(
     return Run.open(out)
 
 
-def _require_order(defences: Sequence[Defence]) -> None:
-    """Raise `SpecError` for a defence that trains the network after one that was calibrated on its answers."""
+def require_order(defences: Sequence[Defence]) -> None:
+    """Raise `SpecError` for a defence that undoes another: one that trains after a response, or beside a price."""
+    trained = [one for one in defences if not isinstance(one, ResponseDefence)]
+    if stated_price(trained) and len(trained) > 1:
+        raise SpecError(
+            f"{trained[0]} and {trained[1]} both train the network, and a price holds for one of them; leave one out."
+        )
     for before, after in itertools.pairwise(defences):
         if isinstance(before, ResponseDefence) and not isinstance(after, ResponseDefence):
             raise SpecError(

@@ -206,8 +206,11 @@ class Run:
     @property
     def program(self) -> str:
         """Hash of our own program text behind the network and its responses, which the user's hashes leave out."""
-        named = [Model.parse(str(self.record["model"])), *map(Defence.parse, self.record.get("responses", ()))]
-        return fingerprint([source_sha256(type(spec)) for spec in named])
+        named: list[Spec] = [
+            Model.parse(str(self.record["model"])),
+            *map(Defence.parse, self.record.get("responses", ())),
+        ]
+        return fingerprint([source_sha256(type(one)) for spec in named for one in (spec, *spec.embedded)])
 
     @property
     def identity(self) -> str:

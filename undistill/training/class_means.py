@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from undistill.core import distributed
+
 
 class ClassMeans:
-    """Mean probabilities of the images of each class that were seen in this epoch."""
+    """Mean probabilities of the images of each class that were seen in this epoch, by all processes."""
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self.sums = torch.zeros(num_classes, num_classes, device=device)
@@ -21,6 +23,6 @@ class ClassMeans:
             self.sums, self.counts, self.epoch = torch.zeros_like(self.sums), torch.zeros_like(self.counts), epoch
         shares = labels if labels.ndim == 2 else torch.zeros_like(log_p).scatter(1, labels[:, None], 1.0)
         with torch.autocast(log_p.device.type, enabled=False):  # products would be bf16
-            self.sums = self.sums + shares.T @ log_p.exp()
-            self.counts = self.counts + shares.sum(0)[:, None]
+            self.sums = self.sums + distributed.all_reduce(shares.T @ log_p.exp())
+            self.counts = self.counts + distributed.all_reduce(shares.sum(0)[:, None])
             return (shares @ (self.sums / self.counts.clamp_min(1e-12))).clamp_min(1e-30).log()

@@ -64,7 +64,7 @@ class Fit:
     computed: list[str] = field(default_factory=list)
     """Compute settings of each call."""
     asides: list[float] = field(default_factory=list)
-    """Wall time of `once()` calls, in seconds."""
+    """Wall time of `once()` calls, and of trainings beside the run's own, in seconds."""
     found: dict[str, float] = field(default_factory=dict)
     """Numbers that a defence found by itself, such as the weight of a term; for the run's record."""
     calls: int = 0
@@ -117,6 +117,8 @@ class Fit:
         carried: Sequence[Stateful] = (),
         epochs: int | None = None,
         choose: bool = True,
+        continues: bool = False,
+        aside: bool = False,
         bounds: Mapping[str, float] | None = None,
     ) -> nn.Module:
         """Train `network` in place on `data`, and return it with the chosen weights, in eval mode.
@@ -131,6 +133,8 @@ class Fit:
             carried: saved and restored with every checkpoint, beside what all calls carry.
             epochs: instead of the recipe's; 0 leaves the network as it is.
             choose: False keeps the last epoch whatever the recipe says, for whoever has no validation images.
+            continues: True goes on with the network of the last call, whose epochs are counted on.
+            aside: True for a network that is not the run's own: its time counts, and its epochs are not in the record.
             bounds: terms that by theory cannot exceed a value; one beyond it is made of rounding errors.
 
         Raises `NonFinite`, naming epoch and term, as soon as a term, a weight or an answer is not finite.
@@ -166,10 +170,17 @@ class Fit:
                     saved = time.monotonic()
                 note = f"loss {metrics['loss']:.3f} · validation {metrics['validation_accuracy']:.1%}"
                 task.reach(loop.epoch, note)
-        self.history += loop.history
+        self._record(loop.history, continues, aside)
+        return loop.result()
+
+    def _record(self, history: Sequence[dict[str, float]], continues: bool, aside: bool) -> None:
+        if aside:
+            self.asides.append(sum(epoch["seconds"] for epoch in history))
+            return
+        before = self.history[-1]["epoch"] if continues and self.history else 0
+        self.history += [epoch | {"epoch": epoch["epoch"] + before} for epoch in history]
         if self.folder:
             write_lines(self.folder / "metrics.jsonl", self.history)
-        return loop.result()
 
 
 def _is_made(held: Mapping[str, Any], shape: tuple[int, ...]) -> bool:

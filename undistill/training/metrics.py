@@ -106,7 +106,7 @@ def top_k(logits: Tensor, labels: Tensor, k: int = 5) -> float:
 
 def selective_accuracy(logits: Tensor, labels: Tensor, coverage: float = COVERAGE) -> float:
     """Accuracy on the share `coverage` of samples whose highest answer is surest; among equally sure ones by chance."""
-    sure, right = logits.softmax(1).amax(1), (logits.argmax(1) == labels).double()
+    sure, right = (1e5 * logits.softmax(1).amax(1)).round(), (logits.argmax(1) == labels).double()
     kept = max(round(coverage * len(labels)), 1)
     least = sure.sort(descending=True).values[kept - 1]
     surer, equal = sure > least, sure == least

@@ -50,7 +50,8 @@ class Redirected(Response):
             logits: Tensor = functional_call(self.surrogate, parameters, (inputs,))
             return logits.float().log_softmax(1)
 
-        slopes: Tensor = jvp(log_p, (parameters,), (ones,))[1]
+        with torch.autocast(inputs.device.type, enabled=False):  # which would cast weights and not their directions
+            slopes: Tensor = jvp(log_p, (parameters,), (ones,))[1]
         return slopes
 
 

@@ -23,18 +23,24 @@ class LinearCMI(ResponseDefence):
     """
 
     keeps_top = False
-    calibrated_on = "validation"
     weight: Weight = 1.0
     """Of the information, in nats, against the cross-entropy of the labels."""
     steps: int = Field(200, ge=1, le=100_000)
     """Iterations of L-BFGS."""
 
+    @property
+    def calibrated_on(self) -> str:
+        return "validation"
+
+    def least_images(self, num_classes: int) -> int:
+        return num_classes
+
     def response(self, shape: tuple[int, int, int], num_classes: int) -> Response:
         return Mapped(num_classes)
 
     def calibrate(self, response: Response, current: nn.Module, data: Split, fit: Fit) -> None:
-        answer, samples = calibration_answer(current, data, data.num_classes, "a matrix of as many rows needs")
-        response.matrix.copy_(self.fitted(answer.filled.clamp_min(LEAST), samples.labels))  # type: ignore[operator]
+        answer, labels = calibration_answer(current, data), data.validation.labels
+        response.matrix.copy_(self.fitted(answer.filled.clamp_min(LEAST), labels))  # type: ignore[operator]
 
     def fitted(self, log_p: Tensor, labels: Tensor) -> Tensor:
         """The matrix (K, K) for answers (N, K) to images with `labels` (N,)."""

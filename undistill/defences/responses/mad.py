@@ -9,12 +9,14 @@ from undistill.defences.surrogate import SurrogateDefence
 from undistill.victims.answer import Answer
 from undistill.victims.protected import Response
 
+MARGIN = 1e-4  # between the top class and every other, less where there are many
 FEW = 10  # classes of which every set is tried
 SIZES = 32  # of sets of more classes that are tried, beside that of all
 
 
 class MAD(SurrogateDefence):
-    """`||unit(G'y) - unit(G'y')||^2` is maximised within `||y' - y||_1 <= epsilon`, and the top class stays.
+    """The answer whose `||unit(G'y) - unit(G'y')||^2` is largest on the ways to the corners of "the top class stays",
+    within `||y' - y||_1 <= epsilon`.
 
     Row k of `G` is the gradient of `log p_k(x)` in the last layer of a surrogate, for a student of which the surrogate
     stands.
@@ -83,8 +85,9 @@ def likely_corners(y: Tensor, p: Tensor, top: Tensor) -> Tensor:
     return torch.cat(found, 1)
 
 
-def keep_top(p: Tensor, top: Tensor, margin: float = 1e-4) -> Tensor:
-    """`p` (B, K) with at least `margin` between the class `top` (B,) and every other, taken from those too close."""
+def keep_top(p: Tensor, top: Tensor) -> Tensor:
+    """`p` (B, K) with a margin between the class `top` (B,) and every other, taken from those that are too close."""
+    margin = min(MARGIN, 0.01 / p.shape[1])
     highest = p.gather(1, top[:, None])
     others = torch.minimum(p, (highest - margin).clamp_min(0)).scatter(1, top[:, None], 0.0)
     return others.scatter(1, top[:, None], 1 - others.sum(1, keepdim=True))

@@ -22,16 +22,21 @@ class ModelGuardS(ResponseDefence):
     answer and a thief chooses the centroids. Here they are medoids of the validation answers, and stay.
     """
 
-    calibrated_on = "validation"
-    codes: int = Field(4, ge=1, le=256)
+    codes: int = Field(4, ge=1, le=64)
     """Typical answers of each class."""
+
+    @property
+    def calibrated_on(self) -> str:
+        return "validation"
+
+    def least_images(self, num_classes: int) -> int:
+        return max(self.codes, num_classes)
 
     def response(self, shape: tuple[int, int, int], num_classes: int) -> Response:
         return Quantised(self.codes, num_classes)
 
     def calibrate(self, response: Response, current: nn.Module, data: Split, fit: Fit) -> None:
-        least = max(self.codes, data.num_classes)
-        answer, _ = calibration_answer(current, data, least, f"{self.codes} codes of {data.num_classes} classes need")
+        answer = calibration_answer(current, data)
         book = codebook(answer.filled.exp(), answer.top, self.codes)
         response.book.copy_(book)  # type: ignore[operator]
 
@@ -74,20 +79,21 @@ def codebook(p: Tensor, top: Tensor, codes: int) -> Tensor:
 
 
 def medoids(points: Tensor, count: int) -> Tensor:
-    """`count` of the `points` (N, K), or all different ones, that are near to the others in L1.
+    """`count` of the `points` (N, K), or all different ones, that are near to the others in L1, equal ones counted.
 
     The first is the most central one, each next the one furthest from those; then points and medoids are assigned in
     turn until nothing changes.
     """
-    points = points.unique(dim=0)
+    points, weights = points.unique(dim=0, return_counts=True)
     distance = torch.cdist(points, points, p=1)
-    chosen = distance.sum(1).argmin()[None]
+    chosen = (distance @ weights.to(distance)).argmin()[None]
     while len(chosen) < min(count, len(points)):
         chosen = torch.cat([chosen, distance[:, chosen].amin(1).argmax()[None]])
     for _ in range(SWEEPS):
         own = distance[:, chosen].argmin(1)
         members = [(own == number).nonzero().flatten() for number in range(len(chosen))]
-        moved = torch.stack([ours[distance[ours][:, ours].sum(1).argmin()] for ours in members])
+        costs = [distance[ours][:, ours] @ weights[ours].to(distance) for ours in members]
+        moved = torch.stack([ours[cost.argmin()] for ours, cost in zip(members, costs, strict=True)])
         if torch.equal(moved, chosen):
             break
         chosen = moved

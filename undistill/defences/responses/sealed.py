@@ -28,26 +28,30 @@ class Sealed(ResponseDefence):
     gets the accuracy that its bucket has on validation images, which calibrates it.
     """
 
-    calibrated_on = "validation"
-    levels: int = Field(4, ge=1, le=256)
+    levels: int = Field(4, ge=1, le=64)
     """Buckets of equally many validation images; neighbours whose accuracies do not differ become one."""
     rest: Literal["uniform", "prior", "decoy"] = "uniform"
     """How the other classes share what is left: evenly, as frequent as they are, or all to the least similar class,
     which spoils naive imitation and costs likelihood."""
+
+    @property
+    def calibrated_on(self) -> str:
+        return "validation"
+
+    def least_images(self, num_classes: int) -> int:
+        return max(self.levels, num_classes)
 
     def response(self, shape: tuple[int, int, int], num_classes: int) -> Response:
         return SealedAnswers(self.levels, num_classes)
 
     def calibrate(self, response: Response, current: nn.Module, data: Split, fit: Fit) -> None:
         assert isinstance(response, SealedAnswers)
-        least = max(self.levels, data.num_classes)
-        why = f"{self.levels} levels of {data.num_classes} classes need"
-        answer, samples = calibration_answer(current, data, least, why)
-        right = answer.top == samples.labels
+        answer, labels = calibration_answer(current, data), data.validation.labels
+        right = answer.top == labels
         edges = merged(quantiles(log_odds(answer), self.levels), log_odds(answer), right)
         bucket = torch.bucketize(log_odds(answer), edges)
         hits, counts = (torch.bincount(part, minlength=len(edges) + 1) for part in (bucket[right], bucket))
-        response.seal(edges, sealed((hits + 1) / (counts + 2), self.rests(answer, samples.labels)))
+        response.seal(edges, sealed((hits + 1) / (counts + 2), self.rests(answer, labels)))
 
     def rests(self, answer: Answer, labels: Tensor) -> Tensor:
         """For each top class (K, K), how the others share what it leaves: rows sum to 1, 0 on the diagonal."""

@@ -15,17 +15,20 @@ from undistill.victims.protected import Response
 class Temperature(ResponseDefence):
     """`softmax(log p / T)`: softer answers above 1, sharper ones below. A thief who knows T undoes it."""
 
-    calibrated_on = "validation"
     T: spec.Temperature | None = 4.0
     """None takes the temperature with the lowest negative log-likelihood on validation images."""
+
+    @property
+    def calibrated_on(self) -> str:
+        return "validation" if self.T is None else ""
 
     def response(self, shape: tuple[int, int, int], num_classes: int) -> Response:
         return Softened(self.T or 1.0)
 
     def calibrate(self, response: Response, current: nn.Module, data: Split, fit: Fit) -> None:
         if self.T is None:
-            answer, samples = calibration_answer(current, data, 1, "a temperature needs")
-            response.T.fill_(fitted_temperature(answer.filled, samples.labels))  # type: ignore[operator]
+            fitted = fitted_temperature(calibration_answer(current, data).filled, data.validation.labels)
+            response.T.fill_(fitted)  # type: ignore[operator]
 
 
 class Softened(Response):
