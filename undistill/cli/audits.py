@@ -8,7 +8,10 @@ import typer
 from undistill.auditing import MOST_SEEDS
 from undistill.cli.options import (
     Address,
+    Attacks,
     AuditOut,
+    Budget,
+    By,
     Code,
     Config,
     DataDir,
@@ -16,8 +19,13 @@ from undistill.cli.options import (
     DryRun,
     Fast,
     OwnDefence,
+    Pool,
     Remember,
+    Seeds,
     Set,
+    Share,
+    Students,
+    Trials,
     Where,
     Workers,
     beside,
@@ -52,27 +60,21 @@ def audit(
         Path | None, typer.Option(help="Its unprotected twin; by default the run it was protected from.")
     ] = None,
     suite: Annotated[str, typer.Option(help="A listed suite of attacks.")] = "quick-2",
-    attack: Annotated[
-        list[str] | None, typer.Option(help="One more attack, listed or file.py:Name(...); repeatable.")
-    ] = None,
-    student: Annotated[
-        list[str] | None, typer.Option(help="The thief's network instead of the suite's; repeatable.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, max=MOST_SEEDS, help="Students of each kind.")] = 3,
-    trials: Annotated[
-        int | None, typer.Option(min=1, help="Settings that each thief tries; by default as many as the suite says.")
-    ] = None,
-    share: Annotated[float | None, typer.Option(help="Share of the epochs for which a trial trains.")] = None,
+    attack: Attacks = None,
+    student: Students = None,
+    seeds: Seeds = 3,
+    trials: Trials = None,
+    share: Share = None,
     curve: Annotated[
         bool, typer.Option("--curve", help="Measure how good a copy 100, 300, 1,000, ... queries buy.")
     ] = False,
-    budget: Annotated[int | None, typer.Option(min=1, help="The most queries of each thief.")] = None,
-    pool: Annotated[str | None, typer.Option(metavar="DATA", help="Images of thieves who have none of yours.")] = None,
+    budget: Budget = None,
+    pool: Pool = None,
     out: AuditOut = None,
     cells: Annotated[
         Path | None, typer.Option(help="Finished students, shared by audits.", show_default="OUT/cells")
     ] = None,
-    by: Annotated[str, typer.Option(help="Who audits, for the page: a name, a company.")] = "",
+    by: By = "",
     dry_run: DryRun = False,
     model: Code = None,
     defence: OwnDefence = None,

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from undistill.auditing import MOST_SEEDS
 from undistill.cli.options import (
     Address,
+    Attacks,
+    Budget,
+    By,
     Code,
     CompareOut,
     Config,
@@ -15,8 +17,13 @@ from undistill.cli.options import (
     Device,
     DryRun,
     Fast,
+    Pool,
     Remember,
+    Seeds,
     Set,
+    Share,
+    Students,
+    Trials,
     Where,
     Workers,
     beside,
@@ -37,21 +44,15 @@ def compare(
         typer.Option(help='A row: one defence, or several as "Nasty(price=0.5) + Sealed(levels=4)"; repeatable.'),
     ],
     suite: Annotated[str, typer.Option(help="A listed suite of attacks.")] = "standard-1",
-    attack: Annotated[
-        list[str] | None, typer.Option(help="One more attack, listed or file.py:Name(...); repeatable.")
-    ] = None,
-    student: Annotated[
-        list[str] | None, typer.Option(help="The thief's network instead of the suite's; repeatable.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, max=MOST_SEEDS, help="Students of each kind.")] = 3,
-    trials: Annotated[
-        int | None, typer.Option(min=1, help="Settings that each thief tries; by default as many as the suite says.")
-    ] = None,
-    share: Annotated[float | None, typer.Option(help="Share of the epochs for which a trial trains.")] = None,
-    budget: Annotated[int | None, typer.Option(min=1, help="The most queries of each thief.")] = None,
-    pool: Annotated[str | None, typer.Option(metavar="DATA", help="Images of thieves who have none of yours.")] = None,
+    attack: Attacks = None,
+    student: Students = None,
+    seeds: Seeds = 3,
+    trials: Trials = None,
+    share: Share = None,
+    budget: Budget = None,
+    pool: Pool = None,
     out: CompareOut = None,
-    by: Annotated[str, typer.Option(help="Who audits, for the page: a name, a company.")] = "",
+    by: By = "",
     dry_run: DryRun = False,
     model: Code = None,
     config: Config = None,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from undistill.auditing import MOST_SEEDS
 from undistill.core.errors import LegibleFormatter, StoreError, UndistillError, legible, short_of_memory
 
 if TYPE_CHECKING:
@@ -182,6 +183,22 @@ Remember = Annotated[
 ]
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and about how long it takes.")]
+
+
+Attacks = Annotated[
+    list[str] | None, typer.Option("--attack", help="One more attack, listed or file.py:Name(...); repeatable.")
+]
+Students = Annotated[
+    list[str] | None, typer.Option("--student", help="The thief's network instead of the suite's; repeatable.")
+]
+Seeds = Annotated[int, typer.Option(min=1, max=MOST_SEEDS, help="Students of each kind.")]
+Trials = Annotated[
+    int | None, typer.Option(min=1, help="Settings that each thief tries; by default as many as the suite says.")
+]
+Share = Annotated[float | None, typer.Option(help="Share of the epochs for which a trial trains.")]
+Budget = Annotated[int | None, typer.Option(min=1, help="The most queries of each thief.")]
+Pool = Annotated[str | None, typer.Option(metavar="DATA", help="Images of thieves who have none of yours.")]
+By = Annotated[str, typer.Option(help="Who audits, for the page: a name, a company.")]
 
 
 def build_launcher(text: str, workers: int | None, address: str | None) -> "Launcher":

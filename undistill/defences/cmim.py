@@ -16,11 +16,12 @@ from undistill.training.objectives import Terms, Weighted
 
 
 class CMIM(Defence):
-    """`CE + weight E_t[ KL(softmax(z/t) || Q_y) ]`, where `Q_y` is the mean answer of the class at temperature t.
+    """A network whose answers to images of one class are all alike.
 
-    The second term is the conditional mutual information of image and answer given the label, which is what imitation
-    learns beyond it. The means and the network are learnt in turn: each batch moves the means, then it moves the
-    network towards them. The expectation is over t = 1, sqrt(T) and T.
+    The loss is `CE + weight E_t[ KL(softmax(z/t) || Q_y) ]`, where `Q_y` is the mean answer of the class at temperature
+    t. The second term is the conditional mutual information of image and answer given the label, which is what
+    imitation learns beyond it. The means and the network are learnt in turn: each batch moves the means, then it moves
+    the network towards them. The expectation is over t = 1, sqrt(T) and T.
     """
 
     weight: Weight = 1.0

@@ -8,14 +8,13 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from pydantic import ValidationError
 
 from undistill.auditing.comparison import NONE, Comparison, Row
 from undistill.auditing.schema import Interval
-from undistill.core.errors import StoreError, legible
-from undistill.core.files import parse_json, read_text, require_plain, write_json, write_text
+from undistill.core.errors import legible
+from undistill.core.files import write_json, write_text
 from undistill.report.figures import FLOOR, HONEST, STYLE, VICTIM, svg
-from undistill.report.page import HTML, MARKDOWN, percent, points
+from undistill.report.page import HTML, MARKDOWN, percent, points, read_written
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
@@ -26,18 +25,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
 
 def read_comparison(folder: Path) -> Comparison:
     """Raises `StoreError` where there is no whole comparison."""
-    path = folder / "comparison.json"
-    if not path.is_file():
-        raise StoreError(f"There is no {path}; 'undistill compare' writes one.")
-    require_plain(folder)
-    try:
-        return Comparison.model_validate(parse_json(read_text(path)))
-    except ValidationError as error:
-        first = error.errors()[0]
-        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except ValueError as error:
-        why = str(error)
-    raise StoreError(f"{path} is no comparison of this version of undistill ({legible(why)}).")
+    return read_written(folder / "comparison.json", Comparison, "'undistill compare' writes one")
 
 
 def render_comparison(folder: Path) -> Path:

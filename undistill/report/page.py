@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from pathlib import Path
 from statistics import fmean
+from typing import TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 
 from undistill.attacks.attack import Buying, Role, ThiefData
 from undistill.auditing.curve import price_of_a_copy
-from undistill.auditing.schema import Cell, Interval, Report, Threat, plus_minus
+from undistill.auditing.schema import Cell, Interval, Part, Report, Threat, plus_minus
 from undistill.auditing.statistics import interval
 from undistill.auditing.verdict import best_thief, columns, preferred_trials
 from undistill.core.errors import StoreError, legible
@@ -22,6 +23,8 @@ from undistill.report.advice import GLOSSARY, advice, anchor, explained, word
 from undistill.report.curves import queries, training
 from undistill.report.evidence import read_evidence
 from undistill.training.recipe import Recipe
+
+Written = TypeVar("Written", bound=Part)
 
 HTML = Environment(
     loader=PackageLoader("undistill.report"),
@@ -50,18 +53,22 @@ def write_report(report: Report, folder: Path) -> None:
 
 def read_report(folder: Path) -> Report:
     """Raises `StoreError` where there is no whole report."""
-    path = folder / "report.json"
+    return read_written(folder / "report.json", Report, "'undistill audit' or 'undistill demo' writes one")
+
+
+def read_written(path: Path, kind: type[Written], writer: str) -> Written:
+    """The JSON file of a command as `kind`; `StoreError`, naming its `writer`, where there is none that is whole."""
     if not path.is_file():
-        raise StoreError(f"There is no {path}; 'undistill audit' or 'undistill demo' writes one.")
-    require_plain(folder)
+        raise StoreError(f"There is no {path}; {writer}.")
+    require_plain(path.parent)
     try:
-        return Report.model_validate(parse_json(read_text(path)))
+        return kind.model_validate(parse_json(read_text(path)))
     except ValidationError as error:
         first = error.errors()[0]
         why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     except ValueError as error:
         why = str(error)
-    raise StoreError(f"{path} is no report of this version of undistill ({legible(why)}).")
+    raise StoreError(f"{path} is no {kind.__name__.lower()} of this version of undistill ({legible(why)}).")
 
 
 def render(folder: Path) -> Path:

@@ -12,7 +12,10 @@ from undistill.victims.protected import Response
 
 
 class AdaptiveMisinformation(SurrogateDefence):
-    """`(1 - a) y + a f(x)` with `a = sigmoid(nu (tau - max y))`; `f` was trained to be wrong, so unsure labels flip."""
+    """Answers of which the model is not sure are mixed with those of a network that was trained to be wrong.
+
+    `y' = (1 - a) y + a f(x)` with `a = sigmoid(nu (tau - max y))`; `f` is trained with CE on `log(1 - p_y)`.
+    """
 
     keeps_top = False
     tau: float = Field(0.7, ge=0, le=1)

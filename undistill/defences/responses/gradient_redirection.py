@@ -11,10 +11,11 @@ from undistill.victims.protected import Response
 
 
 class GradientRedirection(SurrogateDefence):
-    """`<G'y', 1>` is maximised within `||y' - y||_1 <= epsilon`; row k of `G` is the gradient of a surrogate's
-    `log p_k(x)` in all its parameters.
+    """Answers are moved, within an L1 distance, so that an update by them takes a thief where the owner wants.
 
-    The best class gains, taken from the worst upwards; the top class may change, which is measured.
+    `<G'y', 1>` is maximised within `||y' - y||_1 <= epsilon`, where row k of `G` is the gradient of a surrogate's `log
+    p_k(x)` in all its parameters. The best class gains, taken from the worst upwards; the top class may change, which
+    is measured.
     """
 
     keeps_top = False

@@ -16,10 +16,11 @@ LEAST = -30.0  # log-probability below which a class counts as this unlikely
 
 
 class LinearCMI(ResponseDefence):
-    """`softmax(W log p)` with one K x K matrix that minimises `CE + weight I(X; answer | label)` on validation images.
+    """Log-answers are mapped by one matrix, under which answers to images of one class are alike.
 
-    The information is what distillation learns beyond the label. The published method is for language models; this is
-    its form for classifiers. A matrix that can be inverted hides nothing from whoever learns it, as `AffineMap` does.
+    `softmax(W log p)`, where W (K, K) minimises `CE + weight I(X; answer | label)` on validation images. The
+    information is what distillation learns beyond the label. The published method is for language models; this is its
+    form for classifiers. A matrix that can be inverted hides nothing from whoever learns it, as `AffineMap` does.
     """
 
     keeps_top = False

@@ -15,11 +15,11 @@ SIZES = 32  # of sets of more classes that are tried, beside that of all
 
 
 class MAD(SurrogateDefence):
-    """The answer whose `||unit(G'y) - unit(G'y')||^2` is largest on the ways to the corners of "the top class stays",
-    within `||y' - y||_1 <= epsilon`.
+    """Answers are moved, within an L1 distance, so that a thief's gradient turns away from the true one.
 
-    Row k of `G` is the gradient of `log p_k(x)` in the last layer of a surrogate, for a student of which the surrogate
-    stands.
+    Of the ways to the corners of "the top class stays", that one is gone on which `||unit(G'y) - unit(G'y')||^2`
+    becomes largest within `||y' - y||_1 <= epsilon`. Row k of `G` is the gradient of `log p_k(x)` in the last layer of
+    a surrogate, for a student of which the surrogate stands.
     """
 
     epsilon: float = Field(1.0, gt=0, le=2)

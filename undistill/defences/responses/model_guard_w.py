@@ -15,9 +15,10 @@ ROUNDING = 1e-12
 
 
 class ModelGuardW(ResponseDefence):
-    """`sum_k y'_k log y_k` is minimised within `||y' - y||_1 <= epsilon`, and the top class stays, by 1e-4.
+    """The answer within an L1 distance that tells least about the true one; the top class stays.
 
-    The optimum is that of a linear program (its equation 6, the defence against an attacker who knows the answers'
+    `sum_k y'_k log y_k` is minimised within `||y' - y||_1 <= epsilon`, with a margin of 1e-4 below the top class. The
+    optimum is that of a linear program (its equation 6, the defence against an attacker who knows the answers'
     distribution); here a search over the top class's probability finds it.
     """
 

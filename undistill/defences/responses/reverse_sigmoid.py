@@ -12,7 +12,10 @@ LEAST = 1e-7  # probability whose log-odds are told from those of 0 and, symmetr
 
 
 class ReverseSigmoid(ResponseDefence):
-    """`y' ~ y - beta (sigmoid(gamma logit(y)) - 1/2)`, renormalised; the top class may change where many are close."""
+    """Probabilities are moved against their own log-odds, so that answers that differ come to look alike.
+
+    `y' ~ y - beta (sigmoid(gamma logit(y)) - 1/2)`, renormalised. The top class may change where many are close.
+    """
 
     keeps_top = False
     beta: float = Field(0.21, ge=0, lt=2)

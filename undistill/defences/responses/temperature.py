@@ -13,7 +13,7 @@ from undistill.victims.protected import Response
 
 
 class Temperature(ResponseDefence):
-    """`softmax(log p / T)`: softer answers above 1, sharper ones below. A thief who knows T undoes it."""
+    """Softer answers (T above 1) or sharper ones: `softmax(log p / T)`. A thief who knows T undoes it."""
 
     T: spec.Temperature | None = 4.0
     """None takes the temperature with the lowest negative log-likelihood on validation images."""
