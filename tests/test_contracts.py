@@ -293,9 +293,13 @@ def test_every_field_of_a_defence_changes_the_run(
 ) -> None:
     plain = protected(toy, defence, honest)
     choices = others(defence, field)
-    named = {"adversary": str(victim.folder), "surrogate": "ConvNet(width=4)"}
+    named = {
+        "adversary": {"adversary": str(victim.folder)},
+        "surrogate": {"surrogate": "ConvNet(width=4)"},
+        "price": {"omega": None, "price": 1},
+    }
     if field in named:
-        choices = iter([type(defence)(**(defence.model_dump() | {field: named[field]}))])
+        choices = iter([type(defence)(**(defence.model_dump() | named[field]))])
     assert any(not alike(plain, protected(toy, changed, honest), toy) for changed in choices)
 
 

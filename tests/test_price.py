@@ -1,6 +1,7 @@
 """A price instead of omega: the weight that is found, what is believed to be lost, and what it may cost."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from undistill.core.errors import ModelError, SpecError, Unsuitable
 from undistill.data import Data
 from undistill.defences import Defence
 from undistill.defences.nasty import Nasty, calibrated
-from undistill.defences.price import NATS, Attempt, FoundWeight, at_price
+from undistill.defences.price import Attempt, at_price, believed, cost
 from undistill.report.evidence import read_curve
 from undistill.runs.run import Run
 from undistill.runs.settings import Settings
@@ -24,54 +25,87 @@ from undistill.training.metrics import accuracy, ece, evaluate
 CPU = torch.device("cpu")
 
 
-def test_the_weight_rises_while_the_constraint_holds_and_falls_while_it_is_broken() -> None:
-    weight = FoundWeight(slack=0.1, device=CPU, start=0.01)
-    assert float(weight(torch.tensor(0.0), 8)) == pytest.approx(0.01)
-    assert weight.value == pytest.approx(0.01 * math.exp(0.02)), "at most two percent in a step"
-    weight(torch.tensor(0.1), 8)
-    assert weight.value == pytest.approx(0.01 * math.exp(0.02)), "at the slack it stays"
-    for _ in range(10_000):
-        weight(torch.tensor(5.0), 8)
-    assert weight.value == pytest.approx(1e-6), "a broken constraint takes the term away"
-    again = FoundWeight(slack=0.1, device=CPU)
-    again.load_state_dict(weight.state_dict())
-    assert again.value == weight.value
+def attempt(weight: float, lost: float, error: float) -> Attempt:
+    return Attempt(nn.Identity(), weight, lost, error, [])
 
 
 def test_what_is_believed_lies_between_measurement_and_experience() -> None:
-    slack = NATS * 0.01  # suggests one point
-    assert Attempt(nn.Identity(), slack, 0.02, lost=0.05, error=1e-6).believed == pytest.approx(0.05, rel=1e-3)
-    assert Attempt(nn.Identity(), slack, 0.02, lost=0.05, error=1.0).believed == pytest.approx(0.01, rel=1e-3)
-    assert Attempt(nn.Identity(), slack, 0.02, lost=0.015, error=0.005).believed == pytest.approx(0.0125)
-    assert Attempt(nn.Identity(), slack, 0.02, lost=0.3, error=0.07).believed == pytest.approx(0.16), (
-        "sure to be ruined"
-    )
+    few, many = attempt(0.06, lost=1.0, error=40.0), attempt(0.06, lost=1.0, error=0.01)
+    assert few.strength == pytest.approx(4)
+    assert believed(few, [few]) == pytest.approx(4, rel=0.01), "experience: one point at 0.03, by the square"
+    assert believed(many, [many]) == pytest.approx(1, rel=0.01), "the measurement"
+    both = attempt(0.03, lost=3.0, error=1.0)  # as exact as experience
+    assert cost([both]) == pytest.approx(2)
+    assert believed(attempt(0.06, lost=0.0, error=10.0), [both]) == pytest.approx(8), "of another attempt, too"
+    assert cost([both, both]) == pytest.approx(2), "the same images once more are no new evidence"
+    ruined = attempt(0.02, lost=30.0, error=7.0)
+    assert believed(ruined, [ruined]) == pytest.approx(16), "at least what was surely lost"
 
 
-@pytest.mark.parametrize("price", [1.0, 20.0])
-def test_a_price_takes_no_longer_than_one_and_a_half_trainings(price: float, toy: Data, honest: Run) -> None:
-    fit, teacher = Fit(RECIPE, 0, CPU), honest.network()
-    network = Nasty(price=price).protect(teacher, teacher, lambda: honest.fresh(1), toy.split, fit)
-    assert len(fit.history) <= math.ceil(1.5 * RECIPE.epochs) + 2
-    assert set(fit.found) == {"omega", "slack"}
-    assert accuracy(evaluate(network, toy.test), toy.test.labels) > 1 - price / 100 - 0.1
+def found(price: float, lost: Callable[[float], float], error: float, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The weights that are tried where each loses `lost(weight)` points, and at the end the one that is kept."""
+    tried: list[float] = []
+
+    class Named(nn.Linear):
+        pass
+
+    def train(weight: float) -> nn.Module:
+        tried.append(weight)
+        return Named(1, 1)
+
+    class Nothing:
+        class validation:
+            labels = torch.zeros(1)
+
+    monkeypatch.setattr("undistill.defences.price.evaluate", lambda network, samples: torch.zeros(1))
+    monkeypatch.setattr("undistill.defences.price.accuracy_lost", lambda *_: (lost(tried[-1]) / 100, error / 100))
+    fit = Fit(RECIPE, 0, CPU)
+    at_price(price, nn.Identity(), Nothing, fit, train)  # type: ignore[arg-type]
+    return [*tried, fit.found["omega"]]
 
 
-def test_a_slack_that_costs_too_much_is_tightened_and_one_that_costs_nothing_is_loosened(
-    toy: Data, honest: Run, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("scale", [0.02, 0.3, 1.0, 8.0])
+def test_exact_measurements_find_the_price(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data sets on which the same weight costs 400 times as much as on others."""
+    *tried, chosen = found(1.0, lambda weight: scale * (weight / 0.03) ** 2, 0.01, monkeypatch)
+    assert len(tried) <= 3
+    assert scale * (chosen / 0.03) ** 2 == pytest.approx(1.0, rel=0.25) or (scale < 0.1 and chosen == max(tried))
+
+
+def test_where_nothing_is_lost_the_strongest_is_kept_and_what_is_ruined_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    *tried, chosen = found(0.5, lambda weight: -0.8, 0.5, monkeypatch)
+    assert tried == sorted(tried)
+    assert chosen == tried[-1]
+    *tried, chosen = found(0.5, lambda weight: 40.0 if weight > 0.2 else -0.8, 0.5, monkeypatch)
+    assert chosen < 0.2 < max(tried)
+    with pytest.raises(ModelError, match=r"Training on costs 30.0 points .* and the price is 0.5. Lower recipe.lr"):
+        found(0.5, lambda weight: 30.0, 1.0, monkeypatch)
+
+
+def test_few_images_leave_it_to_experience(monkeypatch: pytest.MonkeyPatch) -> None:
+    *tried, chosen = found(1.0, lambda weight: 0.0, 50.0, monkeypatch)
+    assert tried == [0.03]
+    assert chosen == 0.03
+
+
+@pytest.mark.parametrize("price", [1.0, 3.0])
+def test_a_price_takes_no_longer_than_one_and_a_half_trainings(
+    price: float, toy: Data, honest: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three trainings, whose losses of accuracy are made up; that which comes nearest to the price is kept."""
-    teacher, lost = honest.network(), iter([0.08, 0.02, 0.011])
-    monkeypatch.setattr("undistill.defences.price.accuracy_lost", lambda after, before, labels: (next(lost), 1e-9))
-    fit, slacks = Fit(RECIPE, 0, CPU), []
+    fit, teacher, rounds = Fit(RECIPE, 0, CPU), honest.network(), [0]
+    plain = Loop.one_round
 
-    def objective(found: FoundWeight):
-        slacks.append(found.slack)
-        return lambda network, batch: {"ce": nn.functional.cross_entropy(network(batch.images), batch.labels)}
+    def counted(loop: Loop) -> dict[str, float]:
+        rounds[0] += 1
+        return plain(loop)
 
-    at_price(0.01, teacher, lambda: honest.fresh(1), toy.split, fit, objective, {})
-    assert slacks == pytest.approx([0.06, 0.06 / 4, 0.06 / 4 / 2])
-    assert fit.found["slack"] == pytest.approx(0.06 / 8)
+    monkeypatch.setattr(Loop, "one_round", counted)
+    network = Nasty(price=price).protect(teacher, teacher, lambda: honest.fresh(1), toy.split, fit)
+    assert rounds[0] <= math.ceil(1.5 * RECIPE.epochs) + 2
+    assert len(fit.history) == RECIPE.epochs / 2, "the record is that of the training that was kept"
+    assert fit.seconds > sum(epoch["seconds"] for epoch in fit.history) or rounds[0] == len(fit.history)
+    assert set(fit.found) == {"omega"}
+    assert accuracy(evaluate(network, toy.test), toy.test.labels) > 1 - price / 100 - 0.1
 
 
 def test_a_run_at_a_price_says_what_was_found_and_repeats(honest: Run, tmp_path: Path) -> None:
@@ -94,26 +128,19 @@ def test_a_run_at_a_price_says_what_was_found_and_repeats(honest: Run, tmp_path:
     assert lost["accuracy_lost_error"] > 0
 
 
-def test_no_ruined_teacher_is_kept(toy: Data, honest: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("undistill.defences.price.accuracy_lost", lambda after, before, labels: (0.3, 0.07))
-    teacher = honest.network()
-    with pytest.raises(ModelError, match=r"Training on costs 30.0 points .* and the price is 0.5. Lower recipe.lr"):
-        Nasty(price=0.5).protect(teacher, teacher, lambda: honest.fresh(1), toy.split, Fit(RECIPE, 0, CPU))
-
-
-def test_epochs_of_trainings_that_go_on_are_counted_on(toy: Data, honest: Run, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("undistill.defences.price.accuracy_lost", lambda after, before, labels: (0.0, 1e-9))
+def test_the_record_is_that_of_the_models_own_training(toy: Data, honest: Run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("undistill.defences.price.accuracy_lost", lambda after, before, labels: (-0.01, 1e-3))
     settings = Settings(recipe=RECIPE)
     run = protect(honest, ["Nasty(price=2)", "MAD(epochs=2)"], tmp_path / "run", settings=settings, device="cpu")
-    assert run.record["epochs"] == 5 + 3 + 3
+    assert run.record["epochs"] == 3
     curve = read_curve(run)
     assert curve is not None
-    assert curve.shape == (11, 2), "the training of the surrogate is none of the model's"
+    assert curve.shape == (3, 2), "neither that of the surrogate nor those whose networks were not kept"
 
 
 def test_a_killed_training_at_a_price_ends_with_the_same_bits(honest: Run, tmp_path: Path, monkeypatch) -> None:
-    """Killed in its second training; the weight that was found so far lies in the checkpoint."""
-    monkeypatch.setattr("undistill.defences.price.accuracy_lost", lambda after, before, labels: (0.0, 1e-9))
+    """Killed in its third training."""
+    monkeypatch.setattr("undistill.defences.price.accuracy_lost", lambda after, before, labels: (-0.01, 1e-3))
     monkeypatch.setattr("undistill.training.fit.CHECKPOINT_SECONDS", 0.0)
     settings = Settings(recipe=RECIPE)
     whole = protect(honest, "Nasty(price=2)", tmp_path / "whole", settings=settings, device="cpu")

@@ -41,7 +41,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Attack, "registry", dict(Attack.registry))
     monkeypatch.setattr("webbrowser.open", lambda address: address)
-    save_folder(tmp_path / "photos", toy_arrays(per_class=12))
+    save_folder(tmp_path / "photos", toy_arrays(per_class=18))
     (tmp_path / "net.py").write_text(NET)
     network = nn.Sequential(nn.Flatten(), nn.Linear(144, 24), nn.ReLU(), nn.Linear(24, 3))
     save_file(network.state_dict(), tmp_path / "net.safetensors")

@@ -12,12 +12,12 @@ from undistill.core.spec import Temperature, Weight, within
 from undistill.data.batches import Batch
 from undistill.data.split import Split
 from undistill.defences.defence import Defence, Fresh
-from undistill.defences.price import FoundWeight, at_price
+from undistill.defences.price import SHARE, at_price
 from undistill.models.model import last_layer
 from undistill.training.fit import Fit
 from undistill.training.losses import cross_entropy, undermining
 from undistill.training.metrics import accuracy, evaluate, fitted_temperature
-from undistill.training.objectives import Objective, Terms, Weighted
+from undistill.training.objectives import Terms, Weighted
 
 Points = Annotated[float, within(0.01, 100, "it is the points of accuracy that you accept to lose")]
 
@@ -70,48 +70,28 @@ class Nasty(Defence):
             calibrated(deepcopy(current), data)
 
     def protect(self, current: nn.Module, honest: nn.Module, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
-        network = (
-            self._at_price(current, honest, fresh, data, fit)
-            if self.price
-            else self._trained(current, honest, fresh, data, fit)
-        )
-        return calibrated(network, data) if self.calibrated else network
+        reference, state = fit.answers(honest), current.state_dict()
+        rounding = 1e-6 * self.T**2  # of a KL in fp32, in nats
 
-    def _trained(self, current: nn.Module, honest: nn.Module, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
-        assert self.omega is not None
-        network, reference, omega = fresh(), fit.answers(honest), self.omega
-        epochs = fit.recipe.epochs
-        if self.warm_start:
-            network.load_state_dict(current.state_dict())
-            epochs = math.ceil(self.warm_start * epochs)
+        def train(omega: float, warm_start: float | None) -> nn.Module:
+            network = fresh()
+            if warm_start:
+                network.load_state_dict(state)
 
-        def objective(nasty: nn.Module, batch: Batch) -> Terms:
-            logits = nasty(batch.images)
-            divergence = undermining(logits, reference(batch), self.T)
-            return {"ce": cross_entropy(logits, batch.labels), "undermining": Weighted(divergence, omega)}
-
-        return fit(network, data, objective, epochs=epochs, bounds=self._bounds)
-
-    def _at_price(self, current: nn.Module, honest: nn.Module, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
-        assert self.price
-        unprotected = fit.answers(current)
-        reference = unprotected if honest is current else fit.answers(honest)
-
-        def objective(omega: FoundWeight) -> Objective:
-            def terms(nasty: nn.Module, batch: Batch) -> Terms:
+            def objective(nasty: nn.Module, batch: Batch) -> Terms:
                 logits = nasty(batch.images)
-                ce = cross_entropy(logits, batch.labels)
-                excess = ce - cross_entropy(unprotected(batch), batch.labels)
                 divergence = undermining(logits, reference(batch), self.T)
-                return {"ce": ce, "undermining": Weighted(divergence, omega(excess, len(batch.labels)))}
+                return {"ce": cross_entropy(logits, batch.labels), "undermining": Weighted(divergence, omega)}
 
-            return terms
+            epochs = math.ceil((warm_start or 1) * fit.recipe.epochs)
+            return fit(network, data, objective, epochs=epochs, bounds={"undermining": rounding})
 
-        return at_price(self.price / 100, current, fresh, data, fit, objective, self._bounds)
-
-    @property
-    def _bounds(self) -> dict[str, float]:
-        return {"undermining": 1e-6 * self.T**2}  # of a KL rounded in fp32, in nats
+        if self.price:
+            network = at_price(self.price, current, data, fit, lambda omega: train(omega, SHARE))
+        else:
+            assert self.omega is not None
+            network = train(self.omega, self.warm_start)
+        return calibrated(network, data) if self.calibrated else network
 
 
 def calibrated(network: nn.Module, data: Split) -> nn.Module:

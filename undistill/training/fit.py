@@ -117,7 +117,6 @@ class Fit:
         carried: Sequence[Stateful] = (),
         epochs: int | None = None,
         choose: bool = True,
-        continues: bool = False,
         aside: bool = False,
         bounds: Mapping[str, float] | None = None,
     ) -> nn.Module:
@@ -133,7 +132,6 @@ class Fit:
             carried: saved and restored with every checkpoint, beside what all calls carry.
             epochs: instead of the recipe's; 0 leaves the network as it is.
             choose: False keeps the last epoch whatever the recipe says, for whoever has no validation images.
-            continues: True goes on with the network of the last call, whose epochs are counted on.
             aside: True for a network that is not the run's own: its time counts, and its epochs are not in the record.
             bounds: terms that by theory cannot exceed a value; one beyond it is made of rounding errors.
 
@@ -170,15 +168,20 @@ class Fit:
                     saved = time.monotonic()
                 note = f"loss {metrics['loss']:.3f} · validation {metrics['validation_accuracy']:.1%}"
                 task.reach(loop.epoch, note)
-        self._record(loop.history, continues, aside)
+        if aside:
+            self.asides.append(sum(epoch["seconds"] for epoch in loop.history))
+        else:
+            self.history += loop.history
+            self._write_history()
         return loop.result()
 
-    def _record(self, history: Sequence[dict[str, float]], continues: bool, aside: bool) -> None:
-        if aside:
-            self.asides.append(sum(epoch["seconds"] for epoch in history))
-            return
-        before = self.history[-1]["epoch"] if continues and self.history else 0
-        self.history += [epoch | {"epoch": epoch["epoch"] + before} for epoch in history]
+    def choose(self, history: Sequence[dict[str, float]]) -> None:
+        """Record of several trainings `history` alone, that of the one whose network is the result."""
+        self.asides.append(self.seconds - sum(self.asides) - sum(epoch["seconds"] for epoch in history))
+        self.history = list(history)
+        self._write_history()
+
+    def _write_history(self) -> None:
         if self.folder:
             write_lines(self.folder / "metrics.jsonl", self.history)
 

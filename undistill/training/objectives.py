@@ -12,7 +12,7 @@ class Weighted(NamedTuple):
     """A term that counts `weight` times in the loss. The record of the training shows it without its weight."""
 
     value: Tensor
-    weight: float | Tensor
+    weight: float
 
 
 Terms = Mapping[str, Tensor | Weighted]
