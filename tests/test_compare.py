@@ -54,7 +54,7 @@ def test_a_row_for_each_defence_and_one_without(done: tuple[Comparison, Path]) -
 
 
 def test_students_in_common_are_trained_once(done: tuple[Comparison, Path], honest: Run) -> None:
-    """Those of the unprotected network, which is the victim of the first row, and those who ask nobody."""
+    """The unprotected network is the victim of the first row and the twin of all; who asks nobody has no victim."""
     _, out = done
     cells = [json.loads(path.read_text()) for path in (out / "cells").glob("*.json")]
     trained = [cell for cell in cells if "accuracy" in cell.get("content", cell)]

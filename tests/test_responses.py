@@ -170,7 +170,7 @@ def test_mad_turns_the_gradient_of_the_last_layer_as_far_as_the_best_corner_does
     surrogate = Model.parse(TEACHER).build((1, 12, 12), classes, 3).eval()
     images = torch.rand(12, 1, 12, 12, generator=torch.Generator().manual_seed(1))
     y = drawn(12, classes, scale=1.0)
-    moved = Deviating(surrogate, epsilon)(shown(y), images).log_p.double().exp()
+    moved = Deviating(surrogate, epsilon=epsilon)(shown(y), images).log_p.double().exp()
     last = [module for module in surrogate.modules() if isinstance(module, nn.Linear)][-1]
     reached = []
     for row in range(12):
@@ -219,7 +219,7 @@ def test_slopes_of_gradient_redirection_are_sums_of_gradients() -> None:
     surrogate = Model.parse("ConvNet(width=2)").build((1, 12, 12), 4, 3).eval()
     images = torch.rand(3, 1, 12, 12, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        found = Redirected(surrogate, 1.0).slopes(images)
+        found = Redirected(surrogate, epsilon=1.0).slopes(images)
     for row in range(3):
         G = gradients(surrogate, images[row : row + 1], list(surrogate.parameters()), 4)
         assert torch.allclose(found[row].double(), G.sum(1), rtol=1e-3, atol=1e-3)

@@ -123,7 +123,7 @@ def audit(
 
 
 def request_of(plan: Plan) -> dict[str, str]:
-    """What the folder of an audit is claimed for."""
+    """The request by which the folder of an audit is claimed."""
     pair = plan.jobs[0].pair
     request = {"command": "audit", "victim": pair.victim.digest, "honest": pair.honest.digest}
     if pair.victim.record.get("responses"):  # over the same weights there may be others
@@ -223,7 +223,7 @@ def _protected(
 
 
 def describe_comparison(run: Run, defences: Sequence[str], out: str | Path, **options: Any) -> str:
-    """What `compare` would do, and about how long its students take, of whom the unprotected network gets as many."""
+    """Say what `compare` would do, and about how long the students of the unprotected network take."""
     rows = rows_of(run, defences, options.get("model"))
     plan = plan_audit(run, honest=run, **options)
     seconds = forecast(plan, Path(out) / "cells")
@@ -317,7 +317,7 @@ def judged(
 
 
 def _write_evidence(pair: VictimPair, jobs: Sequence[Job], cells: Path, out: Path) -> None:
-    """What the page's pictures are drawn from, of the first pair."""
+    """Store the data of the page's pictures, of the first pair."""
     from undistill.report.figures import label
 
     sheets: dict[str, Path] = {}

@@ -15,6 +15,21 @@ from undistill.training.objectives import Terms
 from undistill.victims.protected import Response
 
 
+class SurrogateResponse(Response):
+    """A response that asks a network of its own about the input; `settings` are its numbers."""
+
+    reads_inputs = True
+
+    def __init__(self, surrogate: nn.Module, **settings: float) -> None:
+        super().__init__()
+        self.surrogate, self._settings = surrogate, settings
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value:g}" for name, value in self._settings.items())
+
+
 class SurrogateDefence(ResponseDefence):
     """The common base of responses that ask a small network of their own beside the one they protect."""
 

@@ -117,7 +117,7 @@ def require_order(defences: Sequence[Defence]) -> None:
 
 
 def _beside(victim: nn.Module, honest: nn.Module, data: Data) -> dict[str, float]:
-    """What the validation images say of a victim beside the honest network."""
+    """Measurements of a victim beside the honest network, on validation images."""
     after, before = (evaluate(network, data.validation).cpu() for network in (victim, honest))
     lost, error = metrics.accuracy_lost(after, before, data.validation.labels)
     divergence = metrics.divergence(after, before)

@@ -2,9 +2,9 @@
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from undistill.defences.surrogate import SurrogateDefence
+from undistill.defences.surrogate import SurrogateDefence, SurrogateResponse
 from undistill.training.losses import misinformation
 from undistill.training.objectives import Terms
 from undistill.victims.answer import Answer
@@ -25,23 +25,17 @@ class AdaptiveMisinformation(SurrogateDefence):
     """How sharp that threshold is."""
 
     def response(self, shape: tuple[int, int, int], num_classes: int) -> Response:
-        return Misinforming(self.build(shape, num_classes), self.tau, self.nu)
+        return Misinforming(self.build(shape, num_classes), tau=self.tau, nu=self.nu)
 
     def objective(self, logits: Tensor, labels: Tensor) -> Terms:
         return {"misinformation": misinformation(logits, labels)}
 
 
-class Misinforming(Response):
+class Misinforming(SurrogateResponse):
     """Mixes the answers of `surrogate` into those that are not sure."""
 
-    reads_inputs = True
-
-    def __init__(self, surrogate: nn.Module, tau: float, nu: float) -> None:
-        super().__init__()
-        self.surrogate, self.tau, self.nu = surrogate, tau, nu
-
-    def extra_repr(self) -> str:
-        return f"tau={self.tau:g}, nu={self.nu:g}"
+    tau: float
+    nu: float
 
     def forward(self, answer: Answer, inputs: Tensor) -> Answer:
         p = answer.filled.exp()

@@ -2,10 +2,10 @@
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, jvp
 
-from undistill.defences.surrogate import SurrogateDefence
+from undistill.defences.surrogate import SurrogateDefence, SurrogateResponse
 from undistill.victims.answer import Answer
 from undistill.victims.protected import Response
 
@@ -23,20 +23,13 @@ class GradientRedirection(SurrogateDefence):
     """L1 distance from the true answer; 2 is the largest there is."""
 
     def response(self, shape: tuple[int, int, int], num_classes: int) -> Response:
-        return Redirected(self.build(shape, num_classes), self.epsilon)
+        return Redirected(self.build(shape, num_classes), epsilon=self.epsilon)
 
 
-class Redirected(Response):
+class Redirected(SurrogateResponse):
     """Moves probability from the classes that serve a thief's update to the one that spoils it most."""
 
-    reads_inputs = True
-
-    def __init__(self, surrogate: nn.Module, epsilon: float) -> None:
-        super().__init__()
-        self.surrogate, self.epsilon = surrogate, epsilon
-
-    def extra_repr(self) -> str:
-        return f"epsilon={self.epsilon:g}"
+    epsilon: float
 
     def forward(self, answer: Answer, inputs: Tensor) -> Answer:
         y = redirected(answer.filled.exp(), self.slopes(inputs), self.epsilon)

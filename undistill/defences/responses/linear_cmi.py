@@ -25,7 +25,7 @@ class LinearCMI(ResponseDefence):
 
     keeps_top = False
     weight: Weight = 1.0
-    """Of the information, in nats, against the cross-entropy of the labels."""
+    """Weight of the information against the cross-entropy of the labels, both in nats."""
     steps: int = Field(200, ge=1, le=100_000)
     """Iterations of L-BFGS."""
 

@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from undistill.defences.surrogate import SurrogateDefence
+from undistill.defences.surrogate import SurrogateDefence, SurrogateResponse
 from undistill.victims.answer import Answer
 from undistill.victims.protected import Response
 
@@ -26,24 +26,17 @@ class MAD(SurrogateDefence):
     """L1 distance from the true answer; 2 is the largest there is."""
 
     def response(self, shape: tuple[int, int, int], num_classes: int) -> Response:
-        return Deviating(self.build(shape, num_classes), self.epsilon)
+        return Deviating(self.build(shape, num_classes), epsilon=self.epsilon)
 
 
-class Deviating(Response):
+class Deviating(SurrogateResponse):
     """Moves each answer towards the corner of "the top class stays" by which the gradient turns furthest.
 
     In the last layer the gradient of `log p_k` is `(e_k - p) h'`, so that `G'y` is `(y - p) h'`: the features `h`
     cancel in the unit vectors, and the surrogate's answer `p` is all that is needed.
     """
 
-    reads_inputs = True
-
-    def __init__(self, surrogate: nn.Module, epsilon: float) -> None:
-        super().__init__()
-        self.surrogate, self.epsilon = surrogate, epsilon
-
-    def extra_repr(self) -> str:
-        return f"epsilon={self.epsilon:g}"
+    epsilon: float
 
     def forward(self, answer: Answer, inputs: Tensor) -> Answer:
         p = Answer.of_logits(self.surrogate(inputs)).log_p.exp()

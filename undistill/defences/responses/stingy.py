@@ -17,7 +17,7 @@ class Stingy(ResponseDefence):
     """
 
     share: float = Field(0.2, gt=0, le=1)
-    """Of the classes, rounded down; 0.2 for CIFAR-10 and 0.1 for others are the published values."""
+    """Share of the classes that is kept, rounded down; 0.2 for CIFAR-10 and 0.1 for others are the published values."""
 
     def response(self, shape: tuple[int, int, int], num_classes: int) -> Response:
         return Sparse(max(int(self.share * num_classes + 1e-9), 1))
