@@ -95,6 +95,15 @@ def test_the_schema_is_that_of_the_documents() -> None:
     assert held == Comparison.model_json_schema(), "run 'make schema'"
 
 
+def test_the_figure_is_drawn_on_its_own(done: tuple[Comparison, Path], tmp_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["figure", "pareto", str(done[1]), "--out", str(tmp_path)])
+    assert shown.exit_code == 0, shown.output
+    drawn = (tmp_path / "pareto.svg").read_text()
+    assert "price: accuracy lost, points" in drawn
+    assert "Nasty(omega=0.05) + Sealed(levels=2)" in drawn
+    assert CliRunner().invoke(app, ["figure", "pareto", str(tmp_path)]).exit_code == 2
+
+
 def test_no_other_defence_beats_those_on_the_front() -> None:
     assert front([0, 1, 2, 1], [5, 3, 4, 2]) == [0, 3]
     assert front([0, 0], [2, 1]) == [1]

@@ -65,8 +65,12 @@ def data_check(
 
 
 def figure(
-    name: Annotated[str, typer.Argument(help="answers, maps, students, curve, synthesised, training or ablation.")],
-    sources: Annotated[list[Path] | None, typer.Argument(help="An audit, runs, or a table of 'reproduce'.")] = None,
+    name: Annotated[
+        str, typer.Argument(help="answers, maps, students, curve, pareto, synthesised, training or ablation.")
+    ],
+    sources: Annotated[
+        list[Path] | None, typer.Argument(help="An audit, a comparison, runs, or a table of 'reproduce'.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where it goes, both .svg and .png: a name, or a folder.")] = None,
     model: Code = None,
     defence: OwnDefence = None,
@@ -79,6 +83,8 @@ def figure(
     students: of an audit
 
     curve: of an audit that was made with --curve
+
+    pareto: price against leak and damage, of a comparison
 
     synthesised: of an audit, or the JSON of a table with attacks that have no data
 

@@ -11,6 +11,7 @@ from undistill.core.files import inside
 from undistill.data.pictures import read_sheet
 from undistill.models.model import Model
 from undistill.report import figures
+from undistill.report.comparison import pareto, read_comparison
 from undistill.report.curves import ablation, of_runs, queries, training
 from undistill.report.evidence import Array, Evidence, evidence_of, read_evidence
 from undistill.report.page import read_report
@@ -72,6 +73,7 @@ FIGURES: dict[str, tuple[str, Callable[[Sequence[Path], Model | None], Figure]]]
     "curve": ("AUDIT", lambda sources, _: queries(read_report(_one(sources)))),
     "students": ("AUDIT", lambda sources, _: figures.students(read_report(_one(sources)))),
     "synthesised": ("AUDIT | TABLE.json", lambda sources, _: _synthesised(_one(sources))),
+    "pareto": ("COMPARISON", lambda sources, _: pareto(read_comparison(_one(sources)).rows)),
     "training": ("RUN...", lambda sources, _: training(of_runs([Run.open(source) for source in sources]))),
     "ablation": ("TABLE.json", lambda sources, _: ablation(_one(sources))),
 }
