@@ -50,7 +50,6 @@ def row(defence: str, runs: list[tuple[Run, Run]]) -> str:
     found = [run.record["found"].get("omega") for _, run in runs]
     omegas = ", ".join(f"{omega:.3g}" for omega in found if omega is not None) or "0.04"
     divergence = fmean(run.record["metrics"]["divergence"] for _, run in runs)
-    epochs = fmean(run.record["epochs"] for _, run in runs)
     seconds = fmean(run.record["seconds"] / plain.record["seconds"] for plain, run in runs)
     values = [
         f"`{defence}`",
@@ -59,7 +58,7 @@ def row(defence: str, runs: list[tuple[Run, Run]]) -> str:
         f"{fmean(known):.1f}",
         f"{divergence:.1f}",
     ]
-    return f"| {' | '.join([*values, omegas, f'{epochs:.0f}', f'{seconds:.2f}'])} |"
+    return f"| {' | '.join([*values, omegas, f'{seconds:.2f}'])} |"
 
 
 def main() -> None:
@@ -78,8 +77,8 @@ def main() -> None:
                 victims[defence].append((plain, victim))
     first = victims[DEFENCES[0]][0][0]
     print(f"{asked.data}, {first.record['model']}, n = {asked.seeds}; {described(environment(torch.device('cpu')))}\n")
-    print("| defence | points lost on test images | most | on validation | T²KL | omega | epochs | of honest time |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| defence | points lost on test images | most | on validation | T²KL | omega | of honest time |")
+    print("|---|---|---|---|---|---|---|")
     for defence, runs in victims.items():
         print(row(defence, runs))
 

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from tests.conftest import FAST, RECIPE, STUDENT
 from undistill.api import audit, compare, rows_of
-from undistill.auditing.comparison import NONE, Comparison, parse_defences, row_name
+from undistill.auditing.comparison import NONE, Comparison, objections, parse_defences, row_name
+from undistill.auditing.schema import Flag, Interval, Report
 from undistill.cli.commands import app
 from undistill.core.errors import SpecError, StoreError, UndistillError
 from undistill.defences import Defence
@@ -112,7 +113,8 @@ def test_no_other_defence_beats_those_on_the_front() -> None:
 
 def test_defences_of_a_row_are_separated_by_plus() -> None:
     assert parse_defences("Nasty(price=0.5) + Sealed(levels=4)") == ["Nasty(price=0.5)", "Sealed(levels=4)"]
-    assert parse_defences("a+b.py:Mine(x='1 + 2') + TopK(k=1)")[-1] == "TopK(k=1)"
+    assert parse_defences("a+b.py:Mine(x='1 + 2') + TopK(k=1)") == ["a+b.py:Mine(x='1 + 2')", "TopK(k=1)"]
+    assert parse_defences("TopK(k=1)+LabelOnly()") == ["TopK(k=1)", "LabelOnly()"]
     assert parse_defences("None") == []
     for text in ("", "TopK() +", "+"):
         with pytest.raises(SpecError, match="write one defence, or several"):
@@ -140,6 +142,24 @@ def test_one_defence_is_one_row_however_it_is_written(honest: Run) -> None:
     row = [Defence.parse("Nasty(price=2)"), Defence.parse("TopK(k=1)")]
     assert row_name(row) == "Nasty(price=2) + TopK(k=1)"
     assert [Defence.parse(text) for text in parse_defences(row_name(row))] == row
+
+
+def test_what_cannot_be_shipped_costs_more_than_was_stated(done: tuple[Comparison, Path]) -> None:
+    report = read_report(done[1] / done[0].rows[0].folder)
+
+    def costing(low: float, price: float | None) -> Report:
+        cost = Interval(mean=low + 0.01, low=low, high=low + 0.02, n=100)
+        verdict, pair = (
+            report.verdict.model_copy(update={"cost": cost}),
+            report.pairs[0].model_copy(update={"price": price}),
+        )
+        return report.model_copy(update={"verdict": verdict, "pairs": [pair], "flags": []})
+
+    assert objections(costing(0.004, None)) == []
+    assert objections(costing(0.006, None)) == ["costs at least 0.6 points of accuracy, more than 0.5"]
+    assert objections(costing(0.018, 2.0)) == []
+    flagged = costing(0.0, None).model_copy(update={"flags": [Flag(name="miscalibrated", message="")]})
+    assert objections(flagged) == ["miscalibrated"]
 
 
 def test_a_page_links_to_nothing_else_than_its_reports(done: tuple[Comparison, Path]) -> None:

@@ -10,11 +10,11 @@ from torch import nn
 
 from tests.conftest import RECIPE
 from undistill.api import protect
-from undistill.core.errors import ModelError, SpecError, Unsuitable
+from undistill.core.errors import ModelError, NonFinite, SpecError, Unsuitable, remark
 from undistill.data import Data
 from undistill.defences import Defence
 from undistill.defences.nasty import Nasty, calibrated
-from undistill.defences.price import Attempt, at_price, believed, cost
+from undistill.defences.price import Attempt, at_price, next_weight
 from undistill.report.evidence import read_curve
 from undistill.runs.run import Run
 from undistill.runs.settings import Settings
@@ -30,62 +30,99 @@ def attempt(weight: float, lost: float, error: float) -> Attempt:
 
 
 def test_what_is_believed_lies_between_measurement_and_experience() -> None:
-    few, many = attempt(0.06, lost=1.0, error=40.0), attempt(0.06, lost=1.0, error=0.01)
-    assert few.strength == pytest.approx(4)
-    assert believed(few, [few]) == pytest.approx(4, rel=0.01), "experience: one point at 0.03, by the square"
-    assert believed(many, [many]) == pytest.approx(1, rel=0.01), "the measurement"
-    both = attempt(0.03, lost=3.0, error=1.0)  # as exact as experience
-    assert cost([both]) == pytest.approx(2)
-    assert believed(attempt(0.06, lost=0.0, error=10.0), [both]) == pytest.approx(8), "of another attempt, too"
-    assert cost([both, both]) == pytest.approx(2), "the same images once more are no new evidence"
-    ruined = attempt(0.02, lost=30.0, error=7.0)
-    assert believed(ruined, [ruined]) == pytest.approx(16), "at least what was surely lost"
+    assert attempt(0.06, lost=1.0, error=40.0).believed == pytest.approx(4, rel=0.02), "a point at 0.03, by the square"
+    assert attempt(0.06, lost=1.0, error=0.01).believed == pytest.approx(1, rel=0.02), "the measurement"
+    assert attempt(0.03, lost=-1.0, error=1.0).believed == pytest.approx(0), "both are as exact"
+    assert attempt(0.02, lost=30.0, error=7.0).believed == pytest.approx(23), "surely more than experience says"
 
 
-def found(price: float, lost: Callable[[float], float], error: float, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def test_the_next_weight_lies_between_what_costs_less_and_more() -> None:
+    less, more = attempt(0.03, 0.0, 1e-3), attempt(0.09, 8.0, 1e-3)
+    between = next_weight(2.0, [less, more])
+    assert between**2 == pytest.approx(0.03**2 + 0.25 * (0.09**2 - 0.03**2), rel=1e-2)
+    cliff = next_weight(0.5, [less, attempt(0.09, 80.0, 1e-3)])
+    assert cliff**2 == pytest.approx(0.03**2 + 0.1 * (0.09**2 - 0.03**2), rel=1e-2), "a tenth of the way at least"
+    assert next_weight(2.0, [less]) == pytest.approx(0.06), "twice as large at least"
+    assert next_weight(9.0, [less]) == pytest.approx(math.hypot(0.03, 0.09), rel=1e-2), "what experience expects of it"
+    assert next_weight(2.0, [more]) == pytest.approx(0.09 / 2, rel=1e-2)
+    assert next_weight(0.01, [more]) == pytest.approx(0.09 / 4, rel=1e-2), "four times smaller at most"
+
+
+def found(
+    price: float, lost: Callable[[float], float], error: float, monkeypatch: pytest.MonkeyPatch, epochs: int = 6
+) -> list[float]:
     """The weights that are tried where each loses `lost(weight)` points, and at the end the one that is kept."""
     tried: list[float] = []
 
-    class Named(nn.Linear):
-        pass
-
     def train(weight: float) -> nn.Module:
         tried.append(weight)
-        return Named(1, 1)
+        if math.isnan(lost(weight)):
+            raise NonFinite("the weights after it are NaN")
+        return nn.Identity()
 
     class Nothing:
         class validation:
             labels = torch.zeros(1)
 
+            def __len__(self) -> int:
+                return 1
+
+    Nothing.validation = Nothing.validation()  # type: ignore[assignment, misc]
     monkeypatch.setattr("undistill.defences.price.evaluate", lambda network, samples: torch.zeros(1))
     monkeypatch.setattr("undistill.defences.price.accuracy_lost", lambda *_: (lost(tried[-1]) / 100, error / 100))
-    fit = Fit(RECIPE, 0, CPU)
+    fit = Fit(RECIPE.model_copy(update={"epochs": epochs}), 0, CPU)
     at_price(price, nn.Identity(), Nothing, fit, train)  # type: ignore[arg-type]
     return [*tried, fit.found["omega"]]
 
 
-@pytest.mark.parametrize("scale", [0.02, 0.3, 1.0, 8.0])
-def test_exact_measurements_find_the_price(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data sets on which the same weight costs 400 times as much as on others."""
-    *tried, chosen = found(1.0, lambda weight: scale * (weight / 0.03) ** 2, 0.01, monkeypatch)
-    assert len(tried) <= 3
-    assert scale * (chosen / 0.03) ** 2 == pytest.approx(1.0, rel=0.25) or (scale < 0.1 and chosen == max(tried))
+CURVES = {
+    "as experience": lambda w: (w / 0.03) ** 2,
+    "digits": lambda w: 0.6 * (w / 0.03) ** 2,
+    "CIFAR-10": lambda w: -0.75 + 0.065 * (w / 0.03) ** 2,
+    "CIFAR-100": lambda w: -0.9 + 1.15 * (w / 0.03) ** 2,
+    "linear": lambda w: w / 0.03,
+    "saturating": lambda w: 20 * (1 - math.exp(-w / 0.1)),
+    "dear": lambda w: 5 * (w / 0.03) ** 2,
+}
+"""Points that are lost with a weight; those of CIFAR-10 and CIFAR-100 go through what was measured at `small`."""
 
 
-def test_where_nothing_is_lost_the_strongest_is_kept_and_what_is_ruined_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    *tried, chosen = found(0.5, lambda weight: -0.8, 0.5, monkeypatch)
-    assert tried == sorted(tried)
-    assert chosen == tried[-1]
-    *tried, chosen = found(0.5, lambda weight: 40.0 if weight > 0.2 else -0.8, 0.5, monkeypatch)
-    assert chosen < 0.2 < max(tried)
-    with pytest.raises(ModelError, match=r"Training on costs 30.0 points .* and the price is 0.5. Lower recipe.lr"):
+@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("price", [0.5, 2.0])
+def test_exact_measurements_keep_the_price(name: str, price: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    *tried, chosen = found(price, CURVES[name], 0.05, monkeypatch)
+    assert len(tried) == len(set(tried)) <= 3
+    assert price - 1 <= CURVES[name](chosen) <= price + 1
+
+
+def test_what_is_ruined_or_diverges_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for broken in (40.0, math.nan):
+        *tried, chosen = found(0.5, lambda w, broken=broken: broken if w > 0.04 else -0.8, 0.3, monkeypatch)
+        assert chosen == max(weight for weight in tried if weight <= 0.04)
+        assert max(tried) > 0.04
+    with pytest.raises(
+        ModelError, match=r"Even with omega 0\.0013, training on costs 30\.0 points .* the price is 0\.5"
+    ):
         found(0.5, lambda weight: 30.0, 1.0, monkeypatch)
+    with pytest.raises(ModelError, match=r"Lower recipe\.lr"):
+        found(0.5, lambda weight: math.nan, 1.0, monkeypatch)
 
 
-def test_few_images_leave_it_to_experience(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_images_leave_it_to_experience_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    remark.cache_clear()
     *tried, chosen = found(1.0, lambda weight: 0.0, 50.0, monkeypatch)
     assert tried == [0.03]
     assert chosen == 0.03
+    assert "measure an accuracy to ± 98.0 points, and the price is 1" in caplog.text
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 5, 15, 30])
+def test_no_recipe_takes_more_than_one_and_a_half_trainings(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    *tried, _ = found(0.5, lambda weight: -1.0, 0.01, monkeypatch, epochs)
+    assert len(tried) * math.ceil(epochs / 2) <= max(1.5 * epochs, 1)
+    assert len(tried) == (3 if epochs % 2 == 0 else max(len(tried), 1))
 
 
 @pytest.mark.parametrize("price", [1.0, 3.0])
@@ -101,11 +138,11 @@ def test_a_price_takes_no_longer_than_one_and_a_half_trainings(
 
     monkeypatch.setattr(Loop, "one_round", counted)
     network = Nasty(price=price).protect(teacher, teacher, lambda: honest.fresh(1), toy.split, fit)
-    assert rounds[0] <= math.ceil(1.5 * RECIPE.epochs) + 2
+    assert rounds[0] <= 1.5 * RECIPE.epochs
     assert len(fit.history) == RECIPE.epochs / 2, "the record is that of the training that was kept"
     assert fit.seconds > sum(epoch["seconds"] for epoch in fit.history) or rounds[0] == len(fit.history)
     assert set(fit.found) == {"omega"}
-    assert accuracy(evaluate(network, toy.test), toy.test.labels) > 1 - price / 100 - 0.1
+    assert accuracy(evaluate(network, toy.test), toy.test.labels) > 0.85
 
 
 def test_a_run_at_a_price_says_what_was_found_and_repeats(honest: Run, tmp_path: Path) -> None:
@@ -123,9 +160,10 @@ def test_a_run_at_a_price_says_what_was_found_and_repeats(honest: Run, tmp_path:
     assert runs[0].record["price"] == 2
     assert 1e-6 <= runs[0].record["found"]["omega"] <= 1
     assert runs[0].record["calibrated_on"] == {"Sealed(levels=2, rest='uniform')": "10 validation images"}
-    lost = runs[0].record["metrics"]
-    assert -1 <= lost["accuracy_lost"] <= 1
-    assert lost["accuracy_lost_error"] > 0
+    known, data = runs[0].record["metrics"], runs[0].data()
+    right = accuracy(evaluate(runs[0].network(), data.validation), data.validation.labels)
+    assert known["accuracy_lost"] == pytest.approx(honest.record["metrics"]["validation_accuracy"] - right)
+    assert known["accuracy_lost_error"] > 0
 
 
 def test_the_record_is_that_of_the_models_own_training(toy: Data, honest: Run, tmp_path: Path, monkeypatch) -> None:

@@ -26,7 +26,7 @@ from undistill.auditing.summary import judge_of, summarise
 from undistill.auditing.tuning import tune
 from undistill.auditing.verdict import Judge
 from undistill.core import distributed
-from undistill.core.errors import SpecError, StoreError
+from undistill.core.errors import SpecError, StoreError, UndistillError
 from undistill.core.progress import Progress
 from undistill.data.arrays import Images, stored
 from undistill.data.source import Source
@@ -219,13 +219,17 @@ def _protected(
     if not row:
         return honest
     shared = {name: options[name] for name in ("model", "device", "remember") if name in options}
-    return protect(honest, row, out, settings=settings, progress=shown, **shared)
+    shown.say(f"Protecting by {row_name(row)}.")
+    try:
+        return protect(honest, row, out, settings=settings, progress=shown, **shared)
+    except UndistillError as error:
+        raise type(error)(f"{row_name(row)}: {error}") from None
 
 
 def describe_comparison(run: Run, defences: Sequence[str], out: str | Path, **options: Any) -> str:
     """Say what `compare` would do, and about how long the students of the unprotected network take."""
     rows = rows_of(run, defences, options.get("model"))
-    plan = plan_audit(run, honest=run, **options)
+    plan = plan_audit(run, honest=run, strict=False, **options)
     seconds = forecast(plan, Path(out) / "cells")
     return (
         f"{quantity(len(rows) - 1, 'defence')} to train and calibrate; an audit of each, and of the unprotected "

@@ -143,10 +143,11 @@ def name_of(column: Column) -> str:
 def objections(report: Report) -> list[str]:
     """Why users of this network would be worse off than its owner said."""
     found = [flag.name for flag in report.flags if flag.name in UNSHIPPABLE]
-    stated, cost = report.pairs[0].price, report.verdict.cost.mean
+    stated, cost = report.pairs[0].price, report.verdict.cost
     accepted = ACCEPTED if stated is None else stated / 100
-    if cost > accepted:
-        found.insert(0, f"costs {100 * cost:.2f} points of accuracy, more than {100 * accepted:g}")
+    surely = cost.mean if cost.low is None else cost.low
+    if surely > accepted:
+        found.insert(0, f"costs at least {100 * surely:.1f} points of accuracy, more than {100 * accepted:g}")
     return found
 
 
@@ -164,7 +165,7 @@ def parse_defences(text: str) -> list[str]:
         elif character in "'\"":
             quote = character
         depth += (character == "(") - (character == ")") if not quote else 0
-        if character == "+" and not depth and not quote:
+        if character == "+" and not depth and not quote and parts[-1][-1:] in ("", " ", ")"):
             parts.append("")
         else:
             parts[-1] += character

@@ -126,8 +126,8 @@ def zeros_in_answers(report: Report) -> str | None:
 
 @check
 def costly(report: Report) -> str | None:
-    cost = report.verdict.cost
-    if cost.low is None or cost.low <= 0.02:
+    cost, stated = report.verdict.cost, _stated_price(report) or 0.0
+    if cost.low is None or cost.low <= max(0.02, stated / 100):
         return None
     return f"The protection costs at least {cost.low * 100:.1f} points of accuracy; its users will notice."
 
@@ -193,7 +193,7 @@ def price_beyond_validation(report: Report) -> str | None:
         return None
     return (
         f"The validation images measure an accuracy to ± {max(widths):.1f} points, and the price is {stated:g}: it was "
-        "kept by experience with other data more than by measurement. More validation images mend that."
+        "kept by experience with other data, too. More validation images mend that."
     )
 
 

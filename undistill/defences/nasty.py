@@ -84,7 +84,8 @@ class Nasty(Defence):
                 return {"ce": cross_entropy(logits, batch.labels), "undermining": Weighted(divergence, omega)}
 
             epochs = math.ceil((warm_start or 1) * fit.recipe.epochs)
-            return fit(network, data, objective, epochs=epochs, bounds={"undermining": rounding})
+            choose = self.price is None  # what is lost is measured on the images by which an epoch would be chosen
+            return fit(network, data, objective, epochs=epochs, choose=choose, bounds={"undermining": rounding})
 
         if self.price:
             network = at_price(self.price, current, data, fit, lambda omega: train(omega, SHARE))

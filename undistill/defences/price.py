@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from undistill.core.errors import ModelError
+from undistill.core.errors import ModelError, NonFinite, remark
 from undistill.data.split import Split
 from undistill.training.fit import Fit
 from undistill.training.metrics import accuracy_lost, evaluate
 
-ONE_POINT = 0.03  # the weight at which about one point of accuracy is lost, as far as is known before
+ONE_POINT = 0.03  # the weight at which experience expects a point of accuracy to be lost, at T = 4
 TRIES, SHARE = 3, 0.5  # trainings at most, and the share of the recipe's epochs that each takes
 NEAR = 0.25  # of the price: by so much what is believed to be lost may differ from it
-FURTHEST = 4.0  # factor by which a weight is changed
-LEAST_COST = 0.002  # points that the weight of one point costs, at least
+UP, DOWN = 2.0, 4.0  # factors by which a weight is raised at least, and lowered at most
+HIGHEST = 1.0  # weight
 RUINED = 2.0  # points, surely lost beyond the price
 
 
@@ -27,68 +27,78 @@ RUINED = 2.0  # points, surely lost beyond the price
 class Attempt:
     """One training, and the points of accuracy that it lost on validation images, with their standard error."""
 
-    network: nn.Module
+    network: nn.Module | None
+    """None where training diverged."""
     weight: float
     lost: float
     error: float
     history: Sequence[dict[str, float]]
 
     @property
-    def strength(self) -> float:
-        """The points that are lost by experience: they grow with the square of the weight."""
-        return (self.weight / ONE_POINT) ** 2
+    def believed(self) -> float:
+        """Points that are believed to be lost: what was measured, and where that is noise, what experience suggests.
 
-    @property
-    def least(self) -> float:
-        """The points that were surely lost: two standard errors below the measured ones."""
-        return self.lost - 2 * self.error
+        Experience expects the points to grow with the square of the weight, give or take as many. What was measured
+        is believed down to one standard error below it, whatever experience says.
+        """
+        suggested = (self.weight / ONE_POINT) ** 2
+        trust = suggested**2 / (suggested**2 + self.error**2)
+        return max(trust * self.lost + (1 - trust) * suggested, self.lost - self.error)
 
 
 def at_price(price: float, current: nn.Module, data: Split, fit: Fit, train: Callable[[float], nn.Module]) -> nn.Module:
     """The network of `train(weight)` that loses about `price` points of the accuracy of `current`.
 
-    At most three trainings of half of the recipe's epochs each. Raises `ModelError` where all of them cost far more
-    than the price: it is not undermining that costs so much, but training.
+    At most three trainings of half of the recipe's epochs each, and no more than one and a half times those epochs.
+    Raises `ModelError` where all of them surely cost far more than the price.
     """
     samples, attempts = data.validation, list[Attempt]()
     before = evaluate(current, samples).cpu()
     weight = ONE_POINT * math.sqrt(price)
-    for _ in range(TRIES):
+    for _ in range(tries(fit.recipe.epochs)):
         known = len(fit.history)
-        network = train(weight)
-        lost, error = accuracy_lost(evaluate(network, samples).cpu(), before, samples.labels)
-        attempts.append(Attempt(network, weight, 100 * lost, 100 * error, fit.history[known:]))
-        if abs(believed(attempts[-1], attempts) - price) <= NEAR * price:
+        try:
+            network = train(weight)
+            lost, error = accuracy_lost(evaluate(network, samples).cpu(), before, samples.labels)
+            attempts.append(Attempt(network, weight, 100 * lost, 100 * error, fit.history[known:]))
+        except NonFinite:  # a smaller weight may do
+            attempts.append(Attempt(None, weight, 100.0, 0.0, ()))
+        if abs(attempts[-1].believed - price) <= NEAR * price or weight >= HIGHEST:
             break
-        aim = ONE_POINT * math.sqrt(price / cost(attempts))
-        weight = min(max(aim, weight / FURTHEST), weight * FURTHEST)
-    best = min(attempts, key=lambda one: _distance(believed(one, attempts), price))
-    if best.least > price + RUINED:
+        weight = next_weight(price, attempts)
+    kept = [one for one in attempts if one.believed <= (1 + NEAR) * price]
+    best = max(kept, key=lambda one: one.weight) if kept else min(attempts, key=lambda one: one.believed)
+    if best.network is None or best.lost - 2 * best.error > price + RUINED:
         raise ModelError(
-            f"Training on costs {best.lost:.1f} points of accuracy, however little it undermines, and the price is "
-            f"{price:g}. Lower recipe.lr, or train the unprotected network for longer first."
+            f"Even with omega {min(one.weight for one in attempts):.2g}, training on costs {best.lost:.1f} points of "
+            f"accuracy, and the price is {price:g}. Lower recipe.lr, or name a smaller omega instead of a price."
+        )
+    if 1.96 * best.error > price:
+        remark(
+            f"The {len(samples)} validation images measure an accuracy to ± {1.96 * best.error:.1f} points, and the "
+            f"price is {price:g}: it is kept by experience with other data, too. More validation images mend that."
         )
     fit.choose(best.history)
     fit.found["omega"] = best.weight
     return best.network
 
 
-def cost(attempts: Sequence[Attempt]) -> float:
-    """Points that a strength of 1 costs, by all attempts together with what is known before: 1, give or take 1.
-
-    The mean of a normal distribution after measurements of `lost = cost x strength` with their errors. Attempts are
-    measured on the same images, so that together they are no more exact than the most exact one.
-    """
-    exact = [(one.strength / one.error) ** 2 for one in attempts]
-    measured = sum(weight * one.lost / one.strength for weight, one in zip(exact, attempts, strict=True)) / sum(exact)
-    return max((1 + max(exact) * measured) / (1 + max(exact)), LEAST_COST)
+def tries(epochs: int) -> int:
+    """How many trainings fit into one and a half times the epochs of a recipe: at most three, and at least one."""
+    return max(min(math.floor(1.5 * epochs / math.ceil(SHARE * epochs)), TRIES), 1)
 
 
-def believed(attempt: Attempt, attempts: Sequence[Attempt]) -> float:
-    """Points that an attempt is believed to lose: as all of them suggest, but no less than it surely lost."""
-    return max(cost(attempts) * attempt.strength, attempt.least)
-
-
-def _distance(lost: float, price: float) -> tuple[bool, float]:
-    """How far a loss is from the price; what exceeds it clearly is further than what does not."""
-    return lost > (1 + NEAR) * price, abs(lost - price)
+def next_weight(price: float, attempts: Sequence[Attempt]) -> float:
+    """The weight of the next attempt: between the nearest ones that cost less and more, or beyond all of them."""
+    less = max((one for one in attempts if one.believed < price), key=lambda one: one.weight, default=None)
+    more = min((one for one in attempts if one.believed >= price), key=lambda one: one.weight, default=None)
+    if less and more and less.weight < more.weight:
+        share = (price - less.believed) / (more.believed - less.believed)
+        # at least a tenth of the way from both, since a measured end may be off
+        squares = less.weight**2, more.weight**2
+        return math.sqrt(squares[0] + min(max(share, 0.1), 0.9) * (squares[1] - squares[0]))
+    if more:
+        return more.weight * max(math.sqrt(price / more.believed), 1 / DOWN)
+    assert less
+    missing = max(price - less.believed, 0.0)
+    return min(max(math.hypot(less.weight, ONE_POINT * math.sqrt(missing)), UP * less.weight), HIGHEST)
