@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from undistill.auditing.comparison import NONE, Comparison, Row
 from undistill.auditing.schema import Interval
-from undistill.core.errors import legible
+from undistill.auditing.suites import Tuning
+from undistill.core.errors import SpecError, legible
 from undistill.core.files import write_json, write_text
 from undistill.report.figures import FLOOR, HONEST, STYLE, VICTIM, svg
 from undistill.report.page import HTML, MARKDOWN, percent, points, read_written
@@ -36,6 +37,7 @@ def render_comparison(folder: Path) -> Path:
         "rows": [cells(row) for row in comparison.rows],
         "attacks": list(dict.fromkeys(name for row in comparison.rows for name in row.accuracies)),
         "matrix": [(row.defence, row.accuracies, row.beyond) for row in comparison.rows],
+        "tuning": tuning(comparison.tuning),
         "percent": percent,
         "points": points,
     }
@@ -86,6 +88,16 @@ def cells(row: Row) -> dict[str, object]:
     }
 
 
+def tuning(text: str) -> str:
+    """'each thief tried 3 settings for 33 % of the epochs', from the text of a `Tuning`."""
+    try:
+        found = Tuning.parse(text)
+    except SpecError:  # a file that somebody edited
+        return legible(text)
+    settings = "1 setting" if found.trials == 1 else f"{found.trials} settings"
+    return f"each thief tried {settings} for {found.share:.0%} of the epochs"
+
+
 def pareto(rows: Sequence[Row]) -> Figure:
     """Price against what is left to the thief, and against damage; those that no other beats in both are joined."""
     with matplotlib.rc_context(STYLE):
@@ -103,17 +115,24 @@ def pareto(rows: Sequence[Row]) -> Figure:
 
 
 def _plane(axes: Axes, rows: Sequence[Row], heights: Sequence[Interval], sign: int) -> None:
-    """Every row as a point with its interval; a low height is good for `sign` 1, a high one for -1."""
+    """Every row as a point with its intervals; a low height is good for `sign` 1, a high one for -1."""
     prices = [100 * row.cost.mean for row in rows]
     means = [100 * height.mean for height in heights]
-    for number, (row, x, height) in enumerate(zip(rows, prices, heights, strict=True)):
+    ends = [100 * end for row in rows for end in (row.cost.low, row.cost.high) if end is not None]
+    wide = max((max([*prices, *ends]) - min([*prices, *ends])) / 30, 0.01)
+    for number, (row, price, height) in enumerate(zip(rows, prices, heights, strict=True)):
         colour = HONEST if row.defence == NONE else VICTIM
-        if height.low is not None and height.high is not None:
-            axes.plot([x, x], [100 * height.low, 100 * height.high], color=colour, linewidth=1, alpha=0.6)
+        x = price + wide * prices[:number].count(price)  # those that cost the same stand side by side
+        for interval, along in ((height, "y"), (row.cost, "x")):
+            if interval.low is not None and interval.high is not None:
+                reach = [100 * interval.low, 100 * interval.high]
+                line = ([x, x], reach) if along == "y" else (reach, [100 * height.mean] * 2)
+                axes.plot(*line, color=colour, linewidth=1, alpha=0.4)
         axes.plot(x, 100 * height.mean, "D" if row.not_shippable else "o", color=colour, markersize=6)
-        axes.annotate(str(number), (x, 100 * height.mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axes.annotate(str(number), (x, 100 * height.mean), xytext=(4, 5), textcoords="offset points", fontsize=8)
     best = front(prices, [sign * mean for mean in means])
-    axes.plot([prices[place] for place in best], [means[place] for place in best], "--", color=FLOOR, linewidth=1)
+    steps = [prices[place] for place in best], [means[place] for place in best]
+    axes.step(*steps, "--", where="post", color=FLOOR, linewidth=1)
     axes.axhline(0, color=FLOOR, linewidth=0.6)
 
 
