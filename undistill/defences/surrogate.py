@@ -34,7 +34,7 @@ class SurrogateDefence(ResponseDefence):
     """The common base of responses that ask a small network of their own beside the one they protect."""
 
     listed = False
-    surrogate: str = "ConvNet(width=16)"
+    surrogate: str = "ConvNet(width=8)"
     """The small network: a listed one, or file.py:factory."""
     epochs: int = Field(10, ge=1, le=10_000)
     """Epochs of its training."""
