@@ -18,6 +18,7 @@ from undistill.data import Data
 from undistill.defences import Defence
 from undistill.defences.defence import ResponseDefence
 from undistill.models import Model
+from undistill.models.trial import returned
 from undistill.runs.run import Run
 from undistill.runs.settings import Settings
 from undistill.training.fit import Fit
@@ -94,6 +95,10 @@ def test_responses_keep_their_promises(name: str, toy: Data, honest: Run) -> Non
     assert torch.allclose(alone.exp(), whole.log_p.exp(), atol=1e-4)
     assert torch.equal(network.answer(images).log_p, whole.log_p), "deterministic"
     assert bare(network) is teacher
+    before = [value.clone() for value in network.responses.state_dict().values()]
+    returned(network, Defence.parse(name), honest.shape, 3)  # also tried in training mode, as a run's network is
+    network.train()(images)
+    assert all(map(torch.equal, network.responses.state_dict().values(), before)), "responses are never in training"
 
 
 MINE = """

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, cast
+from typing import ClassVar, Self, cast
 
 from torch import Tensor, nn
 
@@ -37,6 +37,12 @@ class Protected(nn.Module):
         super().__init__()
         self.network = network
         self.responses = nn.ModuleList(responses)
+
+    def train(self, mode: bool = True) -> Self:
+        """Only the network is ever trained: responses stay as they were calibrated."""
+        super().train(mode)
+        self.responses.eval()
+        return self
 
     def answer(self, inputs: Tensor) -> Answer:
         """The answer to `inputs` (B, C, H, W) in [0, 1]."""
