@@ -44,7 +44,8 @@ def test_a_child_answers_or_is_stopped() -> None:
     )
     began = time.monotonic()
     assert in_child(lambda: time.sleep(60) or "", seconds=0.2) == "no end after 0 seconds"
-    assert in_child(lambda: str(len(bytearray(2**30))), memory=2**28) == "exit code 1"
+    # more than other tests of this process may have freed, and the allocator kept
+    assert in_child(lambda: str(len(bytearray(2**32))), memory=2**28) == "exit code 1"
     assert time.monotonic() - began < 20
 
 
