@@ -133,7 +133,7 @@ class Judge:
         return threat is None or threat.data == ThiefData.LABELLED
 
     def floors(self, column: Column) -> list[Column]:
-        """What the thief of this column gets without more of an answer than its label."""
+        """The students beside whom this thief is read: they got no more of an answer than its label."""
         return [self.hard(column[2]), *([self.labelled(column[2])] if self.has_labels(column) else [])]
 
     def leak(self, column: Column) -> Interval | None:
