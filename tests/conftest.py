@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from undistill.api import audit
 from undistill.auditing.cell import Students
+from undistill.auditing.schema import Report
 from undistill.data import Data, Npz
 from undistill.data.official import VARIABLE
 from undistill.models import Model
@@ -90,6 +92,23 @@ def honest(toy_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def victim(honest: Run) -> Run:
     out = honest.folder.with_name("victim")
     return protect(honest, NASTY, out, settings=Settings(recipe=RECIPE), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def audited(victim: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
+    """The audit of the nasty toy teacher with two seeds, and its folder."""
+    folder = tmp_path_factory.mktemp("audits") / "audit"
+    return audit(victim, folder, students=[STUDENT], seeds=2, device="cpu"), folder
+
+
+@pytest.fixture(scope="session")
+def report(audited: tuple[Report, Path]) -> Report:
+    return audited[0]
+
+
+@pytest.fixture(scope="session")
+def folder(audited: tuple[Report, Path]) -> Path:
+    return audited[1]
 
 
 @pytest.fixture

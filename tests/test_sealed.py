@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.test_responses import BLANK, calibrated, drawn, shown
+from tests.answers import BLANK, calibrated, drawn, shown
 from undistill.core.unshown import LOG_ZERO
 from undistill.defences.responses.sealed import SealedAnswers, log_odds, merged, quantiles, sealed
 from undistill.training.metrics import ece, nll

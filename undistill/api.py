@@ -1,11 +1,11 @@
 """`train`, `adopt`, `protect`, `audit` and `compare`: what the command line and the README call."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from filelock import FileLock, Timeout
 from torch import nn
@@ -44,6 +44,22 @@ from undistill.training.compute import pick_device
 from undistill.training.recipe import Recipe
 
 __all__ = ["adopt", "audit", "compare", "protect", "train"]
+
+
+class CompareOptions(TypedDict, total=False):
+    """What `compare` hands on to every audit; each is what it is in `audit`."""
+
+    attacks: Sequence[str | Attack]
+    students: Sequence[str | Model]
+    seeds: int
+    trials: int | None
+    share: float | None
+    curve: bool
+    recipe: Recipe | None
+    model: str | Model | nn.Module | Callable[..., nn.Module] | None
+    budget: int | None
+    device: str
+    remember: float
 
 
 def audit(
@@ -111,7 +127,7 @@ def audit(
         model=model,
         defences=defences,
         budget=budget,
-        pool=None if pool is None else str(stored(pool, out)),
+        pool=None if pool is None else stored(pool, out),
         device=device,
         remember=remember,
     )
@@ -148,11 +164,13 @@ def compare(
     defences: Sequence[str],
     out: str | Path,
     *,
+    suite: str = "standard-1",
     settings: Settings | None = None,
+    pool: Images | None = None,
     by: str = "",
     launcher: str | Launcher = "Serial",
     progress: Progress | bool | None = None,
-    **options: Any,
+    **options: Unpack[CompareOptions],
 ) -> Comparison:
     """Protect one network by several defences, and audit each by one suite, beside the unprotected network itself.
 
@@ -163,19 +181,19 @@ def compare(
         run: the run folder of the unprotected network.
         defences: a row each: one defence, or several that apply in this order as 'A(...) + B(...)'.
         out: where the result goes. What it holds already is not done again.
+        suite: a listed suite of attacks and students.
         settings: recipe and seed of the protected networks, by default those of the honest one.
+        pool: images of thieves who have none of the owner's, as for `train`.
         by: whoever audits, for the page.
         launcher: where cells are done: `Serial`, `Pool(workers=2)`, `Ray(address='auto')`.
         progress: True shows it on standard error, False nowhere; None shows it in a notebook.
-        options: suite, attacks, students, seeds, trials, share, curve, recipe, model, budget, pool, device and
-            remember, as of `audit`. Attacks that cannot be tried on a victim are left out of its row.
+        options: the rest of what `audit` takes. Attacks that cannot be tried on a victim are left out of its row.
     """
     from undistill.report.comparison import write_comparison
 
     honest, out = run if isinstance(run, Run) else Run.open(run), Path(out)
     launcher, rows = Launcher.from_user(launcher), rows_of(honest, defences, options.get("model"))
-    if options.get("pool") is not None:
-        options["pool"] = str(stored(options["pool"], out))
+    surrogates = None if pool is None else stored(pool, out)
     audits: dict[str, tuple[Report, Judge]] = {}
     with claim(out, {"command": "compare", "honest": honest.digest}), alone_in(out / "cells"), launcher.ready():
         with Progress.of(progress) as shown:
@@ -183,6 +201,8 @@ def compare(
                 text: plan_audit(
                     _protected(honest, row, out / "victims" / folder_name(text), settings, shown, options),
                     honest=honest,
+                    suite=suite,
+                    pool=surrogates,
                     strict=False,
                     **options,
                 )
@@ -213,23 +233,39 @@ def rows_of(honest: Run, defences: Sequence[str], model: Any) -> dict[str, list[
 
 
 def _protected(
-    honest: Run, row: list[Defence], out: Path, settings: Settings | None, shown: Progress, options: Mapping[str, Any]
+    honest: Run, row: list[Defence], out: Path, settings: Settings | None, shown: Progress, options: CompareOptions
 ) -> Run:
     """The victim of one row, made or found."""
     if not row:
         return honest
-    shared = {name: options[name] for name in ("model", "device", "remember") if name in options}
     shown.say(f"Protecting by {row_name(row)}.")
     try:
-        return protect(honest, row, out, settings=settings, progress=shown, **shared)
+        return protect(
+            honest,
+            row,
+            out,
+            settings=settings,
+            model=options.get("model"),
+            device=options.get("device", "auto"),
+            remember=options.get("remember", REMEMBER),
+            progress=shown,
+        )
     except UndistillError as error:
         raise type(error)(f"{row_name(row)}: {error}") from None
 
 
-def describe_comparison(run: Run, defences: Sequence[str], out: str | Path, **options: Any) -> str:
+def describe_comparison(
+    run: Run,
+    defences: Sequence[str],
+    out: str | Path,
+    *,
+    suite: str = "standard-1",
+    pool: str | Source | None = None,
+    **options: Unpack[CompareOptions],
+) -> str:
     """Say what `compare` would do, and about how long the students of the unprotected network take."""
     rows = rows_of(run, defences, options.get("model"))
-    plan = plan_audit(run, honest=run, strict=False, **options)
+    plan = plan_audit(run, honest=run, suite=suite, pool=pool, strict=False, **options)
     seconds = forecast(plan, Path(out) / "cells")
     return (
         f"{quantity(len(rows) - 1, 'defence')} to train and calibrate; an audit of each, and of the unprotected "
