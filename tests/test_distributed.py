@@ -29,8 +29,11 @@ SET = [f"--set={setting}" for setting in FAST]
 CLOSE = (
     2e-3  # largest difference of a weight, relative to the largest weight of its tensor: rounding, grown in training
 )
-
-
+OTHERS = {
+    "price": ["--price", "2"],
+    "cmim": ["--defence", "CMIM()"],
+    "mad": ["--defence", "MildlyNasty()", "--defence", "MAD()"],
+}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -133,11 +136,14 @@ def world(toy_file: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
         patched.chdir(folder)
         finish(*train, "one")
         finish(*protect, "one-nasty")
+        for name, asked in OTHERS.items():
+            finish("protect", "one", *asked, *DEVICE, "--out", f"one-{name}")
     other = shutil.copytree(folder / "one", folder / "other")
     shutil.rmtree(other / "answers", ignore_errors=True)
     commands = {  # the folder in which, whether the disk is full, the words
         "honest": (".", False, [*train, "two"]),
         "nasty": (".", False, [*protect, "two-nasty"]),
+        **{name: (".", False, ["protect", "one", *asked, *DEVICE, "--out", name]) for name, asked in OTHERS.items()},
         "odd": (".", False, [*train_odd, "odd"]),
         "odd nasty": (".", False, ["protect", "odd", *mine, "--defence", NASTY, *DEVICE, "--out", "odd-nasty"]),
         "full": (".", True, ["protect", "other", "--defence", NASTY, "--set", "seed=0", *DEVICE, "--out", "full"]),
@@ -168,6 +174,16 @@ def test_two_processes_equal_one_to_rounding(world: World, suffix: str) -> None:
     assert one["metrics"] == pytest.approx(two["metrics"], abs=0.01)
     lines = [json.loads(line) for line in (folders[1] / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(1, 7)), "one process writes"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_two_processes_protect_as_one_does(world: World, name: str) -> None:
+    """A price is searched, class means are taken over all processes, and a surrogate is trained."""
+    assert world.codes(name) == [0, 0], world.stderr(name)
+    folders = [world.folder / f"one-{name}", world.folder / name]
+    assert_close(*folders)
+    one, two = (Run.open(folder).record for folder in folders)
+    assert one["found"] == pytest.approx(two["found"], rel=0.05)
 
 
 def test_a_full_disk_ends_the_remembering_of_all(world: World) -> None:
