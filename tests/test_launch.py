@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from tests.test_kill import ENDINGS, ENVIRONMENT, finish, kill_when, start, wait
 from undistill.api import audit
 from undistill.auditing.cell import Job
 from undistill.auditing.launchers import Crew, Death, Launcher, Order, Pool, Ray, Serial
-from undistill.auditing.pair import VictimPair
+from undistill.auditing.pair import RECENT, VictimPair
 from undistill.auditing.plan import Plan
 from undistill.auditing.schema import Side
 from undistill.auditing.summary import SIDES
@@ -122,6 +123,14 @@ def test_workers_stay_for_the_next_run_and_end_with_the_last(
     assert started[0].process.exitcode == 0
     pool.run([one, other], place, Progress.silent())
     assert len(started) == 1, "none to read what is there"
+
+
+def test_a_worker_keeps_the_latest_pairs_only(victim: Run) -> None:
+    """A comparison of twenty defences must not end with twenty victims and data sets in every worker."""
+    pairs = [VictimPair.of(victim, None, (seed,), None) for seed in range(RECENT + 1)]
+    sent = [pickle.loads(pickle.dumps(pair)) for pair in pairs]
+    again = [pickle.loads(pickle.dumps(pair)) for pair in reversed(pairs)]
+    assert [one is other for one, other in zip(sent, reversed(again), strict=True)] == [False] + [True] * RECENT
 
 
 def test_workers_that_always_die_end_it(victim: Run, tmp_path: Path, mine) -> None:

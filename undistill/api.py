@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -13,7 +14,7 @@ from torch import nn
 from undistill.attacks.attack import Attack, ThiefData
 from undistill.auditing import MOST_SEEDS
 from undistill.auditing.cell import Job
-from undistill.auditing.comparison import NONE, Comparison, compared, folder_name, parse_defences, row_name
+from undistill.auditing.comparison import NONE, Comparison, compared, folder_name, parse_defences, row_name, row_of
 from undistill.auditing.curve import curve_jobs
 from undistill.auditing.forecast import count as quantity
 from undistill.auditing.forecast import describe, forecast
@@ -192,29 +193,27 @@ def compare(
     from undistill.report.comparison import write_comparison
 
     honest, out = run if isinstance(run, Run) else Run.open(run), Path(out)
-    launcher, rows = Launcher.from_user(launcher), rows_of(honest, defences, options.get("model"))
+    launcher, asked = Launcher.from_user(launcher), rows_of(honest, defences, options.get("model"))
     surrogates = None if pool is None else stored(pool, out)
-    audits: dict[str, tuple[Report, Judge]] = {}
+    plan_for = partial(plan_audit, honest=honest, suite=suite, pool=surrogates, strict=False, **options)
+    plan_for(honest)  # what cannot be audited at all is said before anything is trained
+    reports, rows = [], []
     with claim(out, {"command": "compare", "honest": honest.digest}), alone_in(out / "cells"), launcher.ready():
         with Progress.of(progress) as shown:
-            plans = {
-                text: plan_audit(
-                    _protected(honest, row, out / "victims" / folder_name(text), settings, shown, options),
-                    honest=honest,
-                    suite=suite,
-                    pool=surrogates,
-                    strict=False,
-                    **options,
-                )
-                for text, row in rows.items()
+            victims = {
+                text: _protected(honest, row, out / "victims" / folder_name(text), settings, shown, options)
+                for text, row in asked.items()
             }
-            for text, plan in plans.items():
+            for text, victim in victims.items():  # one at a time, for each holds its data and two networks
+                plan = plan_for(victim)
                 plan.jobs[0].pair.require_finite()
                 folder = out / "audits" / folder_name(text)
                 with claim(folder, request_of(plan)):
                     shown.say(f"{text}: {describe(plan, out / 'cells')}")
-                    audits[text] = judged(plan, folder, launcher, shown, by, out / "cells")
-        comparison = compared(audits)
+                    report, judge = judged(plan, folder, launcher, shown, by, out / "cells")
+                reports.append(report)
+                rows.append(row_of(report, judge, text))
+        comparison = compared(reports, rows)
         write_comparison(comparison, out)
     return comparison
 

@@ -1,6 +1,6 @@
 """`comparison.json`: several defences of one network, audited by one suite (docs/comparison.schema.json)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -79,11 +79,9 @@ class Comparison(Part):
     environment: dict[Text, Text | int]
 
 
-def compared(audits: Mapping[str, tuple[Report, Judge]]) -> Comparison:
-    """One comparison of audits of the same unprotected network, by the text of its defences."""
-    reports = [report for report, _ in audits.values()]
+def compared(reports: Sequence[Report], rows: Sequence[Row]) -> Comparison:
+    """One comparison of the rows that were made of these reports on the same unprotected network."""
     first = reports[0]
-    rows = [row_of(report, judge, text) for text, (report, judge) in audits.items()]
     return Comparison(
         title=f"Defences of {first.honest.spec}",
         by=first.by,
@@ -96,7 +94,7 @@ def compared(audits: Mapping[str, tuple[Report, Judge]]) -> Comparison:
         seeds=first.verdict.damage.n,
         test_images=first.pairs[0].test_images,
         unprotected=first.honest,
-        rows=rows,
+        rows=list(rows),
         environment=first.environment,
     )
 

@@ -127,11 +127,14 @@ class VictimPair:
         return self.victims[side].answers.asked(self.data.test, self.data.num_classes)
 
 
+RECENT = 2
+"""Pairs that a worker keeps loaded. Jobs come pair by pair, so that more would only fill its memory."""
 _pairs: dict[tuple[object, ...], VictimPair] = {}
 
 
 def _loaded(victim: Run, honest: Run, *others: Any) -> VictimPair:
     key = (victim.folder, victim.identity, honest.folder, honest.identity, *others)
-    if key not in _pairs:
-        _pairs[key] = VictimPair(victim, honest, *others)
+    _pairs[key] = _pairs.pop(key) if key in _pairs else VictimPair(victim, honest, *others)  # the latest last
+    while len(_pairs) > RECENT:
+        del _pairs[next(iter(_pairs))]
     return _pairs[key]
