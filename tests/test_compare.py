@@ -15,7 +15,7 @@ from undistill.auditing.schema import Flag, Interval, Report
 from undistill.cli.commands import app
 from undistill.core.errors import SpecError, StoreError, UndistillError
 from undistill.defences import Defence
-from undistill.report.comparison import COLUMNS, front, read_comparison
+from undistill.report.comparison import COLUMNS, front, pareto, read_comparison
 from undistill.report.page import read_report
 from undistill.runs.run import Run
 from undistill.runs.settings import Settings
@@ -95,6 +95,15 @@ def test_the_page_needs_no_network_and_can_be_sorted(done: tuple[Comparison, Pat
 def test_the_schema_is_that_of_the_documents() -> None:
     held = json.loads((Path(__file__).parents[1] / "docs" / "comparison.schema.json").read_text())
     assert held == Comparison.model_json_schema(), "run 'make schema'"
+
+
+def test_a_price_is_drawn_where_it_is(done: tuple[Comparison, Path]) -> None:
+    """Once, those that cost the same were moved aside, by several points where one network was ruined."""
+    rows = done[0].rows
+    ruined = rows[-1].model_copy(update={"cost": Interval(mean=0.3, low=0.2, high=0.4, n=40)})
+    for axes, heights in zip(pareto([*rows, ruined]).axes, ("leak_hard", "damage"), strict=True):
+        drawn = [tuple(line.get_xydata()[0]) for line in axes.lines if line.get_marker() in ("o", "D")]
+        assert drawn == [(100 * row.cost.mean, 100 * getattr(row, heights).mean) for row in [*rows, ruined]]
 
 
 def test_the_figure_is_drawn_on_its_own(done: tuple[Comparison, Path], tmp_path: Path) -> None:

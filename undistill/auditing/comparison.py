@@ -144,8 +144,9 @@ def objections(report: Report) -> list[str]:
     stated, cost = report.pairs[0].price, report.verdict.cost
     accepted = ACCEPTED if stated is None else stated / 100
     surely = cost.mean if cost.low is None else cost.low
-    if surely > accepted:
-        found.insert(0, f"costs at least {100 * surely:.1f} points of accuracy, more than {100 * accepted:g}")
+    if surely > accepted:  # which says more than the flag does
+        how = f"costs at least {100 * surely:.1f} points of accuracy, more than {100 * accepted:g}"
+        return [how, *(name for name in found if name != "costly")]
     return found
 
 

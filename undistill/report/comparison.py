@@ -1,13 +1,14 @@
 """comparison.json and the two pages made from it: a table that can be sorted, and price against leak."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from undistill.auditing.comparison import NONE, Comparison, Row
 from undistill.auditing.schema import Interval
@@ -47,6 +48,8 @@ def render_comparison(folder: Path) -> Path:
     return folder / "comparison.html"
 
 
+TICKS = (-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50)
+NEAR = 12  # pixels within which two numbers would cover each other
 COLUMNS = (
     "accuracy",
     "cost, points",
@@ -103,37 +106,55 @@ def pareto(rows: Sequence[Row]) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 4.6 + 0.17 * len(rows)), layout="constrained")
         left, right = figure.subplots(1, 2)
-        _plane(left, rows, [row.leak_hard for row in rows], sign=1)
         left.set_ylabel("leak: worst thief ahead of top answers, points")
-        _plane(right, rows, [row.damage for row in rows], sign=-1)
         right.set_ylabel("damage to plain distillation, points")
-        for axes in (left, right):
-            axes.set_xlabel("price: accuracy lost, points")
+        planes = [
+            (left, _plane(left, rows, [row.leak_hard for row in rows], sign=1)),
+            (right, _plane(right, rows, [row.damage for row in rows], sign=-1)),
+        ]
         named = [f"{number} {legible(row.defence)}" for number, row in enumerate(rows)]
         figure.supxlabel("\n".join(named), fontsize=8, ha="left", x=0.02)
+        figure.draw_without_rendering()  # only now it is known where points lie on the page
+        for axes, points in planes:
+            _number(axes, points)
     return figure
 
 
-def _plane(axes: Axes, rows: Sequence[Row], heights: Sequence[Interval], sign: int) -> None:
-    """Every row as a point with its intervals; a low height is good for `sign` 1, a high one for -1."""
-    prices = [100 * row.cost.mean for row in rows]
-    means = [100 * height.mean for height in heights]
-    ends = [100 * end for row in rows for end in (row.cost.low, row.cost.high) if end is not None]
-    wide = max((max([*prices, *ends]) - min([*prices, *ends])) / 30, 0.01)
-    for number, (row, price, height) in enumerate(zip(rows, prices, heights, strict=True)):
+def _plane(axes: Axes, rows: Sequence[Row], heights: Sequence[Interval], sign: int) -> dict[int, tuple[float, float]]:
+    """Draw every row with its intervals; a low height is good for `sign` 1, a high one for -1.
+
+    Returns the points by row, those that no other beats first. Both axes are linear up to 2 points and logarithmic
+    beyond, so that one ruined network does not press all others together.
+    """
+    points = {place: (100 * row.cost.mean, 100 * heights[place].mean) for place, row in enumerate(rows)}
+    for (x, y), row, height in zip(points.values(), rows, heights, strict=True):
         colour = HONEST if row.defence == NONE else VICTIM
-        x = price + wide * prices[:number].count(price)  # those that cost the same stand side by side
         for interval, along in ((height, "y"), (row.cost, "x")):
             if interval.low is not None and interval.high is not None:
                 reach = [100 * interval.low, 100 * interval.high]
-                line = ([x, x], reach) if along == "y" else (reach, [100 * height.mean] * 2)
-                axes.plot(*line, color=colour, linewidth=1, alpha=0.4)
-        axes.plot(x, 100 * height.mean, "D" if row.not_shippable else "o", color=colour, markersize=6)
-        axes.annotate(str(number), (x, 100 * height.mean), xytext=(4, 5), textcoords="offset points", fontsize=8)
-    best = front(prices, [sign * mean for mean in means])
-    steps = [prices[place] for place in best], [means[place] for place in best]
-    axes.step(*steps, "--", where="post", color=FLOOR, linewidth=1)
+                line = ([x, x], reach) if along == "y" else (reach, [y, y])
+                axes.plot(*line, color=colour, linewidth=1, alpha=0.25)
+        axes.plot(x, y, "D" if row.not_shippable else "o", color=colour, markersize=6)
+    best = front([x for x, _ in points.values()], [sign * y for _, y in points.values()])
+    axes.step(*zip(*(points[place] for place in best), strict=True), "--", where="post", color=FLOOR, linewidth=1)
     axes.axhline(0, color=FLOOR, linewidth=0.6)
+    axes.set_xlabel("price: accuracy lost, points")
+    for scale, axis in ((axes.set_xscale, axes.xaxis), (axes.set_yscale, axes.yaxis)):
+        scale("symlog", linthresh=2)
+        axis.set_major_locator(FixedLocator(TICKS))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
+    return {place: points[place] for place in [*best, *(place for place in points if place not in best)]}
+
+
+def _number(axes: Axes, points: Mapping[int, tuple[float, float]]) -> None:
+    """Write the row's number beside its point, unless another number stands there already."""
+    taken: list[tuple[float, float]] = []
+    for number, point in points.items():
+        x, y = axes.transData.transform(point)
+        if all(abs(x - other) > NEAR or abs(y - above) > NEAR for other, above in taken):
+            taken.append((x, y))
+            axes.annotate(str(number), point, xytext=(4, 5), textcoords="offset points", fontsize=8)
 
 
 def front(prices: Sequence[float], losses: Sequence[float]) -> list[int]:
