@@ -68,6 +68,7 @@ COLUMNS = (
 def cells(row: Row) -> dict[str, object]:
     """One row of the table: words, and for each of `COLUMNS` what is shown and by what it is sorted."""
     bits = "–" if row.bits is None else f"{row.bits:.3g}"
+    slower = row.ms_per_query / row.ms_per_query_unprotected if row.ms_per_query_unprotected else 1.0
     values: list[tuple[str, float]] = [
         (percent(row.victim.accuracy), row.victim.accuracy),
         (points(row.cost), row.cost.mean),
@@ -78,7 +79,7 @@ def cells(row: Row) -> dict[str, object]:
         (f"{100 * row.victim.ece:.1f}", row.victim.ece),
         (f"{row.victim.nll:.3f}", row.victim.nll),
         (bits, math.inf if row.bits is None else row.bits),
-        (f"{row.ms_per_query:.3f}", row.ms_per_query),
+        (f"{row.ms_per_query:.3f} ({slower:.2f}x)", slower),
     ]
     lacking = f" (not tried: {', '.join(row.skipped)})" if row.skipped else ""
     shippable = "no: " + "; ".join(row.not_shippable) if row.not_shippable else "yes"
