@@ -20,6 +20,7 @@ from undistill.report.page import read_report
 from undistill.runs.run import Run
 from undistill.runs.settings import Settings
 
+PUBLISHED = sorted((Path(__file__).parents[1] / "docs/results/comparisons").glob("*.json"))
 DEFENCES = ["LabelOnly()", "Nasty(omega=0.05, T=4) + Sealed(levels=2)"]
 QUICK = {"suite": "quick-2", "students": [STUDENT], "recipe": RECIPE.model_copy(update={"epochs": 3}), "seeds": 2}
 
@@ -95,6 +96,14 @@ def test_the_page_needs_no_network_and_can_be_sorted(done: tuple[Comparison, Pat
 def test_the_schema_is_that_of_the_documents() -> None:
     held = json.loads((Path(__file__).parents[1] / "docs" / "comparison.schema.json").read_text())
     assert held == Comparison.model_json_schema(), "run 'make schema'"
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_comparisons_can_be_read(path: Path) -> None:
+    found = Comparison.model_validate_json(path.read_text())
+    assert len(found.rows) == len({row.defence for row in found.rows}) > 2
+    for row in found.rows:
+        assert row_name([Defence.parse(one) for one in parse_defences(row.defence)]) == row.defence
 
 
 def test_a_price_is_drawn_where_it_is(done: tuple[Comparison, Path]) -> None:
