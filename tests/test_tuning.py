@@ -26,6 +26,7 @@ from undistill.models import Model
 from undistill.runs.run import Run
 
 FROZEN = {
+    "floors-1": "69568e4d5742",
     "quick-2": "733f6125ce49",
     "standard-1": "0e5bab0ba3ef",
     "thorough-1": "7a8d51b0f027",

@@ -45,6 +45,10 @@ class Suite:
 
 
 SUITES = {
+    "floors-1": Suite(
+        "The floors and plain distillation at T 4 alone, for attacks that you name yourself.",
+        attacks=(*FLOORS, PLAIN[0]),
+    ),
     "quick-2": Suite(
         "A first look: plain distillation at three temperatures, and the floors beside which it is read. No "
         "thief adapts or tunes.",
