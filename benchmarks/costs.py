@@ -1,4 +1,4 @@
-"""What defences of answers cost those who read them: `python -m benchmarks.costs RUN FOLDER`. Prints Markdown.
+"""Quality of answers under each defence of them: `python -m benchmarks.costs RUN FOLDER`. Prints Markdown.
 
 RUN is the run folder of an unprotected network; FOLDER gets one protected by each defence. Nothing is trained but
 surrogates. Measured on test images; responses are calibrated on validation images.

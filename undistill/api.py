@@ -48,7 +48,7 @@ __all__ = ["adopt", "audit", "compare", "protect", "train"]
 
 
 class CompareOptions(TypedDict, total=False):
-    """What `compare` hands on to every audit; each is what it is in `audit`."""
+    """Options that `compare` hands on to every audit, each as in `audit`."""
 
     attacks: Sequence[str | Attack]
     students: Sequence[str | Model]
