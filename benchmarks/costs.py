@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from undistill.auditing.measure import flips, measure_teacher
 from undistill.auditing.pair import VictimPair
-from undistill.auditing.summary import flips, measure_teacher
 from undistill.core.progress import Progress
 from undistill.runs.environment import described, environment
 from undistill.runs.protect import protect

@@ -21,10 +21,10 @@ from tests.test_kill import ENDINGS, ENVIRONMENT, finish, kill_when, start, wait
 from undistill.api import audit
 from undistill.auditing.cell import Job
 from undistill.auditing.launchers import Crew, Death, Launcher, Order, Pool, Ray, Serial
+from undistill.auditing.measure import SIDES
 from undistill.auditing.pair import RECENT, VictimPair
 from undistill.auditing.plan import Plan
 from undistill.auditing.schema import Side
-from undistill.auditing.summary import SIDES
 from undistill.core.errors import LaunchError, ModelError, SpecError
 from undistill.core.progress import PROGRESS_FILE, Board, Progress, Reporter
 from undistill.runs.protect import protect

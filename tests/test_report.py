@@ -17,7 +17,7 @@ from undistill.auditing.flags import CHECKS
 from undistill.auditing.schema import Interval
 from undistill.core.errors import StoreError
 from undistill.report.advice import GLOSSARY, advice, explained
-from undistill.report.evidence import read_evidence, write_evidence
+from undistill.report.evidence import Pictured, read_evidence, write_evidence
 from undistill.report.page import percent, points, read_report, render
 from undistill.runs.run import Run
 
@@ -228,14 +228,14 @@ def test_class_names_with_a_leading_underscore_are_in_the_legend(folder: Path, t
 
 def test_maps_of_a_single_feature(toy, tmp_path: Path) -> None:
     network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 3))
-    write_evidence(tmp_path / "evidence.npz", toy, network, network)
+    write_evidence(tmp_path / "evidence.npz", toy, dict.fromkeys(("honest", "victim"), Pictured.of(network, toy)))
     assert np.isfinite(read_evidence(tmp_path / "evidence.npz").maps["honest features"]).all()
 
 
 def test_a_network_that_answers_everything_alike_is_mapped(toy, tmp_path: Path) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(144, 3))
     nn.init.zeros_(network[1].weight)
-    write_evidence(tmp_path / "evidence.npz", toy, network, network)
+    write_evidence(tmp_path / "evidence.npz", toy, dict.fromkeys(("honest", "victim"), Pictured.of(network, toy)))
     assert np.isfinite(read_evidence(tmp_path / "evidence.npz").maps["victim answers"]).all()
 
 

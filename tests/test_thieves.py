@@ -33,6 +33,7 @@ from undistill.training.metrics import accuracy, evaluate
 from undistill.victims.answer import Answer
 from undistill.victims.oracle import Access, Oracle
 from undistill.victims.protected import Protected, Response
+from undistill.victims.victim import Victim
 
 CPU = torch.device("cpu")
 
@@ -311,13 +312,13 @@ def test_an_adaptive_thief_is_told_the_defence(victim: Run) -> None:
 
 
 def test_a_victim_need_not_be_a_network(toy: Data) -> None:
-    class Constant:
+    class Constant(Victim):
         classes = toy.classes
         identity = "constant"
         repeatable = True
         form = Form.FULL
 
-        def answer(self, inputs: Tensor) -> Answer:
+        def answer(self, inputs: Tensor, at: str = "") -> Answer:
             return Answer.of_logits(torch.eye(3)[torch.zeros(len(inputs), dtype=torch.int64)])
 
     oracle = Oracle(Constant(), Access.QUERY)

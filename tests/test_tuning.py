@@ -186,9 +186,9 @@ def test_a_thief_without_labels_goes_by_what_the_victim_says(victim: Run, tmp_pa
     (tried, *_), _ = tune([job], Tuning(trials=1, share=1), Serial(), tmp_path / "cells", Progress.silent())
     pair = job.pair
     samples = pair.attackers.validation
-    answers = pair.victims["victim"].answers.plain(samples, 3).argmax(1)
+    answers = pair.victims["victim"].plain(samples, 3).argmax(1)
     with torch.no_grad():
-        pair.victims["victim"].answers.plain = lambda *_: torch.eye(3)[(answers + 1) % 3]  # type: ignore[method-assign]
+        pair.victims["victim"].plain = lambda *_: torch.eye(3)[(answers + 1) % 3]  # type: ignore[method-assign]
     (again, *_), _ = tune([job], Tuning(trials=1, share=1), Serial(), tmp_path / "other", Progress.silent())
     assert again.validation == tried.validation
     assert again.score < 0.5 < tried.score, "by what the victim says, whatever is true"

@@ -19,7 +19,7 @@ from undistill.auditing.curve import curve_jobs
 from undistill.auditing.forecast import count as quantity
 from undistill.auditing.forecast import describe, forecast
 from undistill.auditing.launchers import Launcher
-from undistill.auditing.pair import QueryOptions, VictimPair
+from undistill.auditing.pair import NO_TWIN, QueryOptions, VictimPair
 from undistill.auditing.plan import Plan
 from undistill.auditing.schema import Report
 from undistill.auditing.suites import Tuning, find_suite
@@ -33,7 +33,7 @@ from undistill.data.arrays import Images, stored
 from undistill.data.source import Source
 from undistill.defences.defence import Defence
 from undistill.models.model import Model
-from undistill.report.evidence import read_curve, write_evidence
+from undistill.report.evidence import Pictured, read_curve, write_evidence
 from undistill.runs.adopt import adopt
 from undistill.runs.folder import claim, sweep_below
 from undistill.runs.protect import protect, require_order
@@ -92,7 +92,8 @@ def audit(
     Args:
         victim: the run folder of the protected model.
         out: where the result goes; cells that it already holds are not done again.
-        honest: the run folder of the unprotected twin, by default the run that the victim was protected from.
+        honest: the run folder of the unprotected twin, by default the run that the victim was protected from; 'none'
+            audits without one.
         suite: a listed suite of attacks and students.
         attacks: more attacks, beside the suite's.
         students: networks of the thief, instead of the suite's.
@@ -142,7 +143,8 @@ def audit(
 def request_of(plan: Plan) -> dict[str, str]:
     """The request by which the folder of an audit is claimed."""
     pair = plan.jobs[0].pair
-    request = {"command": "audit", "victim": pair.victim.digest, "honest": pair.honest.digest}
+    twin = pair.honest.digest if pair.honest else NO_TWIN
+    request = {"command": "audit", "victim": pair.victim.digest, "honest": twin}
     if pair.victim.record.get("responses"):  # over the same weights there may be others
         request["victim_identity"] = pair.victim.identity
     return request
@@ -306,7 +308,7 @@ def plan_audit(
     for defence in defences:
         Defence.from_user(defence)
     pair = VictimPair.of(victim, honest, range(seeds), model, str(Source.from_user(pool)) if pool else "")
-    recipe = recipe or recorded_settings(pair.honest).recipe
+    recipe = recipe or recorded_settings(pair.honest or pair.victim).recipe
     pair = replace(pair, options=QueryOptions(pick_device(device), recipe.compute, remember))
     plan = Plan.of([pair], suite, attacks, students, recipe, budget, tuning_of(suite, trials, share), curve)
     named = [Attack.from_user(attack) for attack in attacks] if strict else []
@@ -363,8 +365,10 @@ def _write_evidence(pair: VictimPair, jobs: Sequence[Job], cells: Path, out: Pat
     for job in jobs:
         if (sheet := job.sheet(cells)).exists():
             sheets.setdefault(label(job.column), sheet)
-    curves = {"unprotected": read_curve(pair.honest), "protected": read_curve(pair.victim)}
-    write_evidence(out / "evidence.npz", pair.data, pair.network("honest"), pair.network("victim"), sheets, curves)
+    named = {"honest": "unprotected", "victim": "protected"}
+    curves = {named[side]: read_curve(run) for side, run in pair.runs.items()}
+    models = {side: Pictured(pair.test_logits(side).__getitem__, pair.network(side)) for side in pair.sides}
+    write_evidence(out / "evidence.npz", pair.data, models, sheets, curves)
 
 
 def timed_before(report: Report, out: Path) -> Report:
@@ -379,6 +383,8 @@ def timed_before(report: Report, out: Path) -> Report:
     except StoreError:
         return report
     if any(getattr(before, name) != getattr(report, name) for name in ("pairs", "environment", "recipe")):
+        return report
+    if before.costs is None or report.costs is None:
         return report
     times = before.costs.model_dump(include={"ms_per_query_victim", "ms_per_query_honest"})
     return report.model_copy(update={"costs": report.costs.model_copy(update=times)})

@@ -28,6 +28,7 @@ from undistill.data.split import Split
 from undistill.models.model import Model
 from undistill.models.trial import returned
 from undistill.runs.environment import described, environment
+from undistill.runs.run import Run
 from undistill.training import metrics
 from undistill.training.compute import EXACT
 from undistill.training.fit import Fit
@@ -66,8 +67,7 @@ class Job:
 
         A student who asked nobody is the same whatever victim it is compared with, see `relisted`.
         """
-        runs = {"victim": self.pair.victim, "honest": self.pair.honest, "none": self.pair.victim}
-        run = None if self._asks_nobody else runs[self.side]
+        run = None if self._asks_nobody else self._run
         asked = [run and run.identity, self.pair.victim.record["data_sha256"], str(self.attack)]
         thief = [str(self.student), self.seed, str(self.schedule), self.pair.share, self.budget]
         if self.attack.data == ThiefData.SURROGATE:
@@ -78,6 +78,11 @@ class Job:
         code: list[object] = [sorted(names.values()) for names in refers if names]
         code += [program_sha256(Path(__file__)), *(source_sha256(type(spec)) for spec in (self.attack, self.student))]
         return fingerprint(*asked, *thief, *code, run and run.program)[:20]
+
+    @property
+    def _run(self) -> Run:
+        """The run that is asked, or compared with."""
+        return self.pair.runs.get(self.side, self.pair.victim)
 
     @property
     def _asks_nobody(self) -> bool:
@@ -191,8 +196,7 @@ class Job:
     @property
     def _told(self) -> str | None:
         """Text of the defences, for an adaptive thief; None for others."""
-        run = self.pair.honest if self.side == "honest" else self.pair.victim
-        return ", ".join(run.record.get("defences", ())) if self.attack.role in KNOWING else None
+        return ", ".join(self._run.record.get("defences", ())) if self.attack.role in KNOWING else None
 
     def sheet(self, cells: Path) -> Path:
         """Path of the picture of images that the attack makes, if it makes any."""
@@ -220,7 +224,7 @@ class Job:
     def _attack(self, folder: Path, sheet: Path, trials: Path, progress: Progress) -> "Outcome":
         """The student that the thief trains; None where there is none, since training diverged or the budget ended."""
         pair, needs = self.pair, self.attack.needs
-        oracle = Oracle(pair.victims[self.side], needs, self.budget if needs else None, told=self._told)
+        oracle = Oracle(pair.victims[self.side], needs, self.budget if needs else None, told=self._told, name=self.key)
         fit = Fit(
             self.schedule,
             derive(self.seed, "student"),
@@ -311,7 +315,7 @@ class TrialJob(Job):
         samples, judged_by_answers = pair.attackers.validation, self.attack.data != ThiefData.LABELLED
         score = accuracy = metrics.accuracy(logits, samples.labels)
         if judged_by_answers:
-            score = metrics.fidelity(logits, pair.victims[self.side].answers.plain(samples, pair.data.num_classes))
+            score = metrics.fidelity(logits, pair.victims[self.side].plain(samples, pair.data.num_classes))
         return Trial(
             side=self.side,
             attack=str(self.attack),

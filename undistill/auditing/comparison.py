@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from undistill.auditing.schema import Interval, Number, Part, Report, Share, Teacher, Text
+from undistill.auditing.schema import Interval, Number, Part, Report, Share, Teacher, Text, Twin
 from undistill.auditing.verdict import Column, Judge
 from undistill.core.errors import SpecError
 from undistill.core.identity import fingerprint
@@ -81,9 +81,9 @@ class Comparison(Part):
 
 def compared(reports: Sequence[Report], rows: Sequence[Row]) -> Comparison:
     """One comparison of the rows that were made of these reports on the same unprotected network."""
-    first = reports[0]
+    first, unprotected = reports[0], twin_of(reports[0]).honest
     return Comparison(
-        title=f"Defences of {first.honest.spec}",
+        title=f"Defences of {unprotected.spec}",
         by=first.by,
         made=max(report.made for report in reports),
         data=first.data,
@@ -91,9 +91,9 @@ def compared(reports: Sequence[Report], rows: Sequence[Row]) -> Comparison:
         suite=first.suite,
         tuning=first.tuning,
         recipe=first.recipe,
-        seeds=first.verdict.damage.n,
+        seeds=first.verdict.kd_gain.n,
         test_images=first.pairs[0].test_images,
-        unprotected=first.honest,
+        unprotected=unprotected,
         rows=list(rows),
         environment=first.environment,
     )
@@ -101,26 +101,26 @@ def compared(reports: Sequence[Report], rows: Sequence[Row]) -> Comparison:
 
 def row_of(report: Report, judge: Judge, defence: str) -> Row:
     """The row of one audit."""
-    pair, costs, verdict = report.pairs[0], report.costs, report.verdict
+    pair, twin, verdict = report.pairs[0], twin_of(report), report.verdict
     attacks = [column for column in judge.table if column[0] in ("victim", "none")]
     best = judge.best_thief
     return Row(
         defence=defence,
         folder=f"audits/{folder_name(defence)}",
         victim=report.victim,
-        cost=verdict.cost,
+        cost=twin.cost,
         price=pair.price,
         found=pair.found,
-        ece=costs.ece,
+        ece=twin.costs.ece,
         flips=pair.flips,
         bits=pair.bits,
-        divergence=report.divergence,
-        ms_per_query=costs.ms_per_query_victim,
-        ms_per_query_unprotected=costs.ms_per_query_honest,
-        train_seconds=costs.train_seconds,
+        divergence=twin.divergence,
+        ms_per_query=twin.costs.ms_per_query_victim,
+        ms_per_query_unprotected=twin.costs.ms_per_query_honest,
+        train_seconds=twin.costs.train_seconds,
         leak_hard=verdict.leak_hard,
         leak_label_smoothing=verdict.leak_label_smoothing,
-        damage=verdict.damage,
+        damage=twin.damage,
         worst_attack=verdict.worst_attack,
         best_attack=verdict.best_attack,
         best_accuracy=judge.accuracy(best).mean,
@@ -133,6 +133,13 @@ def row_of(report: Report, judge: Judge, defence: str) -> Row:
     )
 
 
+def twin_of(report: Report) -> Twin:
+    """A comparison's reports all have one: the unprotected network."""
+    if report.twin is None:
+        raise SpecError("Defences are compared beside the unprotected network; name its run.")
+    return report.twin
+
+
 def name_of(column: Column) -> str:
     """'SoftLabels(T=4, alpha=0.9) by ConvNet(width=8)'."""
     return f"{column[1]} by {column[2]}"
@@ -141,7 +148,7 @@ def name_of(column: Column) -> str:
 def objections(report: Report) -> list[str]:
     """Why users of this network would be worse off than its owner said."""
     found = [flag.name for flag in report.flags if flag.name in UNSHIPPABLE]
-    stated, cost = report.pairs[0].price, report.verdict.cost
+    stated, cost = report.pairs[0].price, twin_of(report).cost
     accepted = ACCEPTED if stated is None else stated / 100
     surely = cost.mean if cost.low is None else cost.low
     if surely > accepted:  # which says more than the flag does

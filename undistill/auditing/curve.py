@@ -31,7 +31,7 @@ def curve_jobs(plan: Plan, best: Sequence[Job], attack: str, student: str) -> li
     """
     pair, tuned = plan.jobs[0].pair, {listed.column: job for listed, job in zip(plan.searched, best, strict=True)}
     images, name = len(pair.attackers.train), named_or_plain(plan, attack, student)
-    columns: list[tuple[Side, str, str]] = [("victim", name, student), ("honest", name, student)]
+    columns: list[tuple[Side, str, str]] = [(side, name, student) for side in pair.sides]
     return [
         replace(at_budget(tuned[column], budget, images), seed=seed, listed=column[1])
         for budget in budgets(images)

@@ -40,7 +40,7 @@ def selected_on_test(report: Report) -> str | None:
 
 @check
 def few_seeds(report: Report) -> str | None:
-    n = report.verdict.damage.n
+    n = report.verdict.kd_gain.n
     return (
         f"Only {n} seed{'s' * (n > 1)}: the spread between runs is not known well. Use at least 3." if n < 3 else None
     )
@@ -57,13 +57,23 @@ def one_teacher(report: Report) -> str | None:
 
 
 @check
-def no_gain_from_honest(report: Report) -> str | None:
-    gain = report.verdict.kd_gain_honest.mean
-    if gain >= -0.01:
+def no_twin(report: Report) -> str | None:
+    if report.honest:
         return None
     return (
-        f"Distilling from the unprotected model is {-100 * gain:.1f} points worse than learning without any teacher, "
-        "so weak students of the victim prove little. Tune the attack (T, alpha, epochs) first."
+        "No unprotected twin is known, so nothing here says what the protection does or costs: a student may be bad "
+        "because the model is protected, or because it imitates badly. --honest RUN names a twin."
+    )
+
+
+@check
+def no_gain_from_honest(report: Report) -> str | None:
+    gain = report.verdict.kd_gain_honest
+    if gain is None or gain.mean >= -0.01:
+        return None
+    return (
+        f"Distilling from the unprotected model is {-100 * gain.mean:.1f} points worse than learning without any "
+        "teacher, so weak students of the victim prove little. Tune the attack (T, alpha, epochs) first."
     )
 
 
@@ -127,7 +137,7 @@ def zeros_in_answers(report: Report) -> str | None:
 @check
 def costly(report: Report) -> str | None:
     cost, stated = report.verdict.cost, _stated_price(report) or 0.0
-    if cost.low is None or cost.low <= max(0.02, stated / 100):
+    if cost is None or cost.low is None or cost.low <= max(0.02, stated / 100):
         return None
     return f"The protection costs at least {cost.low * 100:.1f} points of accuracy; its users will notice."
 
@@ -138,7 +148,7 @@ CLASS_PAYS = 3.0  # times the price
 
 @check
 def miscalibrated(report: Report) -> str | None:
-    if report.costs.ece <= MORE_ECE:
+    if report.costs is None or report.costs.ece <= MORE_ECE:
         return None
     return (
         f"Confidences fit worse than before: the expected calibration error rose by {100 * report.costs.ece:.1f} "
@@ -150,7 +160,8 @@ def miscalibrated(report: Report) -> str | None:
 @check
 def a_class_pays(report: Report) -> str | None:
     worst = max((pair.worst_class for pair in report.pairs if pair.worst_class), key=_least_lost, default=None)
-    price = max((_stated_price(report) or 0.0) / 100, report.verdict.cost.mean, 0.0)
+    cost = report.verdict.cost
+    price = max((_stated_price(report) or 0.0) / 100, cost.mean if cost else 0.0, 0.0)
     if worst is None or _least_lost(worst) <= CLASS_PAYS * price:
         return None
     return (
@@ -177,7 +188,7 @@ def top_answers_flip(report: Report) -> str | None:
 @check
 def price_not_kept(report: Report) -> str | None:
     stated, cost = _stated_price(report), report.verdict.cost
-    if stated is None or cost.low is None or 100 * cost.low <= stated:
+    if stated is None or cost is None or cost.low is None or 100 * cost.low <= stated:
         return None
     return (
         f"The price was stated as {stated:g} points of accuracy, and at least {100 * cost.low:.1f} were paid. State a "
@@ -203,7 +214,7 @@ def _stated_price(report: Report) -> float | None:
 
 @check
 def barely_diverged(report: Report) -> str | None:
-    if report.divergence >= 1:
+    if report.divergence is None or report.divergence >= 1:
         return None
     return (
         f"The victim answers almost as the unprotected model does (T^2 KL {report.divergence:.2f} nats); "
@@ -213,7 +224,8 @@ def barely_diverged(report: Report) -> str | None:
 
 @check
 def underfitted_teacher(report: Report) -> str | None:
-    fitted = fmean(pair.honest_train_accuracy for pair in report.pairs)
+    known = [pair.honest_train_accuracy for pair in report.pairs if pair.honest_train_accuracy is not None]
+    fitted = fmean(known) if known else 1.0
     if fitted >= 0.99:
         return None
     return (
@@ -265,6 +277,11 @@ def adopted_weights(report: Report) -> str | None:
     if not any(pair.may_be_memory for pair in report.pairs):
         return None
     gap = fmean(pair.membership_gap for pair in report.pairs)
+    if not report.honest:
+        return (
+            "Nobody here knows on which images this model was trained. If those tested here were among them, its "
+            "accuracy is memory and too high, and so is that of its copies."
+        )
     return (
         "The unprotected model started from weights made elsewhere. If those were trained on the images tested here, "
         f"accuracies of both models are memory and too high (it is {100 * gap:+.1f} points surer of training than of "

@@ -23,6 +23,8 @@ from undistill.training.compute import EXACT, Compute
 from undistill.victims.victim import NetworkVictim
 
 VALIDATION_SHARE = 0.1
+NO_TWIN = "none"
+"""Named instead of a run folder where a victim is to be audited without a twin."""
 CPU = torch.device("cpu")
 
 
@@ -49,7 +51,8 @@ class VictimPair:
     """The two runs, and the seeds with which students attack this pair."""
 
     victim: Run
-    honest: Run
+    honest: Run | None
+    """None where no twin is known."""
     seeds: tuple[int, ...]
     model: Model | None = None
     options: QueryOptions = QueryOptions()
@@ -59,7 +62,7 @@ class VictimPair:
     """Source of the images of thieves who have none of the owner's; empty where there are no such thieves."""
 
     def __post_init__(self) -> None:
-        if self.victim.record["data_sha256"] != self.honest.record["data_sha256"]:
+        if self.honest and self.victim.record["data_sha256"] != self.honest.record["data_sha256"]:
             raise StoreError(
                 f"{self.victim.folder} and {self.honest.folder} were made on different data; "
                 "only networks of the same data can be compared."
@@ -74,10 +77,10 @@ class VictimPair:
         model: str | Model | nn.Module | Callable[..., nn.Module] | None,
         pool: str = "",
     ) -> "VictimPair":
-        """`honest` defaults to the run from which the victim was protected."""
+        """`honest` defaults to the run from which the victim was protected; `NO_TWIN` leaves it out."""
         run = victim if isinstance(victim, Run) else Run.open(victim)
         honest = honest or parent(run)
-        twin = honest if isinstance(honest, Run) else Run.open(honest)
+        twin = honest if isinstance(honest, Run) else None if honest == NO_TWIN else Run.open(honest)
         return cls(run, twin, tuple(seeds), None if model is None else Model.from_user(model), pool=pool)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -90,10 +93,23 @@ class VictimPair:
 
     @cached_property
     def victims(self) -> dict[Side, NetworkVictim]:
-        """Both networks. Attacks that make no queries are compared with the victim."""
+        """What answers on each side. Attacks that make no queries are compared with the victim."""
         victim = self.options.victim(self.victim, self.victim.network(self.model))
-        honest = self.options.victim(self.honest, self.honest.network(self.model))
-        return {"victim": victim, "honest": honest, "none": victim}
+        found: dict[Side, NetworkVictim] = {"victim": victim, "none": victim}
+        if self.honest:
+            found["honest"] = self.options.victim(self.honest, self.honest.network(self.model))
+        return found
+
+    @property
+    def runs(self) -> dict[Side, Run]:
+        """The runs that there are."""
+        runs: dict[Side, Run | None] = {"victim": self.victim, "honest": self.honest}
+        return {side: run for side, run in runs.items() if run}
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """Sides that answer."""
+        return tuple(self.runs)
 
     @cached_property
     def attackers(self) -> Split:
@@ -111,8 +127,7 @@ class VictimPair:
 
     def require_finite(self) -> None:
         """Raise `NonFinite`, naming the run, if one of the two answers NaN or infinity to the test images."""
-        runs: dict[Side, Run] = {"victim": self.victim, "honest": self.honest}
-        for side, run in runs.items():
+        for side, run in self.runs.items():
             try:
                 self.test_logits(side)
             except NonFinite as error:
@@ -120,11 +135,11 @@ class VictimPair:
 
     def test_logits(self, side: Side) -> Tensor:
         """Answers (N, K) of a side to the test images, in main memory; their mean where they vary."""
-        return self.victims[side].answers.plain(self.data.test, self.data.num_classes)
+        return self.victims[side].plain(self.data.test, self.data.num_classes)
 
     def asked(self, side: Side) -> list[Tensor]:
         """The same answers, once for each time that the side was asked: several times if they vary."""
-        return self.victims[side].answers.asked(self.data.test, self.data.num_classes)
+        return self.victims[side].asked(self.data.test, self.data.num_classes)
 
 
 RECENT = 2
@@ -132,8 +147,8 @@ RECENT = 2
 _pairs: dict[tuple[object, ...], VictimPair] = {}
 
 
-def _loaded(victim: Run, honest: Run, *others: Any) -> VictimPair:
-    key = (victim.folder, victim.identity, honest.folder, honest.identity, *others)
+def _loaded(victim: Run, honest: Run | None, *others: Any) -> VictimPair:
+    key = (*((run.folder, run.identity) if run else None for run in (victim, honest)), *others)
     _pairs[key] = _pairs.pop(key) if key in _pairs else VictimPair(victim, honest, *others)  # the latest last
     while len(_pairs) > RECENT:
         del _pairs[next(iter(_pairs))]

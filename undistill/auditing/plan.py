@@ -58,7 +58,7 @@ class Plan:
             for seed in pair.seeds
             for student in networks
             for attack in parsed
-            for side in sides_of(attack)
+            for side in sides_of(attack, pair)
         ]
         return cls(suite, tuning or chosen.tuning, tuple(jobs), budget, curve)
 
@@ -110,5 +110,5 @@ class Plan:
         ]
 
 
-def sides_of(attack: Attack) -> tuple[Side, ...]:
-    return ("none",) if attack.needs == Access.NONE else ("victim", "honest")
+def sides_of(attack: Attack, pair: VictimPair) -> tuple[Side, ...]:
+    return ("none",) if attack.needs == Access.NONE else pair.sides

@@ -1,7 +1,8 @@
 """`report.json`: the audit's product. Accuracies are shares from 0 to 1; docs/report.schema.json is made from here."""
 
 import base64
-from typing import Annotated, Any, Literal
+from statistics import fmean
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,17 +72,17 @@ class ClassLoss(Part):
 
 
 class Pair(Part):
-    """One victim with its honest twin."""
+    """One victim with its honest twin. What compares the two is null where no twin is known."""
 
     victim: Teacher
-    honest: Teacher
-    divergence: Number
-    agreement: Share
+    honest: Teacher | None
+    divergence: Number | None
+    agreement: Share | None
     """Share of test images to which both give the same top answer."""
-    honest_train_accuracy: Share
+    honest_train_accuracy: Share | None
     test_images: Annotated[int, Field(ge=1)]
     adopted_weights: bool
-    """The honest teacher started from weights made elsewhere."""
+    """The honest teacher started from weights made elsewhere; without a twin, the victim did."""
     unseen: bool = False
     """Whoever adopted them named the test images as such on which they were not trained."""
     membership_gap: Number = 0.0
@@ -234,13 +235,14 @@ class Verdict(Part):
     """Worst attack minus the better of the students without teacher and with smoothed labels."""
     kd_gain: Interval
     """Plain distillation from the victim, as its thief tuned it, minus no teacher; the paper does not tune."""
-    kd_gain_honest: Interval
+    kd_gain_honest: Interval | None
     """The same from the honest twin: the positive control."""
-    damage: Interval
-    """Plain distillation from the honest twin minus that from the victim, each as its thief tuned it."""
+    damage: Interval | None
+    """Plain distillation from the honest twin minus that from the victim, each as its thief tuned it. Null, as
+    everything that needs the twin, where none is known."""
     damage_best: Interval | None = None
     """The same for the best thief; null where the unprotected twin was not attacked so."""
-    cost: Interval
+    cost: Interval | None
     """Honest accuracy minus victim accuracy."""
     bits: NotNegative | None = None
     """The most bits that an answer carries beyond its label, by construction; null where nothing bounds them."""
@@ -269,6 +271,19 @@ class Costs(Part):
     train_seconds: Number
 
 
+class Twin(NamedTuple):
+    """All that a report says of an honest twin, see the fields of the same names."""
+
+    honest: Teacher
+    divergence: float
+    agreement: float
+    """Mean over pairs."""
+    costs: Costs
+    cost: Interval
+    damage: Interval
+    kd_gain_honest: Interval
+
+
 class Flag(Part):
     """One reason to doubt this result."""
 
@@ -291,7 +306,8 @@ class Report(Part):
     suite: Text
     recipe: Text
     victim: Teacher
-    honest: Teacher
+    honest: Teacher | None
+    """Null where no twin is known."""
     pairs: Annotated[list[Pair], Field(min_length=1)]
     cells: Annotated[list[Cell], Field(min_length=1)]
     trials: list[Trial] = Field(default_factory=list)
@@ -303,9 +319,10 @@ class Report(Part):
     """Attacks of the suite that cannot be tried on these networks, and why."""
     curve: list[Cell] = Field(default_factory=list)
     """Students of thieves with smaller and larger budgets, each of whom buys one answer for each image."""
-    divergence: Number
+    divergence: Number | None
     """T^2 KL(victim/T || honest/T) at T = 4 on the validation split, in nats; mean over pairs."""
-    costs: Costs
+    costs: Costs | None
+    """Null where no twin is known."""
     verdict: Verdict
     flags: list[Flag]
     environment: dict[Text, Text | int]
@@ -321,6 +338,31 @@ class Report(Part):
         cells = [_cell_of_format_1(cell) for cell in report.get("cells") or []]
         verdict = _renamed(report.get("verdict"), {"poison": "kd_gain", "control": "kd_gain_honest"})
         return report | {"format": 3, "cells": cells, "verdict": verdict}
+
+    @property
+    def twin(self) -> Twin | None:
+        """All that needs an honest twin; None where none is known."""
+        verdict, agreed = self.verdict, [pair.agreement for pair in self.pairs if pair.agreement is not None]
+        parts = {
+            "honest": self.honest,
+            "divergence": self.divergence,
+            "agreement": fmean(agreed) if agreed else None,
+            "costs": self.costs,
+            "cost": verdict.cost,
+            "damage": verdict.damage,
+            "kd_gain_honest": verdict.kd_gain_honest,
+        }
+        known = {name: part for name, part in parts.items() if part is not None}
+        if known and len(known) < len(parts):
+            lacking = [name for name in parts if name not in known]
+            raise ValueError(f"of an honest twin it says {', '.join(known)}, and not {', '.join(lacking)}")
+        return Twin(**known) if known else None  # type: ignore[arg-type]
+
+    @model_validator(mode="after")
+    def _whole_twin(self) -> Self:
+        """A page that shows some of it would say that the rest was measured, too."""
+        _ = self.twin
+        return self
 
     @field_validator("cells")
     @classmethod

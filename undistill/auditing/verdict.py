@@ -164,10 +164,15 @@ class Judge:
         self.of_role((Role.NO_TEACHER,), "none", student)
         return self.best(self.of_role((Role.LABELS, Role.NO_TEACHER), "none", student))
 
-    def verdict(self, cost: Interval, data: str, bits: float | None = None) -> Verdict:
+    @property
+    def has_twin(self) -> bool:
+        """Whether there are students of an honest twin."""
+        return any(column[0] == "honest" for column in self.table)
+
+    def verdict(self, cost: Interval | None, data: str, bits: float | None = None) -> Verdict:
         """The verdict over all cells. `SpecError` names a role that is lacking.
 
-        Attacks are found by their role; of several plain ones the first counts.
+        Attacks are found by their role; of several plain ones the first counts. `cost` is None without a twin.
         """
         attacks = [column for column in self.asked if self.role(column) not in FLOORS and self.asks(column)]
         if not attacks:
@@ -175,22 +180,27 @@ class Judge:
         worst = max(attacks, key=lambda column: self.scores[column] - self.scores[self.best(self.floors(column))])
         thief, students = self.best_thief, list(dict.fromkeys(column[2] for column in attacks))
         plain = {who: self.of_role((Role.PLAIN,), "victim", who)[0] for who in students}
-        twin = {who: self.of_role((Role.PLAIN,), "honest", who)[0] for who in students}
+        twin = {who: self.of_role((Role.PLAIN,), "honest", who)[0] for who in students} if self.has_twin else {}
         scratch = {who: self.of_role((Role.NO_TEACHER,), "none", who)[0] for who in students}
 
         def ahead(a: Mapping[str, Column], b: Mapping[str, Column]) -> Callable[[str], float]:
             return lambda who: self.scores[a[who]] - self.scores[b[who]]
 
-        gains, gains_honest = max(students, key=ahead(plain, scratch)), min(students, key=ahead(twin, scratch))
-        spared, unharmed = min(students, key=ahead(twin, plain)), ("honest", *thief[1:])
+        def gain(taught: Mapping[str, Column], who: str) -> Interval:
+            return self.minus(taught[who], scratch[who])
+
+        gains = max(students, key=ahead(plain, scratch))
+        gains_honest = min(students, key=ahead(twin, scratch)) if twin else None
+        spared = min(students, key=ahead(twin, plain)) if twin else None
+        unharmed: Column = ("honest", *thief[1:])
         verdict = Verdict(
             sentence="",
             leak=self.leak(worst),
             leak_hard=self.minus(worst, self.hard(worst[2])),
             leak_label_smoothing=self.minus(worst, self.labelled(worst[2])),
-            kd_gain=self.minus(plain[gains], scratch[gains]),
-            kd_gain_honest=self.minus(twin[gains_honest], scratch[gains_honest]),
-            damage=self.minus(twin[spared], plain[spared]),
+            kd_gain=gain(plain, gains),
+            kd_gain_honest=gain(twin, gains_honest) if gains_honest else None,
+            damage=self.minus(twin[spared], plain[spared]) if spared else None,
             damage_best=self.minus(unharmed, thief) if unharmed in self.table else None,
             cost=cost,
             bits=bits,

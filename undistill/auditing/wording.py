@@ -10,6 +10,12 @@ def sentence(verdict: Verdict, data: str, thief: str) -> str:
 
     One seed claims nothing.
     """
+    if verdict.damage is None or verdict.cost is None:
+        beyond = f"; {beyond_labels(verdict)}" if verdict.kd_gain.n > 1 else ""
+        return (
+            f"On {data}, {thief}{beyond}.{bound(verdict.bits)} Without an unprotected twin it is not assessed what "
+            "the protection does, nor what it costs."
+        )
     if verdict.damage.n < 2:
         return (
             f"On {data}, {thief}. With one student of each kind it is not assessed what answers give beyond their "

@@ -57,7 +57,7 @@ def demo(
 def audit(
     run: Annotated[Path, typer.Argument(help="The run folder of the protected model.")],
     honest: Annotated[
-        Path | None, typer.Option(help="Its unprotected twin; by default the run it was protected from.")
+        str | None, typer.Option(help="Its unprotected twin, or none; by default the run it was protected from.")
     ] = None,
     suite: Annotated[str, typer.Option(help="A listed suite of attacks.")] = "quick-2",
     attack: Attacks = None,
@@ -92,12 +92,12 @@ def audit(
     from undistill.api import audit as work
     from undistill.api import plan_audit
     from undistill.auditing.forecast import describe, forecast
+    from undistill.auditing.pair import VictimPair
     from undistill.cli.config import merge, read_settings
-    from undistill.runs.run import Run, parent
     from undistill.runs.settings import AuditSettings, recorded_settings
 
-    victim = Run.open(run)
-    recipe = recorded_settings(Run.open(honest or parent(victim))).recipe
+    pair = VictimPair.of(run, honest, (), model)
+    recipe = recorded_settings(pair.honest or pair.victim).recipe
     chosen = AuditSettings(**merge({"recipe": recipe.model_dump()}, read_settings(config, settings, fast)))
     out = out or beside(run, "audit")
     asked: dict[str, Any] = {
@@ -118,13 +118,13 @@ def audit(
         "remember": remember,
     }
     if dry_run:
-        plan = plan_audit(victim, **asked)
+        plan = plan_audit(pair.victim, **asked)
         say(describe(plan, cells or out / "cells"))
         say(str(forecast(plan, cells or out / "cells")))
         return
     with working() as progress:
         found = work(
-            victim,
+            pair.victim,
             out,
             by=by,
             launcher=build_launcher(launcher, workers, address),
@@ -169,16 +169,20 @@ def show(report: "Report", folder: Path) -> None:
     for name in ("student taught by", "accuracy", "agrees", "queries"):
         rows.add_column(name, justify="left" if name == "student taught by" else "right")
     for side, teacher in (("protected", report.victim), ("unprotected", report.honest)):
-        rows.add_row(f"({side} model itself)", percent(teacher.accuracy), "", "")
+        if teacher:
+            rows.add_row(f"({side} model itself)", percent(teacher.accuracy), "", "")
     for row in table(report):
         rows.add_row(escape(legible(row["attack"])), row["accuracy"], row["fidelity"], row["queries"])
     console.print(rows)
     verdict = report.verdict
     sentence = escape(legible(verdict.sentence))
+    beside = report.twin and (
+        f"damage {points(report.twin.damage)}, cost {points(report.twin.cost)}, gain of a student of the unprotected "
+        f"model {points(report.twin.kd_gain_honest)}, "
+    )
     console.print(
-        f"\n{sentence}\n\nIn points: damage {points(verdict.damage)}, cost {points(verdict.cost)}, "
-        f"worst case against top answers {points(verdict.leak_hard)}, gain of a student of the unprotected model "
-        f"{points(verdict.kd_gain_honest)}."
+        f"\n{sentence}\n\nIn points: {beside or ''}worst case against top answers {points(verdict.leak_hard)}, "
+        f"gain of imitating {points(verdict.kd_gain)}."
     )
     for flag in report.flags:
         console.print(f"Read with care: {legible(flag.message)}", style="yellow", markup=False)

@@ -43,6 +43,8 @@ def _what(report: Report) -> str:
 
 def _works(report: Report) -> str:
     damage = report.verdict.damage
+    if damage is None:
+        return "That cannot be said: no unprotected twin of the model is known, beside which copies could be compared."
     if damage.n < FEW:
         return f"That cannot be said: each copy was trained only {damage.n} time{'s' * (damage.n > 1)}."
     if is_above_zero(damage):
@@ -56,9 +58,11 @@ def _works(report: Report) -> str:
 
 
 def _price(report: Report) -> str:
-    right, before = (round(100 * teacher.accuracy, 1) for teacher in (report.victim, report.honest))
-    said = f"Of 100 images it sorts {right:g} rightly; without protection {before:g}."
-    low, high = report.verdict.cost.low, report.verdict.cost.high
+    said = f"Of 100 images it sorts {round(100 * report.victim.accuracy, 1):g} rightly"
+    if report.twin is None:
+        return f"{said}. What it did without its protection is not known."
+    said += f"; without protection {round(100 * report.twin.honest.accuracy, 1):g}."
+    low, high = report.twin.cost.low, report.twin.cost.high
     if low is None or high is None:
         return said
     ends = (f"{100 * abs(end):.1f} {'fewer' if end > 0 else 'more'}" for end in (low, high))
@@ -85,9 +89,9 @@ def _next(report: Report) -> str:
     verdict = report.verdict
     if any(pair.may_be_memory for pair in report.pairs):
         return "Measure again on images that the model has not seen (undistill adopt --test DATA)."
-    if verdict.damage.n < FEW:
+    if verdict.kd_gain.n < FEW:
         return f"Measure again with at least {FEW} seeds (--seeds {FEW}) before you rely on any difference here."
-    if not is_above_zero(verdict.damage):
+    if verdict.damage is not None and not is_above_zero(verdict.damage):
         return (
             "Do not rely on this protection: it was not shown to work here. Limit how often each client may query the "
             "model, or protect it anew with a stronger setting and audit that."

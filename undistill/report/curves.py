@@ -82,7 +82,8 @@ def queries(report: Report) -> Figure:
                 axes.errorbar(
                     beside, means, (low, high), marker=mark, linestyle=dashes, label=name, color=colour, elinewidth=0.7
                 )
-        models = ("the protected model", report.victim, VICTIM), ("the unprotected model", report.honest, HONEST)
+        models = [("the protected model", report.victim, VICTIM)]
+        models += [("the unprotected model", report.honest, HONEST)] if report.honest else []
         for (name, teacher, colour), level in zip(models, LEVELS, strict=False):
             above.axhline(100 * teacher.accuracy, color=colour, linestyle=level, linewidth=1, label=name)
         above.set_xscale("log")

@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from undistill.auditing.schema import Side
 from undistill.core.errors import StoreError, UndistillError, legible
 from undistill.core.files import LARGEST_TEXT, parse_json, read_text, require_plain, sha256, write_atomically
 from undistill.core.tensors import LARGEST, read_arrays
 from undistill.data.pictures import read_sheet
-from undistill.data.split import LONGEST, Data, Samples
+from undistill.data.split import LONGEST, Data
 from undistill.data.views import to_float
 from undistill.models.model import Model, features
 from undistill.models.trial import device_of
@@ -44,7 +45,8 @@ class Evidence:
     classes: list[str]
     images: Array
     labels: Array
-    honest: Array
+    honest: Array | None
+    """None where no twin is known."""
     victim: Array
     point_labels: Array
     maps: dict[str, Array]
@@ -81,16 +83,33 @@ def _point(row: Mapping[str, float], undermines: bool) -> list[float]:
     return [accuracy, -row["undermining"]] if undermines and "undermining" in row else [accuracy]
 
 
+@dataclass(frozen=True)
+class Pictured:
+    """A model of which pictures are made."""
+
+    answers: Callable[[Tensor], Tensor]
+    """Logits (n, K) for the test images of the given indices (n,)."""
+    network: nn.Module | None = None
+    """The network, from which features are read; None for a black box."""
+
+    @classmethod
+    def of(cls, network: nn.Module, data: Data) -> "Pictured":
+        return cls(lambda index: evaluate(network, data.test[index]).cpu(), network)
+
+
+Models = Mapping[Side, Pictured]
+"""The victim, and the honest twin where one is known."""
+
+
 def write_evidence(
     path: Path,
     data: Data,
-    honest: nn.Module,
-    victim: nn.Module,
+    models: Models,
     sheets: Mapping[str, Path] | None = None,
     curves: Mapping[str, Array | None] | None = None,
 ) -> None:
-    """Answers and maps of both networks, pictures of made images, and curves of training."""
-    arrays = _answered(data, honest, victim)
+    """Answers and maps of the models, pictures of made images, and curves of training."""
+    arrays = _answered(data, models)
     for name, file in (sheets or {}).items():
         arrays[f"sheet {name}"] = read_sheet(file)
     arrays |= {f"curve {name}": curve for name, curve in (curves or {}).items() if curve is not None}
@@ -101,25 +120,28 @@ def write_evidence(
 
 def evidence_of(honest: Run, victim: Run, model: Model | None = None) -> Evidence:
     """Answers and maps of two runs. `model` names their network again where it is the user's own code."""
-    return _evidence(_answered(victim.data(), honest.network(model), victim.network(model)))
+    data = victim.data()
+    runs: dict[Side, Run] = {"honest": honest, "victim": victim}
+    return _evidence(_answered(data, {side: Pictured.of(run.network(model), data) for side, run in runs.items()}))
 
 
-def _answered(data: Data, honest: nn.Module, victim: nn.Module) -> dict[str, Array]:
-    """Answers of both networks to a few test images of different classes, and t-SNE maps of many images."""
-    shown = data.test[_first_of_each(data.test.labels)[:IMAGES]]
+def _answered(data: Data, models: Models) -> dict[str, Array]:
+    """Answers of the models to a few test images of different classes, and t-SNE maps of many images."""
+    few = _first_of_each(data.test.labels)[:IMAGES]
+    many = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:POINTS]
+    shown, points = data.test[few], data.test[many]
     arrays = {
         "classes": np.array(data.classes),
         "images": shown.pixels.numpy(),
         "labels": shown.labels.numpy(),
-        "honest": _tempered(honest, shown),
-        "victim": _tempered(victim, shown),
+        "point_labels": points.labels.numpy(),
     }
-    generator = torch.Generator().manual_seed(0)
-    points = data.test[torch.randperm(len(data.test), generator=generator)[:POINTS]]
-    arrays["point_labels"] = points.labels.numpy()
-    for side, network in (("honest", honest), ("victim", victim)):
-        arrays[f"map {side} answers"] = _map(F.softmax(evaluate(network, points).cpu() / T, 1))
-        inner = features(bare(network), to_float(points.pixels.to(device_of(network))))
+    for side, model in models.items():
+        arrays[side] = F.softmax(model.answers(few) / T, 1).numpy()
+        arrays[f"map {side} answers"] = _map(F.softmax(model.answers(many) / T, 1))
+        if model.network is None:
+            continue
+        inner = features(bare(model.network), to_float(points.pixels.to(device_of(model.network))))
         if inner is not None:
             arrays[f"map {side} features"] = _map(inner.cpu())
     return arrays
@@ -144,9 +166,9 @@ def _evidence(arrays: Mapping[str, Array]) -> Evidence:
         {name.removeprefix(kind): arrays[name] for name in arrays if name.startswith(kind)}
         for kind in ("map ", "sheet ", "curve ")
     )
-    fields = {name: arrays[name] for name in ("images", "labels", "honest", "victim", "point_labels")}
+    fields = {name: arrays[name] for name in ("images", "labels", "victim", "point_labels")}
     classes = [legible(str(name))[:LONGEST] for name in arrays["classes"].flat]
-    return Evidence(classes=classes, maps=maps, sheets=sheets, curves=curves, **fields)
+    return Evidence(classes, honest=arrays.get("honest"), maps=maps, sheets=sheets, curves=curves, **fields)
 
 
 def _check(evidence: Evidence) -> None:
@@ -156,7 +178,8 @@ def _check(evidence: Evidence) -> None:
         raise ValueError(f"{n} images, {classes} classes, {len(evidence.maps)} maps, {len(evidence.sheets)} sheets")
     _require("images", evidence.images, "u", n, (1, 3), ANY, ANY)
     _require("labels", evidence.labels, "iu", n)
-    _require("honest", evidence.honest, "f", n, classes)
+    if evidence.honest is not None:
+        _require("honest", evidence.honest, "f", n, classes)
     _require("victim", evidence.victim, "f", n, classes)
     _require("point_labels", evidence.point_labels, "iu", points)
     for name, points_of in evidence.maps.items():
@@ -186,10 +209,6 @@ def _require(name: str, array: Array, kinds: str, *shape: int | Container[int]) 
 def _first_of_each(labels: Tensor) -> Tensor:
     """Index of the first sample of every class."""
     return torch.tensor([int((labels == label).nonzero()[0]) for label in labels.unique()])
-
-
-def _tempered(network: nn.Module, samples: Samples) -> Array:
-    return F.softmax(evaluate(network, samples).cpu() / T, dim=1).numpy()
 
 
 def _map(points: Tensor) -> Array:

@@ -117,35 +117,35 @@ def label(column: Column) -> str:
 
 
 def answers(evidence: Evidence) -> Figure:
-    """Tempered answers of both teachers to the same images: the paper's bar charts."""
+    """Tempered answers of the models to the same images: the paper's bar charts."""
     count, classes = len(evidence.images), len(evidence.classes)
+    models = [("protected", evidence.victim, VICTIM, "///")]
+    if evidence.honest is not None:
+        models.insert(0, ("unprotected", evidence.honest, HONEST, ""))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.75 * count + 0.5, 4.6), layout="constrained")
-        grid = figure.subplots(3, count, squeeze=False, height_ratios=(1.1, 1, 1))
+        figure = Figure(figsize=(1.75 * count + 0.5, 1.4 + 1.6 * len(models)), layout="constrained")
+        grid = figure.subplots(1 + len(models), count, squeeze=False, height_ratios=(1.1, *[1] * len(models)))
         for number in range(count):
-            picture, honest, victim = grid[:, number]
+            picture, *bars = grid[:, number]
             pixels = evidence.images[number].transpose(1, 2, 0)
             picture.imshow(pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
             picture.set_title(evidence.classes[int(evidence.labels[number])], fontsize=10)
             picture.axis("off")
-            for axes, values, colour, hatch in (
-                (honest, evidence.honest[number], HONEST, ""),
-                (victim, evidence.victim[number], VICTIM, "///"),
-            ):
-                axes.bar(range(classes), values, color=colour, hatch=hatch, edgecolor="white", linewidth=0.3)
+            for axes, (_, values, colour, hatch) in zip(bars, models, strict=True):
+                axes.bar(range(classes), values[number], color=colour, hatch=hatch, edgecolor="white", linewidth=0.3)
                 axes.set_ylim(0, 1)
                 axes.set_xticks(range(0, classes, max(1, math.ceil(classes / 10))))
                 axes.tick_params(labelsize=7)
                 if number:
                     axes.set_yticklabels([])
-        grid[1, 0].set_ylabel("unprotected")
-        grid[2, 0].set_ylabel("protected")
+        for axes, (name, *_) in zip(grid[1:, 0], models, strict=True):
+            axes.set_ylabel(name)
         figure.supxlabel(f"class; bars are answers softened at T = {T:g}", fontsize=9)
     return figure
 
 
 def maps(evidence: Evidence) -> Figure:
-    """t-SNE of features and answers of both teachers, one mark for each class."""
+    """t-SNE of features and answers of the models, one mark for each class."""
     names = [
         name
         for name in ("honest features", "victim features", "honest answers", "victim answers")

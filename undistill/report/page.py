@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from pathlib import Path
-from statistics import fmean
 from typing import TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -83,10 +82,10 @@ def render(folder: Path) -> Path:
         "training": draw(training(evidence.curves)) if evidence.curves else None,
         "sheets": draw(figures.sheets(evidence.sheets)) if evidence.sheets else None,
     }
-    agreement = fmean(pair.agreement for pair in report.pairs)
     budget = max((cell.budget for cell in report.cells if cell.budget is not None), default=None)
     context = {
         "report": report,
+        "twin": report.twin,
         "budget": budget,
         "advice": advice(report),
         "best": best(report),
@@ -96,8 +95,8 @@ def render(folder: Path) -> Path:
         "word": word,
         "rows": table(report),
         "costs": costs(report),
+        "models": ["protected", *(["unprotected"] if report.honest else [])],
         "copy_price": price_of_a_copy(report) if report.curve else "",
-        "agreement": agreement,
         "percent": percent,
         "points": points,
     }
@@ -114,22 +113,22 @@ def best(report: Report) -> dict[str, str]:
     return {"attack": figures.label(column), "accuracy": percent(interval(list(found[column].values())))}
 
 
-def costs(report: Report) -> list[tuple[str, ...]]:
-    """Rows of name, value of the protected model and of the unprotected one, of everything that protecting may cost."""
-    both = report.victim, report.honest
-    rows: list[tuple[str, ...]] = [("accuracy", *(percent(one.accuracy) for one in both))]
+def costs(report: Report) -> list[tuple[str, list[str]]]:
+    """Rows of everything that protecting may cost: its name, and its value of the protected model and of its twin."""
+    both = [report.victim, *([report.honest] if report.honest else [])]
+    rows: list[tuple[str, list[str]]] = [("accuracy", [percent(one.accuracy) for one in both])]
     lost = [pair.worst_class for pair in report.pairs if pair.worst_class]
     if lost and all(len(_known(one.by_class)) and len(one.by_class) == report.classes for one in both):
         worst = max(lost, key=lambda one: one.lost.mean if one.lost.low is None else one.lost.low)
         place = report.class_names.index(worst.name) if worst.name in report.class_names else 0
-        values = [one.by_class[place] for one in both]
-        rows.append((f"accuracy of the class that lost most, {legible(worst.name)}", *map(_share, values)))
-        rows.append(("accuracy of its worst class", *(_share(min(_known(one.by_class))) for one in both)))
-    rows.append(("accuracy on the 80 % of which it is surest", *(_share(one.selective) for one in both)))
-    rows.append(("label among its five highest answers", *(_share(one.top5) for one in both)))
-    rows.append(("ECE, in points", *(f"{100 * one.ece:.1f}" for one in both)))
-    rows.append(("NLL, in nats", *(f"{one.nll:.3f}" for one in both)))
-    rows.append(("Brier score", *("–" if one.brier is None else f"{one.brier:.3f}" for one in both)))
+        of_it = [_share(one.by_class[place]) for one in both]
+        rows.append((f"accuracy of the class that lost most, {legible(worst.name)}", of_it))
+        rows.append(("accuracy of its worst class", [_share(min(_known(one.by_class))) for one in both]))
+    rows.append(("accuracy on the 80 % of which it is surest", [_share(one.selective) for one in both]))
+    rows.append(("label among its five highest answers", [_share(one.top5) for one in both]))
+    rows.append(("ECE, in points", [f"{100 * one.ece:.1f}" for one in both]))
+    rows.append(("NLL, in nats", [f"{one.nll:.3f}" for one in both]))
+    rows.append(("Brier score", ["–" if one.brier is None else f"{one.brier:.3f}" for one in both]))
     return rows
 
 

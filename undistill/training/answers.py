@@ -203,10 +203,7 @@ class RememberedAnswers:
         What the interface of a protected network does not show is filled in evenly. Of answers that vary, it is the
         logarithm of the mean probabilities.
         """
-        asked = self.asked(samples, num_classes)
-        if len(asked) == 1:
-            return asked[0]
-        return torch.stack([one.softmax(1) for one in asked]).mean(0).log().clamp_min(LOG_ZERO)
+        return mean_answer(self.asked(samples, num_classes))
 
     def asked(self, samples: Samples, num_classes: int) -> list[Tensor]:
         """The same logits, once for each time that the network is asked: `ASKED` times if its answers vary."""
@@ -304,6 +301,13 @@ class RememberedAnswers:
         images = torch.rand(2, *dataset.samples.images.shape[1:], generator=generator)
         with torch.no_grad(), EXACT.active(self.device):
             return _digest(self.network(images.to(self.device)))
+
+
+def mean_answer(asked: Sequence[Tensor]) -> Tensor:
+    """The logarithm of the mean probabilities of several answers (N, K) to the same images; one is left as it is."""
+    if len(asked) == 1:
+        return asked[0]
+    return torch.stack([one.softmax(1) for one in asked]).mean(0).log().clamp_min(LOG_ZERO)
 
 
 def _digest(values: Tensor) -> str:

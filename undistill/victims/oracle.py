@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from undistill.core.errors import AccessDenied
 from undistill.data.batches import Batch
 from undistill.data.split import Samples
-from undistill.data.views import to_float
 from undistill.victims.answer import Answer
 from undistill.victims.ledger import Ledger
 from undistill.victims.protected import responses_of
@@ -34,8 +33,10 @@ class Oracle:
         access: Access,
         budget: int | None = None,
         told: str | None = None,
+        name: str = "",
     ) -> None:
-        self.access = access
+        """`name` tells this attacker's askings from those of others, for victims whose answers vary."""
+        self.access, self._name = access, name
         self.ledger = Ledger(budget)
         self.told = told
         """Text of the defence, for an adaptive attacker who knows it; None otherwise."""
@@ -50,6 +51,7 @@ class Oracle:
         pass the budget; such a batch is not answered and not counted.
         """
         self._require(Access.QUERY, "asked the victim")
+        at = self._place()
         self.ledger.bill(len(batch.images))
         shown = batch.shown
         if shown is None:
@@ -57,9 +59,7 @@ class Oracle:
         else:
             epoch = shown.dataset.views.shown(shown.epoch)
             self.ledger.note(f"{shown.dataset.digest}/{epoch}", len(shown.dataset.samples), shown.index)
-        if isinstance(self._victim, NetworkVictim):
-            return self._victim.answer_views(batch)
-        return self._victim.answer(batch.images)
+        return self._victim.answer_views(batch, at)
 
     def once(self, samples: Samples, num_classes: int) -> Answer:
         """One answer (N, K) for each image as it is, bought once: what a thief with a budget asks for.
@@ -67,16 +67,13 @@ class Oracle:
         The same images, bought a second time, are not billed again; a larger set of them is. Raises as a call does.
         """
         self._require(Access.QUERY, "asked the victim")
-        name = samples.image_digest.hex()
+        name, at = samples.image_digest.hex(), self._place()
         if not self.ledger.knows(name):
             self.ledger.bill(len(samples))
             self.ledger.note(name, len(samples), torch.arange(len(samples)))
         if name in self._bought:
             return self._bought[name]
-        if isinstance(self._victim, NetworkVictim):
-            answer = self._victim.answer_samples(samples, num_classes)
-        else:
-            answer = self._victim.answer(to_float(samples.pixels))
+        answer = self._victim.answer_samples(samples, num_classes, at)
         if not self._victim.repeatable:
             self._bought[name] = answer
         return answer
@@ -99,6 +96,10 @@ class Oracle:
         if not isinstance(self._victim, NetworkVictim):
             raise AccessDenied("This victim is no network; its weights cannot be had.")
         return deepcopy(self._victim.bare)
+
+    def _place(self) -> str:
+        """Name of the next asking: the attacker, and how many images were answered to him before."""
+        return f"{self._name}/{self.ledger.billed}"
 
     def _require(self, access: Access, deed: str) -> None:
         if self.access < access:
