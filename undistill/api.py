@@ -35,6 +35,7 @@ from undistill.defences.defence import Defence
 from undistill.models.model import Model
 from undistill.report.evidence import Pictured, read_curve, write_evidence
 from undistill.runs.adopt import adopt
+from undistill.runs.contact import Contact
 from undistill.runs.folder import claim, sweep_below
 from undistill.runs.protect import protect, require_order
 from undistill.runs.run import Run
@@ -43,6 +44,7 @@ from undistill.runs.train import train
 from undistill.training.answers import REMEMBER
 from undistill.training.compute import pick_device
 from undistill.training.recipe import Recipe
+from undistill.victims.black_box import BlackBox, is_black_box
 
 __all__ = ["adopt", "audit", "compare", "protect", "train"]
 
@@ -64,9 +66,10 @@ class CompareOptions(TypedDict, total=False):
 
 
 def audit(
-    victim: str | Path | Run,
+    victim: str | Path | Run | BlackBox,
     out: str | Path,
     *,
+    data: Images | None = None,
     honest: str | Path | Run | None = None,
     suite: str = "quick-2",
     attacks: Sequence[str | Attack] = (),
@@ -85,12 +88,14 @@ def audit(
     launcher: str | Launcher = "Serial",
     remember: float = REMEMBER,
     cells: str | Path | None = None,
+    ledger: str | Path | None = None,
     progress: Progress | bool | None = None,
 ) -> Report:
     """Audit one victim; writes report.json, report.html and report.md into `out`.
 
     Args:
-        victim: the run folder of the protected model.
+        victim: the run folder of the protected model; or a black box, such as `Onnx('model.onnx')`.
+        data: images of the kind that a black box sorts, as for `train`; a run names its own.
         out: where the result goes; cells that it already holds are not done again.
         honest: the run folder of the unprotected twin, by default the run that the victim was protected from; 'none'
             audits without one.
@@ -112,11 +117,12 @@ def audit(
         launcher: where cells are done: `Serial`, `Pool(workers=2)`, `Ray(address='auto')`.
         remember: GiB of disk that the answers of each network may fill, in its run folder.
         cells: where finished students are kept, `out`/cells by default; audits that share it share those.
+        ledger: where the answers of a black box are kept, `out`-bought by default; audits that share it pay once.
         progress: True shows it on standard error, False nowhere; None shows it in a notebook.
     """
     launcher = Launcher.from_user(launcher)
     plan = plan_audit(
-        victim,
+        named_victim(victim, data, Path(out), ledger, Contact.make),
         honest=honest,
         suite=suite,
         attacks=attacks,
@@ -138,6 +144,23 @@ def audit(
     with claim(Path(out), request_of(plan)), alone_in(place), Progress.of(progress) as shown, launcher.ready():
         shown.say(describe(plan, place))
         return perform(plan, Path(out), launcher, shown, by, place)
+
+
+def named_victim(
+    victim: str | Path | Run | BlackBox,
+    data: Images | None,
+    out: Path,
+    ledger: str | Path | None,
+    contact: Callable[[str | BlackBox, Images, Path], Contact],
+) -> str | Path | Run | Contact:
+    """The victim of an audit: a run as it is, a black box by way of `contact`."""
+    if isinstance(victim, BlackBox) or (isinstance(victim, str) and is_black_box(victim)):
+        if data is None:
+            raise SpecError("A black box does not say on which images it works; name them: --data DATA.")
+        return contact(victim, data, Path(ledger) if ledger else out.with_name(f"{out.name}-bought"))
+    if data is not None or ledger is not None:
+        raise SpecError(f"{victim} is a run folder, whose record names its data; leave out --data and --ledger.")
+    return victim
 
 
 def request_of(plan: Plan) -> dict[str, str]:
@@ -276,7 +299,7 @@ def describe_comparison(
 
 
 def plan_audit(
-    victim: str | Path | Run,
+    victim: str | Path | Run | Contact,
     *,
     honest: str | Path | Run | None = None,
     suite: str = "quick-2",

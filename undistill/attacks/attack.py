@@ -113,8 +113,8 @@ class Attack(Spec):
         """How this thief spends a budget."""
         return self.buying
 
-    def check(self, victim: nn.Module, fresh: "Fresh") -> None:
-        """`Unsuitable` for a victim, as this attack meets it, or for students with which it cannot be tried.
+    def check(self, victim: nn.Module | None, fresh: "Fresh") -> None:
+        """`Unsuitable` for a victim or for students with which it cannot be tried; `victim` is None for a black box.
 
         An audit asks before it trains anything.
         """
@@ -162,3 +162,8 @@ class Distillation(QueryAttack):
     def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         ask = self.asking(oracle, data)
         return fit(fresh(), data, lambda student, batch: self.objective(student, batch, ask(batch)))
+
+
+def bought_once(attack: Attack) -> Attack:
+    """The attack of a thief who buys each answer once."""
+    return attack.model_copy(update={"once": True}) if isinstance(attack, QueryAttack) else attack

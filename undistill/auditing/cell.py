@@ -27,6 +27,7 @@ from undistill.core.seeds import derive, seeded
 from undistill.data.split import Split
 from undistill.models.model import Model
 from undistill.models.trial import returned
+from undistill.runs.contact import Contact
 from undistill.runs.environment import described, environment
 from undistill.runs.run import Run
 from undistill.training import metrics
@@ -34,7 +35,9 @@ from undistill.training.compute import EXACT
 from undistill.training.fit import Fit
 from undistill.training.metrics import evaluate
 from undistill.training.recipe import Recipe
+from undistill.victims.endpoint import Endpoint
 from undistill.victims.oracle import Access, Oracle
+from undistill.victims.victim import NetworkVictim, Victim
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +83,7 @@ class Job:
         return fingerprint(*asked, *thief, *code, run and run.program)[:20]
 
     @property
-    def _run(self) -> Run:
+    def _run(self) -> Run | Contact:
         """The run that is asked, or compared with."""
         return self.pair.runs.get(self.side, self.pair.victim)
 
@@ -92,7 +95,8 @@ class Job:
         """`Unsuitable` or `SpecError` for what cannot be tried; an audit asks before it trains anything."""
         victim = self.pair.victims[self.side]
         self._check_space()
-        self.attack.check(victim.bare if self.attack.needs == Access.WEIGHTS else victim.network, self._students)
+        self._check_black_box(victim)
+        self.attack.check(victim.bare if isinstance(victim, NetworkVictim) else None, self._students)
         if self.attack.needs == Access.QUERY and self.attack.form > victim.form:
             raise Unsuitable(
                 f"{self.attack} needs answers of the form {self.attack.form.name}, and this victim's show no more than "
@@ -104,6 +108,17 @@ class Job:
             raise SpecError(
                 f"A budget of {self.budget} queries buys {self.attack} less than two images in {self.recipe.epochs} "
                 "epochs. Raise --budget, or lower recipe.epochs."
+            )
+
+    def _check_black_box(self, victim: Victim) -> None:
+        if self.attack.needs == Access.WEIGHTS and not isinstance(victim, NetworkVictim):
+            raise Unsuitable(f"{self.attack} needs the weights, and this victim is a black box.")
+        recorded = isinstance(victim, Endpoint) and not victim.any_image
+        own = isinstance(self.attack, QueryAttack) and self.attack.data != ThiefData.SURROGATE
+        if recorded and self.attack.needs and not (own and self.attack.buys == Buying.ONCE):
+            raise Unsuitable(
+                f"{self.attack} asks about images of which no answers were recorded; with these, a thief can only buy "
+                "the answer to each of the owner's images once (once=True)."
             )
 
     def _check_space(self) -> None:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from undistill.attacks.attack import Attack, QueryAttack, Role
+from undistill.attacks.attack import QueryAttack, Role, bought_once
 from undistill.auditing.cell import Job
 from undistill.auditing.plan import CURVE_FLOORS, Plan
 from undistill.auditing.schema import Cell, Report, Side
@@ -52,11 +52,6 @@ def at_budget(job: Job, budget: int, images: int) -> Job:
     if not attack.passes_over_spare:
         recipe = stretched(recipe, images / affordable(job, budget))
     return replace(job, attack=attack, recipe=recipe, budget=budget)
-
-
-def bought_once(attack: Attack) -> Attack:
-    """The attack of a thief who buys each answer once."""
-    return attack.model_copy(update={"once": True}) if isinstance(attack, QueryAttack) else attack
 
 
 def stretched(recipe: Recipe, by: float) -> Recipe:

@@ -2,13 +2,15 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from undistill.attacks.attack import ThiefData
+from undistill.attacks.attack import Buying, ThiefData
 from undistill.auditing.cell import Job, Students
 from undistill.auditing.curve import curve_jobs
 from undistill.auditing.launchers import unfinished
@@ -17,10 +19,11 @@ from undistill.auditing.tuning import trial_of
 from undistill.core.progress import duration
 from undistill.core.seeds import derive
 from undistill.data.split import Split
+from undistill.runs.contact import LOOKED_AT
 from undistill.training.compute import EXACT
 from undistill.training.fit import Fit
 from undistill.training.recipe import Recipe
-from undistill.victims.oracle import Oracle
+from undistill.victims.oracle import Access, Oracle
 
 BATCHES = 4  # of a trial's epoch
 EPOCHS = 2  # of each training in a trial, of which the second is timed
@@ -51,10 +54,12 @@ def describe(plan: Plan, cells: Path) -> str:
     batches = max(math.ceil(len(job.data.train) / recipe.batch_size) for job in jobs)
     left_out = ", ".join(dict.fromkeys(name.partition("(")[0] for name in plan.skipped))
     most = "at most " if jobs[0].budget else ""
+    twin = jobs[0].pair.honest is not None
+    sides = "on the protected model and on its unprotected twin" if twin else "on one model, without a twin"
     return (
         f"Plan: {count(len(todo), 'student')} to train{kept}, each for {count(recipe.epochs, 'epoch')} of "
         f"{most}{count(batches, 'batch', 'batches')}: {count(len(attacks), 'attack')} ({names}) x "
-        f"{count(students, 'network')} x {count(seeds, 'seed')}, on the protected model and on its unprotected twin. "
+        f"{count(students, 'network')} x {count(seeds, 'seed')}, {sides}. "
         f"Before, each thief tries {count(tuning.trials, 'setting')} for {tuning.share:.0%} of the epochs."
         + (f" Not every network allows {left_out}; the report says why." if left_out else "")
         + (f" The curve takes {count(len(curve), 'more student', 'more students')}." if curve else "")
@@ -82,6 +87,33 @@ def forecast(plan: Plan, cells: Path) -> Forecast:
     return found
 
 
+def queries(plan: Plan, cells: Path) -> int:
+    """At most how many answers have to be bought of a black box for what is unfinished, those for measuring included.
+
+    Thieves who ask about the same views of the same images share their answers.
+    """
+    trials = [trial_of(job, plan.tuning.share) for job in plan.searched]
+    jobs = [*plan.jobs, *_likely_curve(plan), *trials]
+    todo, bought = unfinished(jobs, cells), Counter[object]()
+    for job in jobs:
+        if job.key not in todo or job.side != "victim" or job.attack.needs != Access.QUERY:
+            continue
+        data, once = job.data, job.attack.buys == Buying.ONCE
+        asked = len(data.train) * job.attack.queries_per_image(job.schedule)
+        if job.attack.buys == Buying.CHOSEN:
+            bought[job.key] = asked if job.budget is None else job.budget
+        else:
+            shared = data.train.image_digest, once
+            bought[shared] = max(bought[shared], asked)
+    pair = plan.jobs[0].pair
+    measured = [len(pair.data.test), LOOKED_AT]
+    if pair.honest:
+        measured.append(len(pair.data.validation))
+    if any(job.attack.needs and job.attack.data != ThiefData.LABELLED for job in trials):
+        measured.append(len(pair.attackers.validation))
+    return bought.total() + sum(measured)
+
+
 def _likely_curve(plan: Plan) -> list[Job]:
     """The students of the curve by a plain thief; who will be the worst one is not known yet."""
     return curve_jobs(plan, plan.searched, "", str(plan.jobs[0].student)) if plan.curve else []
@@ -93,10 +125,23 @@ def _seconds(job: Job) -> float:
     if job.attack.passes_over_spare:
         data = replace(data, train=data.everything, spare=None)
 
+    network = pair.network(job.side) or Silent(pair.data.num_classes)
+
     def train(data: Split, fit: Fit) -> None:
-        job.attack.run(Oracle(pair.network(job.side), job.attack.needs), students, data, fit)
+        job.attack.run(Oracle(network, job.attack.needs), students, data, fit)
 
     return seconds_of(train, data, job.recipe, pair.options.device)
+
+
+class Silent(nn.Module):
+    """Answers for a black box, which a forecast does not ask: all classes are as likely."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.zeros(len(images), self.num_classes, device=images.device)
 
 
 def seconds_of(train: Callable[[Split, Fit], object], data: Split, recipe: Recipe, device: torch.device) -> float:

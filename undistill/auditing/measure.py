@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from undistill.auditing.pair import VictimPair
-from undistill.auditing.schema import ClassLoss, Costs, Interval, Pair, Side, Teacher
+from undistill.auditing.schema import ClassLoss, Costs, Interval, Pair, Reached, Side, Teacher
 from undistill.auditing.statistics import interval, least_spread, paired_interval
 from undistill.core.unshown import LOG_ZERO
 from undistill.data.split import Data, Samples
+from undistill.runs.contact import Contact
+from undistill.runs.folder import OnRecord
 from undistill.runs.run import Run
 from undistill.training import metrics
 from undistill.training.metrics import evaluate
+from undistill.victims.victim import NetworkVictim
 
 SIDES: tuple[Side, Side] = ("victim", "honest")
 
@@ -36,11 +39,26 @@ def measure_pair(pair: VictimPair) -> Pair:
         calibrated_on=record.get("calibrated_on", {}),
         bits=victim.bits,
         flips=flips(pair),
+        reached=_reached(pair.victim),
         price=record.get("price"),
         found=record.get("found", {}),
         victim_sha256=pair.victim.digest,
         data_sha256=record["data_sha256"],
         **beside,
+    )
+
+
+def _reached(victim: Run | Contact) -> Reached | None:
+    if not isinstance(victim, Contact):
+        return None
+    bought, found = victim.purchases, victim.known
+    return Reached(
+        spec=victim.record["model"],
+        output=found.kind,
+        form=found.form.name.lower(),
+        bought=bought.distinct,
+        billed=bought.billed,
+        lost=bought.number("lost"),
     )
 
 
@@ -71,7 +89,7 @@ def _beside_twin(pair: VictimPair, honest: Run) -> Mapping[str, Any]:
 def flips(pair: VictimPair) -> float:
     """Share of test images to which the victim's responses give another top answer than its network does."""
     victim = pair.victims["victim"]
-    if victim.bare is victim.network:
+    if not isinstance(victim, NetworkVictim) or victim.bare is victim.network:
         return 0.0
     return 1 - metrics.fidelity(pair.test_logits("victim"), evaluate(victim.bare, pair.data.test).cpu())
 
@@ -84,7 +102,7 @@ def zeros(pair: VictimPair) -> float:
     return float(((answer.log_p <= LOG_ZERO) & answer.shown).sum() / answer.shown.sum())
 
 
-def measure_teacher(run: Run, asked: Sequence[Tensor], data: Data) -> Teacher:
+def measure_teacher(run: OnRecord, asked: Sequence[Tensor], data: Data) -> Teacher:
     """A network on the test images, from its answers (N, K); means over them where it was asked several times."""
     labels = data.test.labels
     return Teacher(
@@ -174,10 +192,15 @@ def measure_costs(pairs: Sequence[VictimPair], measured: Sequence[Pair]) -> Cost
         top5=-more("top5"),
         selective=-more("selective"),
         l1=statistics.fmean(metrics.l1(pair.test_logits("victim"), pair.test_logits("honest")) for pair in pairs),
-        ms_per_query_victim=statistics.fmean(ms_per_query(pair.network("victim"), pair.data) for pair in pairs),
-        ms_per_query_honest=statistics.fmean(ms_per_query(pair.network("honest"), pair.data) for pair in pairs),
+        ms_per_query_victim=_mean_ms(pairs, "victim"),
+        ms_per_query_honest=_mean_ms(pairs, "honest"),
         train_seconds=statistics.fmean(float(pair.victim.record["seconds"]) for pair in pairs),
     )
+
+
+def _mean_ms(pairs: Sequence[VictimPair], side: Side) -> float | None:
+    networks = [(network, pair.data) for pair in pairs if (network := pair.network(side)) is not None]
+    return statistics.fmean(ms_per_query(*one) for one in networks) if networks else None
 
 
 def ms_per_query(network: nn.Module, data: Data, repeats: int = 3) -> float:

@@ -17,10 +17,11 @@ from undistill.data.pool import read_pool
 from undistill.data.split import Data, Split
 from undistill.models.model import Model
 from undistill.models.trial import varies
+from undistill.runs.contact import Contact, known_of
 from undistill.runs.run import Run, parent
 from undistill.training.answers import REMEMBER, AnswerStore, RememberedAnswers
 from undistill.training.compute import EXACT, Compute
-from undistill.victims.victim import NetworkVictim
+from undistill.victims.victim import NetworkVictim, Victim
 
 VALIDATION_SHARE = 0.1
 NO_TWIN = "none"
@@ -50,7 +51,7 @@ class QueryOptions:
 class VictimPair:
     """The two runs, and the seeds with which students attack this pair."""
 
-    victim: Run
+    victim: Run | Contact
     honest: Run | None
     """None where no twin is known."""
     seeds: tuple[int, ...]
@@ -71,15 +72,15 @@ class VictimPair:
     @classmethod
     def of(
         cls,
-        victim: str | Path | Run,
+        victim: str | Path | Run | Contact,
         honest: str | Path | Run | None,
         seeds: Sequence[int],
         model: str | Model | nn.Module | Callable[..., nn.Module] | None,
         pool: str = "",
     ) -> "VictimPair":
         """`honest` defaults to the run from which the victim was protected; `NO_TWIN` leaves it out."""
-        run = victim if isinstance(victim, Run) else Run.open(victim)
-        honest = honest or parent(run)
+        run = Run.open(victim) if isinstance(victim, str | Path) else victim
+        honest = honest or (NO_TWIN if isinstance(run, Contact) else parent(run))
         twin = honest if isinstance(honest, Run) else None if honest == NO_TWIN else Run.open(honest)
         return cls(run, twin, tuple(seeds), None if model is None else Model.from_user(model), pool=pool)
 
@@ -92,18 +93,20 @@ class VictimPair:
         return self.victim.data()
 
     @cached_property
-    def victims(self) -> dict[Side, NetworkVictim]:
+    def victims(self) -> dict[Side, Victim]:
         """What answers on each side. Attacks that make no queries are compared with the victim."""
-        victim = self.options.victim(self.victim, self.victim.network(self.model))
-        found: dict[Side, NetworkVictim] = {"victim": victim, "none": victim}
-        if self.honest:
-            found["honest"] = self.options.victim(self.honest, self.honest.network(self.model))
-        return found
+        found = {side: self._answering(run) for side, run in self.runs.items()}
+        return found | {"none": found["victim"]}
+
+    def _answering(self, run: Run | Contact) -> Victim:
+        if isinstance(run, Contact):
+            return run.victim()
+        return self.options.victim(run, run.network(self.model))
 
     @property
-    def runs(self) -> dict[Side, Run]:
+    def runs(self) -> dict[Side, Run | Contact]:
         """The runs that there are."""
-        runs: dict[Side, Run | None] = {"victim": self.victim, "honest": self.honest}
+        runs: dict[Side, Run | Contact | None] = {"victim": self.victim, "honest": self.honest}
         return {side: run for side, run in runs.items() if run}
 
     @property
@@ -114,16 +117,21 @@ class VictimPair:
     @cached_property
     def attackers(self) -> Split:
         """Data of every attacker: the training images, divided anew. The same for all, so that answers are shared."""
-        validation = max(VALIDATION_SHARE, self.data.num_classes / (self.share * len(self.data.train)))
-        return self.data.attackers(validation, derive(0, "attackers"), self.share)
+        data = self.data
+        if isinstance(self.victim, Contact):
+            data = replace(data, train=known_of(self.victim.spec, data.train))
+        validation = max(VALIDATION_SHARE, data.num_classes / (self.share * len(data.train)))
+        return data.attackers(validation, derive(0, "attackers"), self.share)
 
     @cached_property
     def surrogate(self) -> Split:
         """Data of thieves who have none of the owner's: the pool, without labels."""
         return replace(self.attackers.unlabelled, train=read_pool(self.pool, self.data))
 
-    def network(self, side: Side) -> nn.Module:
-        return self.victims[side].network
+    def network(self, side: Side) -> nn.Module | None:
+        """The network of a side; None for a black box."""
+        victim = self.victims[side]
+        return victim.network if isinstance(victim, NetworkVictim) else None
 
     def require_finite(self) -> None:
         """Raise `NonFinite`, naming the run, if one of the two answers NaN or infinity to the test images."""
@@ -147,7 +155,7 @@ RECENT = 2
 _pairs: dict[tuple[object, ...], VictimPair] = {}
 
 
-def _loaded(victim: Run, honest: Run | None, *others: Any) -> VictimPair:
+def _loaded(victim: Run | Contact, honest: Run | None, *others: Any) -> VictimPair:
     key = (*((run.folder, run.identity) if run else None for run in (victim, honest)), *others)
     _pairs[key] = _pairs.pop(key) if key in _pairs else VictimPair(victim, honest, *others)  # the latest last
     while len(_pairs) > RECENT:

@@ -3,13 +3,14 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from undistill.attacks.attack import Attack, Role
+from undistill.attacks.attack import Attack, Role, bought_once
 from undistill.auditing.cell import Job
 from undistill.auditing.pair import VictimPair
 from undistill.auditing.schema import Side
 from undistill.auditing.suites import Tuning, find_suite
 from undistill.core.errors import Unsuitable
 from undistill.models.model import Model
+from undistill.runs.contact import Contact
 from undistill.training.recipe import Recipe
 from undistill.victims.oracle import Access
 
@@ -49,6 +50,8 @@ class Plan:
         """
         chosen = find_suite(suite)
         parsed = dict.fromkeys(Attack.from_user(attack) for attack in [*chosen.attacks, *attacks])
+        if any(isinstance(pair.victim, Contact) and not pair.victim.spec.any_image for pair in pairs):
+            parsed = dict.fromkeys(map(bought_once, parsed))  # no view of an image was recorded
         networks = dict.fromkeys(Model.from_user(student) for student in students or chosen.students)
         plain = next((attack for attack in parsed if attack.role == Role.PLAIN), None)
         own = budget // max(plain.queries_per_image(recipe), 1) if budget and plain else budget

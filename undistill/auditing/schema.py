@@ -71,6 +71,22 @@ class ClassLoss(Part):
     lost: Interval
 
 
+class Reached(Part):
+    """How a black box was asked, and what that took in all audits that share its ledger."""
+
+    spec: Text
+    """The black box as it was named."""
+    output: Literal["probabilities", "logits", "labels"]
+    form: Literal["label", "top", "full"]
+    """How much of an answer it shows."""
+    bought: Count
+    """Answers that are kept: one for each different image, or for each asking where answers vary."""
+    billed: Count
+    """Images that it answered: those, and a few by which it was recognised."""
+    lost: Count
+    """Images that were asked and whose answers did not arrive; it may have billed them."""
+
+
 class Pair(Part):
     """One victim with its honest twin. What compares the two is null where no twin is known."""
 
@@ -104,6 +120,8 @@ class Pair(Part):
     found: dict[Text, Number] = Field(default_factory=dict)
     """Numbers that the defence found by itself, such as omega."""
     worst_class: ClassLoss | None = None
+    reached: Reached | None = None
+    """Null for a network whose run is at hand."""
     answers_vary: bool = False
     """The victim answers one image differently each time."""
     self_agreement: Share = 1.0
@@ -266,8 +284,9 @@ class Costs(Part):
     selective: Number | None = None
     """Accuracy lost at 80 % coverage."""
     l1: Number
-    ms_per_query_victim: Number
-    ms_per_query_honest: Number
+    ms_per_query_victim: Number | None
+    """Null for a black box."""
+    ms_per_query_honest: Number | None
     train_seconds: Number
 
 

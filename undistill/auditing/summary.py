@@ -11,6 +11,7 @@ from undistill.auditing.schema import Cell, Pair, Report, Trial
 from undistill.auditing.tuning import proposals
 from undistill.auditing.verdict import Judge
 from undistill.data.source import Source
+from undistill.runs.contact import Contact
 from undistill.runs.environment import environment
 
 
@@ -27,7 +28,8 @@ def summarise(pairs: Sequence[VictimPair], judge: Judge, plan: Plan, *, made: st
     twins = [pair.honest for pair in measured if pair.honest]
     diverged = [pair.divergence for pair in measured if pair.divergence is not None]
     first = pairs[0].victim.record
-    protection = ", ".join(first.get("defences", ())) or "an unprotected model"
+    black_box = isinstance(pairs[0].victim, Contact)
+    protection = ", ".join(first.get("defences", ())) or (first["model"] if black_box else "an unprotected model")
     report = Report(
         title=f"Audit of {protection}",
         by=by,

@@ -1,5 +1,6 @@
 """`demo`, `audit` and `report`: commands that end with a verdict."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +15,12 @@ from undistill.cli.options import (
     By,
     Code,
     Config,
+    Cost,
     DataDir,
     Device,
     DryRun,
     Fast,
+    Ledger,
     OwnDefence,
     Pool,
     Remember,
@@ -28,15 +31,18 @@ from undistill.cli.options import (
     Trials,
     Where,
     Workers,
+    Yes,
     beside,
     build_launcher,
     say,
     working,
 )
-from undistill.core.errors import legible
+from undistill.core.errors import SpecError, legible
 
 if TYPE_CHECKING:
+    from undistill.auditing.plan import Plan
     from undistill.auditing.schema import Report
+    from undistill.runs.contact import Contact
 
 
 def demo(
@@ -55,7 +61,12 @@ def demo(
 
 
 def audit(
-    run: Annotated[Path, typer.Argument(help="The run folder of the protected model.")],
+    victim: Annotated[
+        str, typer.Argument(help="The run folder of the protected model, or a black box, such as Onnx('model.onnx').")
+    ],
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Images on which a black box works; a run names its own.")
+    ] = None,
     honest: Annotated[
         str | None, typer.Option(help="Its unprotected twin, or none; by default the run it was protected from.")
     ] = None,
@@ -74,6 +85,9 @@ def audit(
     cells: Annotated[
         Path | None, typer.Option(help="Finished students, shared by audits.", show_default="OUT/cells")
     ] = None,
+    ledger: Ledger = None,
+    cost: Cost = None,
+    yes: Yes = False,
     by: By = "",
     dry_run: DryRun = False,
     model: Code = None,
@@ -88,18 +102,20 @@ def audit(
     data_dir: DataDir = None,
     remember: Remember = 4.0,
 ) -> None:
-    """Attack a protected model and its honest twin; ends with a report."""
+    """Attack a protected model, beside its honest twin where there is one; ends with a report."""
     from undistill.api import audit as work
-    from undistill.api import plan_audit
+    from undistill.api import named_victim, plan_audit
     from undistill.auditing.forecast import describe, forecast
     from undistill.auditing.pair import VictimPair
     from undistill.cli.config import merge, read_settings
+    from undistill.runs.contact import Contact
     from undistill.runs.settings import AuditSettings, recorded_settings
 
-    pair = VictimPair.of(run, honest, (), model)
+    out = out or default_out(victim)
+    asked_about = named_victim(victim, data, out, ledger, Contact.planned)
+    pair = VictimPair.of(asked_about, honest, (), model)
     recipe = recorded_settings(pair.honest or pair.victim).recipe
     chosen = AuditSettings(**merge({"recipe": recipe.model_dump()}, read_settings(config, settings, fast)))
-    out = out or beside(run, "audit")
     asked: dict[str, Any] = {
         "honest": honest,
         "suite": suite,
@@ -117,15 +133,21 @@ def audit(
         "device": device,
         "remember": remember,
     }
-    if dry_run:
+    place = cells or out / "cells"
+    if dry_run or isinstance(pair.victim, Contact):
         plan = plan_audit(pair.victim, **asked)
-        say(describe(plan, cells or out / "cells"))
-        say(str(forecast(plan, cells or out / "cells")))
-        return
+        if isinstance(pair.victim, Contact):
+            require_consent(plan, place, pair.victim, cost, yes or dry_run)
+        if dry_run:
+            say(describe(plan, place))
+            say(str(forecast(plan, place)))
+            return
     with working() as progress:
         found = work(
-            pair.victim,
+            pair.victim.spec if isinstance(pair.victim, Contact) else pair.victim,
             out,
+            data=data,
+            ledger=ledger,
             by=by,
             launcher=build_launcher(launcher, workers, address),
             cells=cells,
@@ -133,6 +155,33 @@ def audit(
             **asked,
         )
     show(found, out)
+
+
+def default_out(victim: str) -> Path:
+    """Where an audit goes that names no place: beside the run, or below runs/ for a black box."""
+    from undistill.core.identity import fingerprint
+    from undistill.victims.black_box import is_black_box
+
+    if not is_black_box(victim):
+        return beside(Path(victim), "audit")
+    return Path("runs") / f"audit-{victim.partition('(')[0].rpartition(':')[2].lower()}-{fingerprint(victim)[:6]}"
+
+
+MANY = 10_000  # answers that are bought without a question
+
+
+def require_consent(plan: "Plan", cells: Path, victim: "Contact", cost: float | None, yes: bool) -> None:
+    """Say how many answers will be bought, and for how much; ask where they are many and somebody may be paid."""
+    from undistill.auditing.forecast import queries
+
+    number = queries(plan, cells)
+    price = "" if cost is None else f", which costs at most {number / 1000 * cost:,.2f}"
+    say(f"At most {number:,} answers will be bought{price}; {victim.purchases.distinct:,} are there already.")
+    if yes or not victim.spec.billed or number <= MANY:
+        return
+    if not sys.stdin.isatty():
+        raise SpecError(f"More than {MANY:,} answers are not bought without a word: add --yes, or lower --budget.")
+    typer.confirm("Buy them?", abort=True)
 
 
 def report(

@@ -198,6 +198,14 @@ Trials = Annotated[
 Share = Annotated[float | None, typer.Option(help="Share of the epochs for which a trial trains.")]
 Budget = Annotated[int | None, typer.Option(min=1, help="The most queries of each thief.")]
 Pool = Annotated[str | None, typer.Option(metavar="DATA", help="Images of thieves who have none of yours.")]
+Ledger = Annotated[
+    Path | None,
+    typer.Option(help="Where answers of a black box are kept and paid once.", show_default="OUT-bought"),
+]
+Cost = Annotated[
+    float | None, typer.Option("--cost-per-1000", min=0, help="Price of 1,000 answers of a black box, to be said.")
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask before many answers are bought.")]
 By = Annotated[str, typer.Option(help="Who audits, for the page: a name, a company.")]
 
 

@@ -29,6 +29,10 @@ class Unsuitable(ModelError):
     """A sound network that an attack cannot be tried on."""
 
 
+class VictimError(UndistillError):
+    """A black box that does not answer, or whose answers cannot be used; what was bought before is kept."""
+
+
 class StoreError(UndistillError):
     """A run folder that holds something else, is unfinished, or is damaged."""
 

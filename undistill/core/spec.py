@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from undistill.core.code import code_sha256, is_code, load_code, trust
 from undistill.core.errors import SpecError, unknown
 
+FIRST = ""
 _CALL = re.compile(r"\s*(?:(?P<origin>[^()]+):)?(?P<name>[\w-]+)\s*(?P<arguments>\(.*\))?\s*", re.S)
 
 
@@ -53,6 +54,8 @@ class Spec(BaseModel):
     """A common base of specs says False in its own body."""
     offered: ClassVar[bool] = True
     """Whether it is a choice of the user's; False for specs that other parts of the program make."""
+    unnamed: ClassVar[str] = ""
+    """The field whose value may be written first, without its name."""
     quiet: ClassVar[Sequence[str]] = ()
     """Fields that the text leaves out at their defaults: those that were added later, and would change stored texts."""
 
@@ -117,11 +120,14 @@ class Spec(BaseModel):
     def parse(cls, text: str) -> Self:
         """The spec that `text` describes: `Name`, `Name(field=value)` or `file.py:Name(...)`.
 
+        A first value without a name is that of the field `unnamed`, if the spec has one: `Onnx('model.onnx')`.
         Raises `SpecError` for an unknown name or field (with the nearest valid one), for a value
         out of range, and for code that the user did not name (see `undistill.core.code.trust`).
         """
         origin, name, arguments = split_call(text)
         spec = cls._load(origin, name) if origin else cls._find(name)
+        if FIRST in arguments:
+            arguments = spec._named(arguments)
         return spec(**arguments)
 
     @classmethod
@@ -139,7 +145,14 @@ class Spec(BaseModel):
         for known, spec in cls.registry.items():
             if known.casefold() == name.casefold():
                 return spec
-        raise SpecError(unknown(cls.__name__.lower(), name, cls.registry))
+        raise SpecError(unknown(re.sub(r"\B(?=[A-Z])", " ", cls.__name__).lower(), name, cls.registry))
+
+    @classmethod
+    def _named(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments, in which the first one has the name of the field `unnamed`."""
+        if not cls.unnamed or cls.unnamed in arguments:
+            raise SpecError(f"Cannot read {cls.__name__}({arguments[FIRST]!r:.80}): fields are written field=value.")
+        return {cls.unnamed: arguments[FIRST]} | {name: value for name, value in arguments.items() if name != FIRST}
 
     @classmethod
     def _load(cls, origin: str, name: str) -> type[Self]:
@@ -158,14 +171,15 @@ def _read(family: type[Spec], text: str) -> Spec:
 
 
 def split_call(text: str) -> tuple[str, str, dict[str, Any]]:
-    """Origin, name and keyword arguments of `origin:Name(key=literal, ...)`."""
+    """Origin, name and arguments of `origin:Name(key=literal, ...)`; a first one without a key is called `FIRST`."""
     match = _CALL.fullmatch(text)
     if match is None:
         raise SpecError(f"Cannot read '{text}': write Name or Name(field=value, ...).")
     try:
         call = ast.parse("f" + (match["arguments"] or "()"), mode="eval").body
         assert isinstance(call, ast.Call)
-        arguments = _keywords(call)
+        first = {FIRST: ast.literal_eval(call.args.pop())} if len(call.args) == 1 else {}
+        arguments = first | _keywords(call)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, AssertionError):
         raise SpecError(
             f"Cannot read '{text}': fields are written field=value, with numbers, True, False, "

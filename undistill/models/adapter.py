@@ -33,6 +33,13 @@ class Adapter(Spec):
             raise ValueError("order must name every output once, counted from 0")
         return self
 
+    def normalised(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] as the network wants them."""
+        if not self.mean:
+            return images
+        mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (images - mean) / std
+
     def wrap(self, network: nn.Module, channels: int, num_classes: int) -> nn.Module:
         """`network` as it is to be asked; its weights keep their names."""
         if self == Adapter():
@@ -42,6 +49,17 @@ class Adapter(Spec):
         if self.order and len(self.order) != num_classes:
             raise ModelError(f"order names {len(self.order)} outputs of a network with {num_classes}.")
         return Adapted(network, self)
+
+
+NORMALISATIONS: dict[str, Adapter] = {
+    "none": Adapter(),
+    "imagenet": Adapter(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+    "half": Adapter(mean=(0.5,), std=(0.5,)),
+    "cifar10": Adapter(mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)),
+    "mnist": Adapter(mean=(0.1307,), std=(0.3081,)),
+    "255": Adapter(mean=(0.0,), std=(1 / 255,)),
+}
+"""Usual ways to normalise images. `half` brings them to [-1, 1], `255` to [0, 255]."""
 
 
 class Adapted(nn.Module):

@@ -186,7 +186,7 @@ def _source(teacher: Teacher, seed: int) -> Source:
 def _of_teacher(pair: VictimPair) -> Measured:
     """The victim itself."""
     data, known = pair.data, pair.victim.record["metrics"]
-    learnt = pair.victims["victim"].answers.plain(data.train, data.num_classes)
+    learnt = pair.victims["victim"].plain(data.train, data.num_classes)
     return Measured(
         100 * metrics.accuracy(pair.test_logits("victim"), data.test.labels),
         known.get("divergence"),

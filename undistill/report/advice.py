@@ -36,7 +36,9 @@ def _what(report: Report) -> str:
     applied = report.title.removeprefix("Audit of ")
     defences = re.findall(r"(?:^|, |:)(\w+)\(", applied) or [applied]
     by = f"Its protection, {' and '.join(defences)}, is meant to spoil copies of it."
-    if applied == "an unprotected model":
+    if report.pairs[0].reached:
+        by = "It was asked as a black box: whether anything protects it is not known."
+    elif applied == "an unprotected model":
         by = "It has no protection."
     return f"A model that sorts the images of “{title}” into {report.classes} classes{examples}. {by}"
 

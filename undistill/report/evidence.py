@@ -22,6 +22,7 @@ from undistill.data.split import LONGEST, Data
 from undistill.data.views import to_float
 from undistill.models.model import Model, features
 from undistill.models.trial import device_of
+from undistill.runs.folder import OnRecord
 from undistill.runs.run import Run
 from undistill.training.metrics import DIVERGENCE_T as T
 from undistill.training.metrics import evaluate
@@ -54,7 +55,7 @@ class Evidence:
     curves: dict[str, Array]
 
 
-def read_curve(run: Run) -> Array | None:
+def read_curve(run: OnRecord) -> Array | None:
     """Validation accuracy in percent by epoch, (epochs, 1); beside it T^2 KL where a defence undermines, (epochs, 2).
 
     None for weights that were taken as they were, and, with a warning, for a record that is damaged or was edited.

@@ -16,7 +16,7 @@ from undistill.models.model import Model
 from undistill.models.trial import require_whole
 from undistill.models.weights import fill, read_state, weights_sha256
 from undistill.runs.folder import claim, together
-from undistill.runs.preprocessing import adapter_of, answers_probabilities, better_way, order_of, some
+from undistill.runs.preprocessing import adapter_of, answers_probabilities, better_way, named_order, order_of, some
 from undistill.runs.run import Run
 from undistill.runs.settings import TrainSettings
 from undistill.runs.train import record_of
@@ -118,9 +118,26 @@ def _say_doubts(network: nn.Module, adapter: Adapter, data: Data, measured: dict
     """Say what looks wrong: accuracy near chance, and what would mend it; training images that are known by heart."""
     chance = max(torch.bincount(data.test.labels, minlength=data.num_classes).tolist()) / len(data.test)
     if measured["test_accuracy"] < chance + 0.1 * (1 - chance):
-        remark(f"Accuracy is near chance ({measured['test_accuracy']:.1%}). {better_way(network, adapter, data)}")
+        remark(f"Accuracy is near chance ({measured['test_accuracy']:.1%}). {_advice(network, adapter, data)}")
     elif measured["train_accuracy"] > measured["test_accuracy"] + MEMORY:
         remark(
             f"Accuracy is {measured['train_accuracy']:.1%} on training images, {measured['test_accuracy']:.1%} on test "
             "images: the network knows many of the former by heart."
         )
+
+
+def _advice(network: nn.Module, adapter: Adapter, data: Data) -> str:
+    """The options with which a network near chance does clearly better."""
+    samples = some(data.train)
+
+    def answers(tried: Adapter) -> Tensor:
+        return evaluate(tried.wrap(network, data.shape[0], data.num_classes), samples)
+
+    best = better_way(answers, adapter, samples.labels, data.shape[0])
+    if best is None:
+        return "No usual normalisation or order of classes fits; is it the network of these images?"
+    named = ",".join(named_order(best.order, data.classes))
+    classes = "" if best.order == tuple(range(data.num_classes)) else f"--classes {named}"
+    normalisation = f"--preprocess {best.normalisation}" if best.normalisation else ""
+    changed = " ".join(filter(None, (normalisation, classes))) or "classes in the usual order"
+    return f"With {changed} it is {best.accuracy:.1%} on {len(samples)} images; try that, in another --out."

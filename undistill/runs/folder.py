@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from filelock import FileLock, Timeout
@@ -28,6 +28,16 @@ from undistill.training.autotune import TRIAL_LOCK
 
 Record = dict[str, Any]
 COMPARED = 64  # images whose answers are compared with those of the network that was measured
+
+
+class OnRecord(Protocol):
+    """A run, or a black box that was contacted."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def record(self) -> Record: ...
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """How a network that was trained elsewhere wants its images: named by the user, or found by trying the usual ways."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,18 +8,9 @@ from torch import Tensor, nn
 
 from undistill.core.errors import ModelError, NonFinite, SpecError, unknown
 from undistill.data.split import Data, Samples
-from undistill.models.adapter import Adapted, Adapter
+from undistill.models.adapter import NORMALISATIONS, Adapted, Adapter
 from undistill.training.metrics import evaluate
 
-NORMALISATIONS: dict[str, Adapter] = {
-    "none": Adapter(),
-    "imagenet": Adapter(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
-    "half": Adapter(mean=(0.5,), std=(0.5,)),
-    "cifar10": Adapter(mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)),
-    "mnist": Adapter(mean=(0.1307,), std=(0.3081,)),
-    "255": Adapter(mean=(0.0,), std=(1 / 255,)),
-}
-"""Usual ways to normalise images. `half` brings them to [-1, 1], `255` to [0, 255]."""
 TRIED = 500  # images on which another normalisation or order of classes is tried
 CLEAR = 0.2  # share of images by which another way must be better to be named
 
@@ -66,44 +57,49 @@ def some(samples: Samples) -> Samples:
 
 
 class Way(NamedTuple):
-    """A normalisation and an order of outputs, and the share of images that the network then recognises."""
+    """A normalisation and an order of outputs, and the share of images that are then recognised."""
 
     accuracy: float
     normalisation: str
     """Empty stands for the one that was named."""
     order: tuple[int, ...]
-    """The output of the network for each class of the data."""
+    """The output for each class of the data."""
 
 
-def better_way(network: nn.Module, adapter: Adapter, data: Data) -> str:
-    """The usual normalisation, and the order of classes, with which the network does clearly better, as advice."""
-    samples, usual = some(data.train), tuple(range(data.num_classes))
-    now = _right(_confusion(network, adapter, data, samples), usual)
+Answers = Callable[[Adapter], Tensor]
+"""Numbers (N, K), in the order of the outputs, that the same N images get when they are normalised in that way."""
+
+
+def better_way(answers: Answers, adapter: Adapter, labels: Tensor, channels: int) -> Way | None:
+    """The usual normalisation and the order of classes that are clearly better than `adapter` on a few images.
+
+    None where no usual way is.
+    """
+    usual = tuple(range(answers(adapter.model_copy(update={"order": ()})).shape[1]))
+    now = _right(_confusion(answers(adapter), labels), usual)
     adapter = adapter.model_copy(update={"order": ()})
-    ways = sorted(_ways(network, adapter, data, samples), key=lambda way: -way.accuracy)
+    ways = sorted(_ways(answers, adapter, labels, channels), key=lambda way: -way.accuracy)
     plain = [way for way in ways if way.order == usual]
     # an order that was fitted to these very images wins by luck unless it is much better
     best = ways[0] if ways[0].accuracy > plain[0].accuracy + CLEAR else plain[0]
-    if best.accuracy < now + CLEAR:
-        return "No usual normalisation or order of classes fits; is it the network of these images?"
-    named = sorted(data.classes, key=lambda name: best.order[data.classes.index(name)])
-    classes = "" if best.order == usual else f"--classes {','.join(named)}"
-    normalisation = f"--preprocess {best.normalisation}" if best.normalisation else ""
-    changed = " ".join(filter(None, (normalisation, classes))) or "classes in the usual order"
-    return f"With {changed} it is {best.accuracy:.1%} on {len(samples)} images; try that, in another --out."
+    return best if best.accuracy >= now + CLEAR else None
 
 
-def _ways(network: nn.Module, adapter: Adapter, data: Data, samples: Samples) -> Iterator[Way]:
+def named_order(order: Sequence[int], classes: Sequence[str]) -> list[str]:
+    """The classes of the data in the order of the outputs."""
+    return sorted(classes, key=lambda name: order[classes.index(name)])
+
+
+def _ways(answers: Answers, adapter: Adapter, labels: Tensor, channels: int) -> Iterator[Way]:
     """Each usual normalisation, with the outputs in their order, and in that which fits best."""
     from scipy.optimize import linear_sum_assignment
 
-    usual = tuple(range(data.num_classes))
     for name, one in {"": adapter, **NORMALISATIONS}.items():
-        if len(one.mean) not in (0, 1, data.shape[0]):
+        if len(one.mean) not in (0, 1, channels):
             continue
-        tried = adapter.model_copy(update={"mean": one.mean, "std": one.std})
-        counts = _confusion(network, tried, data, samples)
+        counts = _confusion(answers(adapter.model_copy(update={"mean": one.mean, "std": one.std})), labels)
         fitted = tuple(linear_sum_assignment(-counts)[1].tolist())
+        usual = tuple(range(len(counts)))
         yield from (Way(_right(counts, order), name, order) for order in dict.fromkeys((usual, fitted)))
 
 
@@ -112,8 +108,8 @@ def _right(counts: Tensor, order: Sequence[int]) -> float:
     return float(counts[torch.arange(len(counts)), torch.tensor(order)].sum() / counts.sum())
 
 
-def _confusion(network: nn.Module, adapter: Adapter, data: Data, samples: Samples) -> Tensor:
+def _confusion(answers: Tensor, labels: Tensor) -> Tensor:
     """How many images of each class (row) have each output (column) highest, (K, K)."""
-    logits, classes = evaluate(adapter.wrap(network, data.shape[0], data.num_classes), samples), data.num_classes
-    pairs = samples.labels.to(logits.device) * classes + logits.argmax(1)
+    classes = answers.shape[1]
+    pairs = labels.to(answers.device) * classes + answers.argmax(1)
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu()

@@ -114,12 +114,7 @@ class Run:
 
     def data(self) -> Data:
         """The run's data, read again and checked to be the same."""
-        data = Source.parse(self.record["data"]).load()
-        if data.digest != self.record["data_sha256"]:
-            raise StoreError(
-                f"{self.record['data']} no longer holds the images on which {self.folder} was made; "
-                "restore them, or train again into a new folder."
-            )
+        data = read_data(self.record, self.folder)
         self.require(data.shape, data.classes)
         return data
 
@@ -217,6 +212,17 @@ class Run:
         """Hash of everything on which answers depend: two responses may have the same weights under them."""
         changing = [name for name in ("model", "adapter", "defences", "responses") if self.record.get(name)]
         return fingerprint(self.digest, self.record["refers"], [self.record[name] for name in changing])
+
+
+def read_data(record: Record, folder: Path) -> Data:
+    """The data that a record names; `StoreError` if it is no longer that on which the folder was made."""
+    data = Source.parse(record["data"]).load()
+    if data.digest != record["data_sha256"]:
+        raise StoreError(
+            f"{record['data']} no longer holds the images on which {folder} was made; "
+            "restore them, or make it again in a new folder."
+        )
+    return data
 
 
 def _unfinished(folder: Path) -> str:

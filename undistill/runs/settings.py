@@ -5,7 +5,7 @@ import math
 from pydantic import Field
 
 from undistill.core.spec import Spec
-from undistill.runs.run import Run
+from undistill.runs.folder import OnRecord
 from undistill.training.recipe import Recipe
 
 STEPS = 300, 8000  # at least and at most, in a training of which nothing is known but its images
@@ -31,8 +31,8 @@ class AuditSettings(Spec):
     recipe: Recipe
 
 
-def recorded_settings(run: Run) -> Settings:
-    """Seed and recipe with which a run was made; weights that were adopted untrained have `needed_epochs`.
+def recorded_settings(run: OnRecord) -> Settings:
+    """Seed and recipe with which a run was made; weights and black boxes of others have `needed_epochs`.
 
     Where the run was compiled, a trial decides anew whether that pays.
     """

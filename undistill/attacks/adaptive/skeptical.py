@@ -38,7 +38,7 @@ class Skeptical(QueryAttack):
     wait: float = Field(0.05, ge=0, le=1)
     """Share of the epochs in which only the output learns."""
 
-    def check(self, victim: nn.Module, fresh: Fresh) -> None:
+    def check(self, victim: nn.Module | None, fresh: Fresh) -> None:
         if len(fresh.stages(fresh())) < 2:
             raise Unsuitable(
                 "A skeptical student needs a head before its last stage, and this network names a single one. Give it "

@@ -58,8 +58,8 @@ class DeepInversion(Attack):
             raise ValueError(f"{self.rounds} rounds need at least {2 * self.rounds} images (count)")
         return self
 
-    def check(self, victim: nn.Module, fresh: Fresh) -> None:
-        if self.statistics and not batch_norms(victim):
+    def check(self, victim: nn.Module | None, fresh: Fresh) -> None:
+        if self.statistics and victim is not None and not batch_norms(victim):
             raise Unsuitable(
                 "DeepInversion reads the statistics of batch norms, and the victim has none. It can do without: "
                 "DeepInversion(statistics=0)."

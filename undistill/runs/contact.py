@@ -1,0 +1,284 @@
+"""`Contact`: a black box that is audited, and where the answers that were bought of it lie.
+
+request.json          what was named: the black box and the data
+contact.json          what it turned out to be by its first answers: how they are read, whether they repeat
+purchases.sqlite      every answer that was bought
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, Field, ValidationError
+from torch import Tensor
+
+from undistill.core.errors import StoreError, UndistillError, VictimError, remark
+from undistill.core.files import parse_json, read_text, write_json
+from undistill.core.identity import fingerprint, source_sha256
+from undistill.core.unshown import LOG_ZERO
+from undistill.data.arrays import Images, stored
+from undistill.data.split import Data, Samples
+from undistill.data.views import to_float
+from undistill.models.adapter import Adapter
+from undistill.runs.folder import Record, claim
+from undistill.runs.preprocessing import better_way, named_order
+from undistill.runs.run import read_data
+from undistill.runs.settings import Settings
+from undistill.training.metrics import accuracy
+from undistill.training.recipe import Recipe
+from undistill.victims.answer import Answer, Form
+from undistill.victims.black_box import Ask, BlackBox, Kind, Outputs, Reading, reading_of
+from undistill.victims.endpoint import Endpoint, image_keys, keys_of
+from undistill.victims.purchases import Purchases
+from undistill.victims.recorded import Recorded
+
+PROBES = 8  # images that are asked twice, and again by later commands before they buy
+SAME = 1e-3  # largest difference of probabilities that rounding explains
+LOOKED_AT = 64  # images by which it is seen whether the classifier is one of these images
+
+
+class Found(BaseModel):
+    """contact.json."""
+
+    kind: Kind
+    form: Form
+    order: tuple[int, ...] = Field(min_length=2)
+    repeatable: bool
+    declared: str
+    probes: list[list[float]]
+    """Its answers to the probes, as `Answer.to_served` writes them."""
+
+
+@dataclass(frozen=True)
+class Contact:
+    """A black box beside the data on which it is audited. Its record has those fields of a run's that apply."""
+
+    folder: Path
+    spec: BlackBox
+    record: Record
+    found: Found | None = None
+    """None until it was asked for the first time."""
+    fresh: bool = False
+    """Whether it was asked for the first time by this very command, so that it need not be recognised."""
+
+    @classmethod
+    def planned(cls, spec: str | BlackBox, data: Images, folder: Path) -> "Contact":
+        """The black box as it is known before it is asked anything."""
+        box = BlackBox.from_user(spec)
+        source = stored(data, folder)
+        loaded = source.load()
+        box.order(loaded.classes)
+        record = {
+            "command": "contact",
+            "data": str(source),
+            "data_sha256": loaded.digest,
+            "model": str(box),
+            "classes": list(loaded.classes),
+            "shape": list(loaded.shape),
+            "refers": box.refers(),
+            "train_images": len(loaded.train),
+            "settings": Settings(recipe=Recipe(epochs=0)).model_dump(mode="json"),
+            "seconds": 0.0,
+        }
+        return cls(folder, box, record, _read_found(folder / "contact.json", len(loaded.classes)))
+
+    @classmethod
+    def make(cls, spec: str | BlackBox, data: Images, folder: Path) -> "Contact":
+        """Ask a black box for the first time, about a few images, or find what it answered then.
+
+        Raises `VictimError` for one that does not answer, or not for these classes.
+        """
+        contact = cls.planned(spec, data, folder)
+        fields = ("command", "data", "data_sha256", "model", "refers")
+        with claim(folder, {name: contact.record[name] for name in fields}):
+            if found := _read_found(folder / "contact.json", len(contact.record["classes"])):
+                return replace(contact, found=found)
+            contact = replace(contact, found=contact._first_asked(), fresh=True)
+            contact._look()
+            write_json(folder / "contact.json", contact.known.model_dump(mode="json"))
+        return contact
+
+    def data(self) -> Data:
+        """The data, read again and checked to be the same."""
+        return read_data(self.record, self.folder)
+
+    @property
+    def known(self) -> Found:
+        """What it turned out to be, or until then what a plan assumes."""
+        return self.found or _nothing_known(len(self.record["classes"]))
+
+    def victim(self) -> Endpoint:
+        """The black box, whose answers are bought once."""
+        box, found = self.spec, self.known
+        ask = self.connected() if self.found else _unasked
+        endpoint = Endpoint(
+            ask,
+            Reading(found.kind, found.form, found.order),
+            self.purchases,
+            identity=self.identity,
+            classes=tuple(self.record["classes"]),
+            repeatable=found.repeatable,
+            any_image=box.any_image,
+            batch_size=box.batch_size,
+            workers=box.workers,
+        )
+        if found.repeatable and not self.fresh and box.any_image:
+            endpoint.verify = partial(self._require_same, endpoint, torch.tensor(found.probes))
+        return endpoint
+
+    def connected(self) -> Ask:
+        """A way to ask about images in [0, 1]."""
+        ask, adapter = self.spec.connect(self.shape, len(self.record["classes"])), self.spec.adapter
+        return lambda images: ask(adapter.normalised(images))
+
+    @property
+    def purchases(self) -> Purchases:
+        return Purchases(self.folder / "purchases.sqlite", len(self.record["classes"]))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.record["shape"]
+        return channels, height, width
+
+    @property
+    def digest(self) -> str:
+        """Hash of what was named; there are no weights to be hashed."""
+        return fingerprint(self.record["model"], self.record["refers"], self.record["data_sha256"])
+
+    @property
+    def identity(self) -> str:
+        """Hash of what it is and declares, how it is read, and its answers to the probes."""
+        return fingerprint(self.digest, self.found and self.found.model_dump(mode="json"))
+
+    @property
+    def program(self) -> str:
+        """Hash of our own program text behind it."""
+        return fingerprint(source_sha256(type(self.spec)))
+
+    @property
+    def has_history(self) -> bool:
+        """Nobody here knows on which images it was trained."""
+        return True
+
+    def _first_asked(self) -> Found:
+        data, ask = self.data(), self.connected()
+        if not self.spec.any_image:
+            _require_recorded(self.spec, data)
+        probes = to_float(_spread(data.test, PROBES).pixels)
+        outputs = ask(probes)
+        reading = reading_of(outputs, self.spec.output, self.spec.order(data.classes))
+        served, repeatable = reading(outputs).to_served(), True
+        if self.spec.any_image:
+            backwards = reading(ask(probes.flip(0))).to_served().flip(0)
+            self.purchases.bill("billed", len(probes))
+            repeatable = _same(served, backwards)
+        if repeatable:
+            self.purchases.add(image_keys(probes), served)
+        else:
+            self.purchases.bill("billed", len(probes))
+        return Found(
+            kind=reading.kind,
+            form=reading.form,
+            order=reading.order,
+            repeatable=repeatable,
+            declared=self.spec.declared(),
+            probes=served.tolist(),
+        )
+
+    def _look(self) -> None:
+        """Raise `VictimError` where another normalisation or order of classes would be clearly better."""
+        data, found = self.data(), self.known
+        samples = _spread(known_of(self.spec, data.train), LOOKED_AT)
+        images = to_float(samples.pixels)
+        right = accuracy(self.victim().answer(images, "look").filled, samples.labels)
+        chance = max(torch.bincount(samples.labels).tolist()) / len(samples)
+        if right >= chance + 0.1 * (1 - chance):
+            return
+        ask = self.spec.connect(self.shape, len(data.classes))
+        plain = Reading(found.kind, found.form, tuple(range(data.num_classes)))
+
+        def answers(adapter: Adapter) -> Tensor:
+            self.purchases.bill("billed", len(images))
+            tried = plain(ask(adapter.normalised(images))).filled
+            return tried[:, adapter.order] if adapter.order else tried
+
+        adapter = self.spec.adapter.model_copy(update={"order": found.order})
+        best = better_way(answers, adapter, samples.labels, self.shape[0]) if self.spec.any_image else None
+        if best is None:
+            remark(f"{self.spec} is right for {right:.1%} of {len(samples)} images; is it a model of these classes?")
+            return
+        changed = {"preprocess": best.normalisation or self.spec.preprocess}
+        if best.order != tuple(range(data.num_classes)):
+            changed["classes"] = ",".join(named_order(best.order, data.classes))
+        named = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+        raise VictimError(
+            f"{self.spec} is right for {right:.1%} of {len(samples)} images, and for {best.accuracy:.1%} with {named}; "
+            f"write that into {type(self.spec).__name__}(...)."
+        )
+
+    def _require_same(self, endpoint: Endpoint, before: Tensor) -> None:
+        """Raise `VictimError` if the probes are answered otherwise than when the first answers were bought."""
+        now = endpoint.ask(to_float(_spread(self.data().test, PROBES).pixels))
+        if not _same(before, now.to_served()):
+            raise VictimError(
+                f"{self.spec} no longer answers as it did when {self.purchases.path} was begun: it was replaced, or "
+                "set up anew. Its earlier answers are kept there; audit it with another --out."
+            )
+
+
+def known_of(spec: BlackBox, samples: Samples) -> Samples:
+    """The samples about which a black box can be asked: all, or those whose answers were recorded."""
+    if not isinstance(spec, Recorded):
+        return samples
+    rows = spec.rows()
+    return samples[torch.tensor([key in rows for key in keys_of(samples)]).nonzero().flatten()]
+
+
+def _require_recorded(spec: BlackBox, data: Data) -> None:
+    lacking = len(data.test) - len(known_of(spec, data.test))
+    known = len(known_of(spec, data.train))
+    if lacking or known < 2 * data.num_classes:
+        raise VictimError(
+            f"{spec} lacks the answers to {lacking:,} of {len(data.test):,} test images, and has those to {known:,} of "
+            f"{len(data.train):,} training images. An audit needs the former all, and of the latter at least "
+            f"{2 * data.num_classes}."
+        )
+    if known < len(data.train):
+        remark(f"Answers to {known:,} of {len(data.train):,} training images were recorded; thieves get no others.")
+
+
+def _read_found(path: Path, classes: int) -> Found | None:
+    if not path.exists():
+        return None
+    try:
+        found = Found.model_validate(parse_json(read_text(path)))
+        if len(found.order) == classes and all(len(row) == classes for row in found.probes):
+            return found
+        why = "it is about other classes"
+    except (ValidationError, ValueError, UndistillError) as error:
+        why = str(error).splitlines()[0]
+    raise StoreError(f"{path} is damaged ({why}); remove it, and the black box is looked at anew.")
+
+
+def _nothing_known(classes: int) -> Found:
+    """What a plan assumes of a black box that was not asked yet."""
+    return Found(
+        kind="probabilities", form=Form.FULL, order=tuple(range(classes)), repeatable=True, declared="", probes=[]
+    )
+
+
+def _unasked(images: Tensor) -> Outputs:
+    raise VictimError("A plan asks nobody.")
+
+
+def _spread(samples: Samples, count: int) -> Samples:
+    """`count` of the samples, spread evenly over them."""
+    return samples[torch.linspace(0, len(samples) - 1, min(count, len(samples))).long()]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether answers (N, K) to the same images are the same but for rounding."""
+    shown = [Answer.of_served(served).shown for served in (one, other)]
+    p = [served.clamp_min(LOG_ZERO).exp() for served in (one, other)]
+    return bool(torch.equal(*shown) and ((p[0] - p[1]).abs() <= SAME).all())

@@ -1,0 +1,111 @@
+"""Answers that somebody recorded: `Recorded('answers.npz')`."""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from undistill.core.errors import VictimError
+from undistill.core.files import sha256
+from undistill.core.tensors import LARGEST, read_arrays
+from undistill.data.source import ResolvedPath
+from undistill.victims.black_box import Ask, BlackBox, Outputs
+from undistill.victims.endpoint import image_keys
+
+Arrays = Mapping[str, NDArray[Any]]
+HASH = 64  # hexadecimal digits
+
+
+class Recorded(BlackBox):
+    """An `.npz` of answers to images that a model gave before. Nobody is asked, and no other image is answered.
+
+    It holds `images` (N, H, W), (N, H, W, C) or (N, C, H, W) in uint8, or `hashes` (N,), the SHA-256 of each image's
+    pixels as (C, H, W) in uint8, in hexadecimal digits. Beside them lie `probabilities` (N, K) or `logits` (N, K);
+    or `labels` (N,); or `probabilities` (N, k) with `classes` (N, k), the highest k of each.
+    """
+
+    any_image: ClassVar[bool] = False
+
+    unnamed: ClassVar[str] = "path"
+    path: ResolvedPath
+
+    def refers(self) -> dict[str, str]:
+        if not Path(self.path).is_file():
+            raise VictimError(f"There is no file {self.path}.")
+        return {self.path: sha256(Path(self.path), LARGEST)}
+
+    def connect(self, shape: tuple[int, int, int], num_classes: int) -> Ask:
+        rows = self.rows()
+        outputs = _outputs(_read(self.path), len(self._keys()), Path(self.path).name)
+
+        def ask(images: Tensor) -> Outputs:
+            keys = image_keys(images)
+            lacking = sum(key not in rows for key in keys)
+            if lacking:
+                raise VictimError(f"{self.path} lacks the answers to {lacking} of {len(keys)} images.")
+            index = torch.tensor([rows[key] for key in keys])
+            return Outputs(*(None if part is None else part[index] for part in outputs))
+
+        return ask
+
+    def rows(self) -> Mapping[str, int]:
+        """The place of each recorded image, by the key of `image_keys`."""
+        return {key: place for place, key in enumerate(self._keys())}
+
+    def _keys(self) -> tuple[str, ...]:
+        return _keys(self.path, self.refers()[self.path])
+
+
+def _read(path: str) -> Arrays:
+    try:
+        return read_arrays(Path(path), LARGEST)
+    except (OSError, ValueError) as error:
+        raise VictimError(f"{path} is not a readable .npz archive of plain arrays: {error}") from None
+
+
+@cache
+def _keys(path: str, digest: str) -> tuple[str, ...]:
+    arrays, name = _read(path), Path(path).name
+    if "hashes" in arrays:
+        keys = [str(text.decode() if isinstance(text, bytes) else text).lower() for text in arrays["hashes"].flat]
+        if wrong := next((key for key in keys if len(key) != HASH or set(key) - set("0123456789abcdef")), None):
+            raise VictimError(f"{name}: '{wrong:.20}...' is no SHA-256 of an image's pixels in {HASH} digits.")
+    elif "images" in arrays:
+        images = arrays["images"]
+        if images.dtype != np.uint8 or images.ndim not in (3, 4):
+            raise VictimError(
+                f"{name}: images are {images.dtype} of shape {images.shape}; they must be uint8, 0 to 255."
+            )
+        if images.ndim == 3:
+            images = images[:, None]
+        elif images.shape[3] in (1, 3):
+            images = images.transpose(0, 3, 1, 2)
+        keys = image_keys(torch.from_numpy(np.ascontiguousarray(images)).float() / 255)
+    else:
+        raise VictimError(f"{name} holds {', '.join(sorted(arrays)) or 'nothing'}; it needs images, or hashes of them.")
+    return tuple(keys)
+
+
+def _outputs(arrays: Arrays, count: int, name: str) -> Outputs:
+    """All recorded answers; `VictimError` where they are not one for each of `count` images."""
+    kinds = [kind for kind in ("probabilities", "logits") if kind in arrays]
+    classes = next((arrays[kind] for kind in ("classes", "labels") if kind in arrays), None)
+    values = arrays[kinds[0]] if kinds else None
+    if values is None and classes is None:
+        raise VictimError(f"{name} holds no answers; it needs probabilities, logits or labels.")
+    for part in (values, classes):
+        if part is not None and len(part) != count:
+            raise VictimError(f"{name} holds {count} images and {len(part)} answers; there must be one for each.")
+    if "labels" in arrays and values is not None:
+        classes = None  # true labels, or the top answers that the probabilities hold already
+    if classes is not None and classes.dtype.kind not in "iu":
+        raise VictimError(f"{name}: classes are {classes.dtype}; they are whole numbers, counted from 0.")
+    return Outputs(
+        None if values is None else torch.from_numpy(values.astype(np.float64)),
+        None if classes is None else torch.from_numpy(classes.astype(np.int64)).reshape(count, -1),
+    )
