@@ -42,8 +42,13 @@ def test_the_next_weight_lies_between_what_costs_less_and_more() -> None:
     assert between**2 == pytest.approx(0.03**2 + 0.25 * (0.09**2 - 0.03**2), rel=1e-2)
     cliff = next_weight(0.5, [less, attempt(0.09, 80.0, 1e-3)])
     assert cliff**2 == pytest.approx(0.03**2 + 0.1 * (0.09**2 - 0.03**2), rel=1e-2), "a tenth of the way at least"
-    assert next_weight(2.0, [less]) == pytest.approx(0.06), "twice as large at least"
-    assert next_weight(9.0, [less]) == pytest.approx(math.hypot(0.03, 0.09), rel=1e-2), "what experience expects of it"
+    known = attempt(0.03, 0.5, 1e-3)
+    assert next_weight(2.0, [known]) == pytest.approx(0.06, rel=1e-2), "by the square, from half a point to two"
+    assert next_weight(0.6, [known]) == pytest.approx(1.4 * 0.03), "1.4 times as large at least"
+    assert next_weight(9.0, [known]) == pytest.approx(3 * 0.03), "three times at most"
+    assert next_weight(9.0, [attempt(0.01, 0.0, 1e-3), known]) == pytest.approx(1.5 * 0.03), "the last goes less far"
+    unsure = attempt(0.03, -1.0, 1.0)  # believed to be 0, give or take 1 / sqrt(2)
+    assert next_weight(2.0, [unsure]) == pytest.approx(0.03 * math.sqrt(2 * math.sqrt(2)))
     assert next_weight(2.0, [more]) == pytest.approx(0.09 / 2, rel=1e-2)
     assert next_weight(0.01, [more]) == pytest.approx(0.09 / 4, rel=1e-2), "four times smaller at most"
 
@@ -78,7 +83,7 @@ def found(
 CURVES = {
     "as experience": lambda w: (w / 0.03) ** 2,
     "digits": lambda w: 0.6 * (w / 0.03) ** 2,
-    "CIFAR-10": lambda w: -0.75 + 0.065 * (w / 0.03) ** 2,
+    "CIFAR-10": lambda w: -0.75 + 0.0135 * (w / 0.03) ** 4,
     "CIFAR-100": lambda w: -0.9 + 1.15 * (w / 0.03) ** 2,
     "linear": lambda w: w / 0.03,
     "saturating": lambda w: 20 * (1 - math.exp(-w / 0.1)),

@@ -18,7 +18,9 @@ from undistill.training.metrics import accuracy_lost, evaluate
 ONE_POINT = 0.03  # the weight at which experience expects a point of accuracy to be lost, at T = 4
 TRIES, SHARE = 3, 0.5  # trainings at most, and the share of the recipe's epochs that each takes
 NEAR = 0.25  # of the price: by so much what is believed to be lost may differ from it
-UP, DOWN = 2.0, 4.0  # factors by which a weight is raised at least, and lowered at most
+UP = 1.4  # factor by which a weight is raised at least
+FAR = 3.0, 1.5  # at most, by the second training and by the last, which must not be wasted on a weight that ruins
+DOWN = 4.0  # factor by which it is lowered at most
 HIGHEST = 1.0  # weight
 RUINED = 2.0  # points, surely lost beyond the price
 
@@ -41,9 +43,17 @@ class Attempt:
         Experience expects the points to grow with the square of the weight, give or take as many. What was measured
         is believed down to one standard error below it, whatever experience says.
         """
-        suggested = (self.weight / ONE_POINT) ** 2
-        trust = suggested**2 / (suggested**2 + self.error**2)
-        return max(trust * self.lost + (1 - trust) * suggested, self.lost - self.error)
+        trust = self._suggested**2 / (self._suggested**2 + self.error**2)
+        return max(trust * self.lost + (1 - trust) * self._suggested, self.lost - self.error)
+
+    @property
+    def at_most(self) -> float:
+        """Points that may be lost: one standard error of the belief above it."""
+        return self.believed + self._suggested * self.error / math.hypot(self._suggested, self.error)
+
+    @property
+    def _suggested(self) -> float:
+        return (self.weight / ONE_POINT) ** 2
 
 
 def at_price(price: float, current: nn.Module, data: Split, fit: Fit, train: Callable[[float], nn.Module]) -> nn.Module:
@@ -100,5 +110,6 @@ def next_weight(price: float, attempts: Sequence[Attempt]) -> float:
     if more:
         return more.weight * max(math.sqrt(price / more.believed), 1 / DOWN)
     assert less
-    missing = max(price - less.believed, 0.0)
-    return min(max(math.hypot(less.weight, ONE_POINT * math.sqrt(missing)), UP * less.weight), HIGHEST)
+    rise = math.sqrt(price / less.at_most) if less.at_most > 0 else math.inf
+    far = FAR[len(attempts) > 1]
+    return min(less.weight * min(max(rise, UP), far), HIGHEST)
