@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from undistill import Run, Settings, Source, TrainSettings, protect, train
-from undistill.api import perform
+from undistill.api.audits import perform
 from undistill.auditing.launchers import Serial
 from undistill.auditing.pair import QueryOptions, VictimPair
 from undistill.auditing.plan import Plan

@@ -142,3 +142,10 @@ def _unskipped(report: Any) -> Any:
         if "needs a GPU" not in reason:
             report.outcome, report.longrepr = "failed", f"skipped under CI=true ({reason})"
     return report
+
+
+@pytest.fixture(scope="session")
+def alone(honest: Run, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """An audit of the honest network without a twin, with one student of each kind."""
+    out = tmp_path_factory.mktemp("alone")
+    return audit(honest, out, honest="none", students=[STUDENT], seeds=1, recipe=RECIPE, device="cpu")

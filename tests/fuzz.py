@@ -42,7 +42,7 @@ from tests.fuzz_changes import (
     spec,
 )
 from tests.test_official import write_cifar10, write_idx, write_svhn, write_tiny
-from undistill import api
+from undistill.api import audits
 from undistill.cli import app
 from undistill.core import tensors
 from undistill.data import CIFAR10, MNIST, SVHN, TinyImageNet
@@ -280,16 +280,16 @@ def quick() -> Iterator[None]:
     """Inside, public data sets are as small as the world's, and audits end before their pictures."""
     counts = {CIFAR10: (100, 20), MNIST: (40, 20), SVHN: (40, 20), TinyImageNet: (18, 6)}
     kept = {source: source.counts for source in counts}
-    pictures = api.write_evidence, page.write_report
+    pictures = audits.write_evidence, page.write_report
     for source, numbers in counts.items():
         classes = 3 if source is TinyImageNet else 10
         source.counts = tuple((n // classes,) * classes for n in numbers)
-    api.write_evidence = page.write_report = lambda *_: None
+    audits.write_evidence = page.write_report = lambda *_: None
     seconds, tensors.SECONDS = tensors.SECONDS, 2.0
     try:
         yield
     finally:
-        api.write_evidence, page.write_report = pictures
+        audits.write_evidence, page.write_report = pictures
         tensors.SECONDS = seconds
         for source, numbers in kept.items():
             source.counts = numbers

@@ -6,7 +6,7 @@ import jsonschema
 import pytest
 
 from tests.conftest import RECIPE, STUDENT, TEACHER
-from undistill.api import audit, plan_audit
+from undistill.api.audits import audit, plan_audit
 from undistill.auditing.cell import Job
 from undistill.auditing.pair import VictimPair
 from undistill.auditing.plan import Plan

@@ -119,7 +119,7 @@ def test_remember_says_how_much_is_kept(honest: Run, tmp_path: Path) -> None:
 
 def test_list_names_everything() -> None:
     entries = json.loads(call("list", "--json").stdout)
-    assert set(entries) == {"data", "models", "defences", "attacks", "launchers", "suites"}
+    assert set(entries) == {"data", "models", "defences", "attacks", "launchers", "victims", "suites"}
     assert {"name", "spec", "about"} == set(entries["defences"][0])
     assert all(entry["about"] for rows in entries.values() for entry in rows)
     text = call("list", "attacks").stdout

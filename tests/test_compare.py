@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from tests.conftest import FAST, RECIPE, STUDENT
-from undistill.api import audit, compare, rows_of
+from undistill.api import audit, compare
+from undistill.api.comparisons import rows_of
 from undistill.auditing.comparison import NONE, Comparison, objections, parse_defences, row_name
 from undistill.auditing.schema import Flag, Interval, Report
 from undistill.cli.commands import app

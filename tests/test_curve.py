@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import RECIPE, STUDENT
 from tests.test_cli import call
-from undistill.api import audit, plan_audit
+from undistill.api.audits import audit, plan_audit
 from undistill.attacks import Attack
 from undistill.auditing.curve import bought_once, budgets, curve_jobs, lines, named_or_plain, price_of_a_copy, stretched
 from undistill.auditing.plan import CURVE_FLOORS

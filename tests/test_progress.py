@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.conftest import FAST, RECIPE, STUDENT, TEACHER
-from undistill import api
+from undistill.api import audits
 from undistill.auditing.forecast import Forecast, describe, forecast, seconds_of
 from undistill.cli import app
 from undistill.core import progress as module
@@ -98,7 +98,7 @@ def test_notebooks_show_progress_and_scripts_do_if_asked(
 
 
 def test_a_plan_counts_what_is_left(victim: Run, tmp_path: Path) -> None:
-    plan = api.plan_audit(victim, students=[STUDENT], seeds=2, device="cpu")
+    plan = audits.plan_audit(victim, students=[STUDENT], seeds=2, device="cpu")
     assert describe(plan, tmp_path) == (
         "Plan: 20 students to train, each for 6 epochs of 5 batches: 6 attacks (Scratch, LabelSmoothing, HardLabels, "
         "SoftLabels) x 1 network x 2 seeds, on the protected model and on its unprotected twin. Before, each thief "

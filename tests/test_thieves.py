@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.conftest import RECIPE, STUDENT, students
 from tests.test_victims import Shares, jobs, made
 from undistill import Extra, Form, Weighted
-from undistill.api import audit, plan_audit
+from undistill.api.audits import audit, plan_audit
 from undistill.attacks import Attack
 from undistill.attacks.attack import Buying, Distillation, ThiefData
 from undistill.auditing.cell import Job

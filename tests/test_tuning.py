@@ -11,7 +11,7 @@ import torch
 
 from tests.conftest import RECIPE, STUDENT
 from tests.test_victims import jobs
-from undistill.api import audit, plan_audit
+from undistill.api.audits import audit, plan_audit
 from undistill.attacks import Attack
 from undistill.attacks.attack import tries
 from undistill.auditing.cell import Job, late_gain, relisted

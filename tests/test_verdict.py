@@ -5,7 +5,8 @@ import pytest
 
 from undistill.attacks.attack import FLOORS as FLOOR_ROLES
 from undistill.attacks.attack import Role
-from undistill.auditing.schema import Cell, Interval, Threat, Trial, predicted, written
+from undistill.auditing.predictions import predicted, written
+from undistill.auditing.schema import Cell, Interval, Threat, Trial
 from undistill.auditing.statistics import (
     crossed_interval,
     interval,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from undistill.training.optimisers import Extra
     from undistill.training.recipe import Recipe
     from undistill.victims.answer import Answer, Form
+    from undistill.victims.black_box import BlackBox, Outputs
     from undistill.victims.ledger import Ledger
     from undistill.victims.oracle import Access, Oracle
     from undistill.victims.protected import Protected, Response
@@ -39,6 +40,7 @@ _HOMES = {
     "training.optimisers": ["Extra"],
     "training.recipe": ["Recipe"],
     "victims.answer": ["Answer", "Form"],
+    "victims.black_box": ["BlackBox", "Outputs"],
     "victims.ledger": ["Ledger"],
     "victims.oracle": ["Access", "Oracle"],
     "victims.protected": ["Protected", "Response"],
@@ -47,10 +49,10 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Access", "Answer", "Attack", "Batch", "Buying", "Data", "Defence", "Distillation", "Extra", "Fit", "Form", "Fresh",
-    "Ledger", "Model", "Oracle", "Protected", "QueryAttack", "Recipe", "Response", "ResponseDefence", "Role", "Run",
-    "Samples", "Settings", "Source", "Split", "ThiefData", "TrainSettings", "Victim", "Weighted", "adopt", "audit",
-    "compare", "protect", "train", "tries",
+    "Access", "Answer", "Attack", "Batch", "BlackBox", "Buying", "Data", "Defence", "Distillation", "Extra", "Fit",
+    "Form", "Fresh", "Ledger", "Model", "Oracle", "Outputs", "Protected", "QueryAttack", "Recipe", "Response",
+    "ResponseDefence", "Role", "Run", "Samples", "Settings", "Source", "Split", "ThiefData", "TrainSettings",
+    "Victim", "Weighted", "adopt", "audit", "compare", "protect", "train", "tries",
 ]  # fmt: skip
 
 

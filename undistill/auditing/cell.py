@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from undistill.attacks.attack import Attack, Buying, QueryAttack, Role, ThiefData
 from undistill.attacks.data_free.synthesis import without_images
 from undistill.auditing.pair import VictimPair
-from undistill.auditing.schema import Cell, Side, Threat, Trial, predicted, written
+from undistill.auditing.predictions import predicted, written
+from undistill.auditing.schema import Cell, Side, Threat, Trial
 from undistill.core.errors import BudgetExceeded, NonFinite, SpecError, Unsuitable
 from undistill.core.files import read_json, seal, unseal, write_json
 from undistill.core.identity import fingerprint, program_sha256, source_sha256

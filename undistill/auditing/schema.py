@@ -1,11 +1,8 @@
 """`report.json`: the audit's product. Accuracies are shares from 0 to 1; docs/report.schema.json is made from here."""
 
-import base64
 from statistics import fmean
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from undistill.attacks.attack import Buying, Role, ThiefData
@@ -168,7 +165,7 @@ class Cell(Part):
     validation: Share = 0.0
     """Accuracy on the thief's validation images."""
     predictions: Predictions = ""
-    """Top answer to each test image, see `predicted`; empty in report.json, which gives figures alone."""
+    """Top answer to each test image, see predictions.py; empty in report.json, which gives figures alone."""
     role: Role
     """Role in the comparison, such as a floor or the plain attack."""
     queries: Count
@@ -224,20 +221,6 @@ class Trial(Part):
     def column(self) -> tuple[Side, str, str]:
         """As of a cell."""
         return self.side, self.listed or self.attack, self.student
-
-
-def written(predictions: NDArray[np.int64], num_classes: int) -> str:
-    """Top answers (N,) as text: base64 of one byte each, of two or four for more than 256 classes."""
-    return base64.b64encode(predictions.astype(_width(num_classes)).tobytes()).decode()
-
-
-def predicted(text: str, num_classes: int) -> NDArray[np.int64]:
-    """The top answers (N,) that `written` made text of."""
-    return np.frombuffer(base64.b64decode(text), _width(num_classes)).astype(np.int64)
-
-
-def _width(num_classes: int) -> str:
-    return "<u1" if num_classes <= 256 else "<u2" if num_classes <= 65_536 else "<u4"
 
 
 class Verdict(Part):

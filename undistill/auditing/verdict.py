@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from undistill.attacks.attack import FLOORS, Role, ThiefData
-from undistill.auditing.schema import Cell, Interval, Report, Side, Threat, Trial, Verdict, predicted
+from undistill.auditing.predictions import predicted
+from undistill.auditing.schema import Cell, Interval, Report, Side, Threat, Trial, Verdict
 from undistill.auditing.statistics import crossed_interval, interval, least_spread, preferred
 from undistill.auditing.wording import is_above_zero, sentence
 from undistill.core.errors import SpecError

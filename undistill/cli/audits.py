@@ -104,7 +104,7 @@ def audit(
 ) -> None:
     """Attack a protected model, beside its honest twin where there is one; ends with a report."""
     from undistill.api import audit as work
-    from undistill.api import named_victim, plan_audit
+    from undistill.api.audits import named_victim, plan_audit
     from undistill.auditing.forecast import describe, forecast
     from undistill.auditing.pair import VictimPair
     from undistill.cli.config import merge, read_settings

@@ -10,6 +10,7 @@ from undistill.core.spec import Spec
 from undistill.data.source import Source
 from undistill.defences.defence import Defence
 from undistill.models.model import Model
+from undistill.victims.black_box import BlackBox
 
 Entry = dict[str, str]
 
@@ -19,6 +20,7 @@ FAMILIES: dict[str, type[Spec]] = {
     "defences": Defence,
     "attacks": Attack,
     "launchers": Launcher,
+    "victims": BlackBox,
 }
 
 
@@ -44,8 +46,7 @@ def catalogue(kind: str | None = None) -> dict[str, list[Entry]]:
 
 
 def _entry(spec: type[Spec]) -> Entry:
-    fields = ", ".join(
-        name if field.is_required() else f"{name}={field.default!r}" for name, field in spec.model_fields.items()
-    )
+    written = sorted(spec.model_fields.items(), key=lambda field: not field[1].is_required())
+    fields = ", ".join(name if field.is_required() else f"{name}={field.default!r}" for name, field in written)
     about = (inspect.getdoc(spec) or "").split("\n\n")[0].replace("\n", " ")
     return {"name": spec.__name__, "spec": f"{spec.__name__}({fields})", "about": about}

@@ -70,7 +70,7 @@ def compare(
     Settings (--config, --set) are those of the students; the defences train as the unprotected model was.
     """
     from undistill.api import compare as work
-    from undistill.api import describe_comparison
+    from undistill.api.comparisons import describe_comparison
     from undistill.cli.config import merge, read_settings
     from undistill.runs.run import Run
     from undistill.runs.settings import AuditSettings, recorded_settings

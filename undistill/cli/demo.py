@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from undistill.api import perform
+from undistill.api.audits import perform
 from undistill.auditing.launchers import Serial
 from undistill.auditing.pair import QueryOptions, VictimPair
 from undistill.auditing.plan import Plan

@@ -129,8 +129,13 @@ class Contact:
 
     def connected(self) -> Ask:
         """A way to ask about images in [0, 1]."""
-        ask, adapter = self.spec.connect(self.shape, len(self.record["classes"])), self.spec.adapter
+        ask, adapter = self._connected(), self.spec.adapter
         return lambda images: ask(adapter.normalised(images))
+
+    def _connected(self) -> Ask:
+        """A way to ask about images as the black box wants them."""
+        bought = self.purchases
+        return self.spec.connect(self.shape, tuple(self.record["classes"]), lambda count: bought.bill("lost", count))
 
     @property
     def purchases(self) -> Purchases:
@@ -195,7 +200,7 @@ class Contact:
         chance = max(torch.bincount(samples.labels).tolist()) / len(samples)
         if right >= chance + 0.1 * (1 - chance):
             return
-        ask = self.spec.connect(self.shape, len(data.classes))
+        ask = self._connected()
         plain = Reading(found.kind, found.form, tuple(range(data.num_classes)))
 
         def answers(adapter: Adapter) -> Tensor:

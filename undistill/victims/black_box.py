@@ -39,7 +39,7 @@ class BlackBox(Spec):
     """A model that answers images and shows nothing else of itself."""
 
     listed = False
-    quiet = ("output", "preprocess", "classes")
+    quiet: ClassVar[Sequence[str]] = ("output", "preprocess", "classes")
     billed: ClassVar[bool] = False
     """Whether somebody may be paid for answers, or limits them."""
     any_image: ClassVar[bool] = True
@@ -80,8 +80,11 @@ class BlackBox(Spec):
         return ""
 
     @abstractmethod
-    def connect(self, shape: tuple[int, int, int], num_classes: int) -> Ask:
-        """A way to ask it about images of that shape, already normalised. Raises `VictimError` if there is none."""
+    def connect(self, shape: tuple[int, int, int], classes: tuple[str, ...], lost: Callable[[int], None]) -> Ask:
+        """A way to ask it about images of that shape, already normalised. Raises `VictimError` if there is none.
+
+        `lost` is told of images that may have been answered, and whose answers did not arrive.
+        """
 
     def declared(self) -> str:
         """What it says of itself, such as name and version; a part of its identity."""

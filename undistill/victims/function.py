@@ -1,5 +1,6 @@
 """A function of the user's own: `Function('predict.py:predict')`."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -36,7 +37,7 @@ class Function(BlackBox):
     def code(self) -> str:
         return self.call
 
-    def connect(self, shape: tuple[int, int, int], num_classes: int) -> Ask:
+    def connect(self, shape: tuple[int, int, int], classes: tuple[str, ...], lost: Callable[[int], None]) -> Ask:
         predict = load_code(self.call)
         if not callable(predict):
             raise VictimError(f"{self.call} cannot be called; name a function of images.")

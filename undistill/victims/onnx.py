@@ -1,5 +1,6 @@
 """A file of ONNX: `Onnx('model.onnx')`, run by onnxruntime."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -41,7 +42,7 @@ class Onnx(BlackBox):
             raise VictimError(f"There is no file {self.path}.")
         return {self.path: sha256(path, LARGEST)}
 
-    def connect(self, shape: tuple[int, int, int], num_classes: int) -> Ask:
+    def connect(self, shape: tuple[int, int, int], classes: tuple[str, ...], lost: Callable[[int], None]) -> Ask:
         session = self._session()
         taken = _one(session.get_inputs(), self.input, "input")
         if taken.type not in TYPES:

@@ -1,6 +1,7 @@
 """`Purchases`: answers that were bought of a black box, one row for each, in a file of SQLite."""
 
 import sqlite3
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -29,6 +30,7 @@ class Purchases:
 
     def __init__(self, path: Path, classes: int) -> None:
         self.path, self.classes = path, classes
+        self._one_thread = threading.RLock()
 
     def __reduce__(self) -> tuple[type["Purchases"], tuple[Path, int]]:
         """Another process opens the file anew."""
@@ -107,7 +109,7 @@ class Purchases:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._guarded():
+        with self._one_thread, self._guarded():
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 yield self._database

@@ -1,6 +1,6 @@
 """Answers that somebody recorded: `Recorded('answers.npz')`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,7 +39,7 @@ class Recorded(BlackBox):
             raise VictimError(f"There is no file {self.path}.")
         return {self.path: sha256(Path(self.path), LARGEST)}
 
-    def connect(self, shape: tuple[int, int, int], num_classes: int) -> Ask:
+    def connect(self, shape: tuple[int, int, int], classes: tuple[str, ...], lost: Callable[[int], None]) -> Ask:
         rows = self.rows()
         outputs = _outputs(_read(self.path), len(self._keys()), Path(self.path).name)
 
