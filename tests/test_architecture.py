@@ -18,6 +18,7 @@ ORDER = [
     "runs",
     "auditing",
     "report",
+    "ship",
     "api",
     "papers",
     "cli",

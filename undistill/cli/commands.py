@@ -11,6 +11,7 @@ from undistill.cli.looking import data_check, figure, list_
 from undistill.cli.models import adopt, protect, train
 from undistill.cli.options import Commands, say
 from undistill.cli.reproducing import reproduce
+from undistill.cli.shipping import export
 
 app = typer.Typer(
     cls=Commands,
@@ -42,6 +43,7 @@ app.command()(protect)
 app.command()(audit)
 app.command()(compare)
 app.command()(report)
+app.command()(export)
 app.command("list")(list_)
 app.command()(figure)
 app.command()(reproduce)

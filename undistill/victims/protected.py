@@ -20,6 +20,9 @@ class Response(nn.Module):
     reads_inputs: ClassVar[bool] = False
     """Whether an answer depends on the input in other ways than through the answer that it changes."""
 
+    not_in_graph: ClassVar[str] = ""
+    """Why it cannot be a part of an exported graph; empty if it can."""
+
     @property
     def bits(self) -> float | None:
         """The most bits that an answer carries beyond its label, where that is bounded; else None."""

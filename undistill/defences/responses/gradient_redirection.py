@@ -29,6 +29,8 @@ class GradientRedirection(SurrogateDefence):
 class Redirected(SurrogateResponse):
     """Moves probability from the classes that serve a thief's update to the one that spoils it most."""
 
+    not_in_graph = "it computes gradients for every answer"
+
     epsilon: float
 
     def forward(self, answer: Answer, inputs: Tensor) -> Answer:

@@ -36,6 +36,8 @@ class Deviating(SurrogateResponse):
     cancel in the unit vectors, and the surrogate's answer `p` is all that is needed.
     """
 
+    not_in_graph = "it computes gradients for every answer"
+
     epsilon: float
 
     def forward(self, answer: Answer, inputs: Tensor) -> Answer:

@@ -59,7 +59,7 @@ class Quantised(Response):
     def forward(self, answer: Answer, inputs: Tensor) -> Answer:
         codes = self.book[answer.top]
         nearest = (codes - answer.filled.exp()[:, None]).abs().sum(2).argmin(1)
-        p = codes[torch.arange(len(codes), device=codes.device), nearest]
+        p = codes.gather(1, nearest[:, None, None].expand(-1, 1, codes.shape[2]))[:, 0]
         return Answer(p.clamp_min(1e-30).log(), torch.ones_like(answer.shown), whole=True)
 
 

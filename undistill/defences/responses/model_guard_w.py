@@ -32,6 +32,8 @@ class ModelGuardW(ResponseDefence):
 class Guarded(Response):
     """Answers moved from their likely classes to their unlikely ones, below the top class."""
 
+    not_in_graph = "rounding, which differs between runtimes, moves its optimum to another one"
+
     def __init__(self, epsilon: float) -> None:
         super().__init__()
         self.epsilon = epsilon

@@ -1,0 +1,110 @@
+"""`manifest.json` of an exported folder: what it is, what was measured of it, and the hash of every file."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from undistill.auditing.curve import lines
+from undistill.auditing.schema import Count, NotNegative, Number, Part, Report, Share, Text
+from undistill.core.errors import StoreError
+from undistill.core.files import parse_json, read_text, sha256
+
+MANIFEST = "manifest.json"
+GAPS = (0.10, 0.05, 0.02)
+"""Differences of accuracy from the model, within which a copy is worth knowing of."""
+
+
+class Audited(Part):
+    """What an audit found of the model."""
+
+    sentence: Text
+    made: Text
+    suite: Text
+    best_copy: Share
+    """Accuracy of the best thief's copy."""
+    queries: dict[Text, Count] = Field(default_factory=dict)
+    """For each gap in accuracy, such as '0.05', the fewest queries that bought a copy within it; none that did not."""
+    report_sha256: Text
+
+
+class Manifest(Part):
+    """The whole of manifest.json."""
+
+    format: Literal[1] = 1
+    name: Text
+    undistill: Text
+    classes: Annotated[list[Text], Field(min_length=2, max_length=100_000)]
+    shape: tuple[int, int, int]
+    """Channels, height, width of an image."""
+    outputs: Annotated[list[Text], Field(min_length=1, max_length=2)]
+    form: Literal["label", "top", "full"]
+    network: Text
+    defences: list[Text]
+    responses: list[Text]
+    calibrated_on: dict[Text, Text]
+    bits: NotNegative | None
+    """The most bits that an answer carries beyond its label; null where nothing bounds them."""
+    price: Number | None
+    found: dict[Text, Number]
+    data: Text
+    data_sha256: Text
+    identity: Text
+    """Hash of everything on which answers depend."""
+    accuracy: Share
+    """On validation images."""
+    compared: Count
+    """Validation images on which the files answer as the run does."""
+    tolerance: NotNegative
+    """Largest difference of a probability that was allowed."""
+    largest: NotNegative
+    """Largest difference that there was, rows at a threshold aside."""
+    at_threshold: Count
+    """Rows that differed by more, since rounding moved them over a threshold of a response."""
+    audited: Audited | None
+    files: dict[Text, Text]
+    """SHA-256 of every other file."""
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an exported folder, all of whose files are as they were written; else `StoreError`."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise StoreError(f"{folder} is no exported folder; 'undistill export RUN --to DIR' makes one.")
+    try:
+        manifest = Manifest.model_validate(parse_json(read_text(path)))
+    except (ValidationError, ValueError) as error:
+        raise StoreError(f"{path} is damaged ({str(error).splitlines()[0]}); export the run again.") from None
+    for name, digest in manifest.files.items():
+        if Path(name).name != name or not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise StoreError(f"{folder / name} is missing or not the file that was exported; export the run again.")
+    return manifest
+
+
+def audited(report: Report, digest: str) -> Audited:
+    """What a report says, as far as those who are shipped a model need it."""
+    thief = ("victim", report.verdict.best_attack, report.verdict.best_student)
+    best = [cell for cell in report.cells if cell.column == thief]
+    return Audited(
+        sentence=report.verdict.sentence,
+        made=report.made,
+        suite=report.suite,
+        best_copy=sum(cell.accuracy for cell in best) / len(best) if best else 0.0,
+        queries=queries_within(report),
+        report_sha256=digest,
+    )
+
+
+def queries_within(report: Report) -> dict[str, int]:
+    """The fewest queries that bought a copy within each of `GAPS`, by the curve; a gap that none reached is absent."""
+    reached: dict[int, float] = {}
+    for line in lines(report.curve):
+        if line.side == "victim":
+            for queries, accuracy in line.accuracy.items():
+                reached[queries] = max(reached.get(queries, 0.0), accuracy)
+    found = {}
+    for gap in GAPS:
+        enough = [queries for queries, accuracy in reached.items() if accuracy >= report.victim.accuracy - gap]
+        if enough:
+            found[f"{gap:g}"] = min(enough)
+    return found
