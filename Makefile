@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 READY := .venv/.ready
 
-.PHONY: demo test test-bare test-ray test-real slow check bench schema clean
+.PHONY: demo test test-bare test-servers test-ray test-real slow check bench schema clean
 
 demo: $(INSTALLED)
 	$(BIN)/undistill demo
@@ -15,6 +15,9 @@ test: $(READY)
 
 test-bare: $(READY)
 	$(BIN)/pytest -m bare
+
+test-servers: $(READY)
+	$(BIN)/pytest -m servers
 
 test-ray: $(READY)
 	$(BIN)/pytest -m ray

@@ -62,6 +62,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if self.path == "/v2":
+            return self.send(200, b'{"name": "server", "extensions": ["binary_tensor_data"]}')
         about = {
             "name": "model",
             "inputs": [{"name": "images", "datatype": "FP32", "shape": [-1, 1, 12, 12]}],
@@ -69,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
         }
         if self.path == "/v2/models/encoded":
             about["inputs"] = [{"name": "file", "datatype": "BYTES", "shape": [-1]}]
-        self.send(200 if self.path.startswith("/v2/models/") else 404, json.dumps(about).encode())
+        return self.send(200 if self.path.startswith("/v2/models/") else 404, json.dumps(about).encode())
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
@@ -174,6 +176,14 @@ def test_every_protocol_gives_the_networks_answers(way: str, server: Server, toy
     with torch.no_grad():
         expected = server.network(images).log_softmax(1)
     assert torch.allclose(contact.victim().answer(images).log_p, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("fields", "binary"), [("", True), (", binary=False", False), (", binary=True", True)])
+def test_tensors_are_binary_where_the_server_can(
+    fields: str, binary: bool, server: Server, toy_file: Path, tmp_path: Path
+) -> None:
+    Contact.make(f"Http('{server.url}'{fields})", str(toy_file), tmp_path / "bought")
+    assert {HEADER.lower() in headers for headers in server.headers} == {binary}
 
 
 def test_an_audit_of_a_server_counts_as_it_does(server: Server, honest: Run, toy_file: Path, tmp_path: Path) -> None:

@@ -65,3 +65,28 @@ def test_extras_resolve(extra: str, wheel: Path, bare: Path) -> None:
     done = run(pip, "install", "--dry-run", "--constraint", CONSTRAINTS, f"{wheel}[{extra}]", cwd=bare)
     assert done.returncode == 0, done.stderr
     assert "does not provide the extra" not in done.stderr
+
+
+@pytest.mark.parametrize(("runtime", "needs"), [("torch", ["torch"]), ("onnx", ["onnxruntime", "numpy"])])
+def test_an_exported_folder_runs_with_its_runtime_alone(runtime: str, needs: list[str], tmp_path: Path) -> None:
+    """In an environment of its own, in which there is nothing else."""
+    ours = [sys.executable, "-m", "undistill"]
+    words = ["--data", "digits", "--model", "ConvNet(width=4)", "--set", "recipe.epochs=1", "--out", tmp_path / "run"]
+    assert run(*ours, "train", *words, cwd=ROOT).returncode == 0
+    assert (
+        run(*ours, "protect", tmp_path / "run", "--defence", "Sealed()", "--out", tmp_path / "s", cwd=ROOT).returncode
+        == 0
+    )
+    done = run(*ours, "export", tmp_path / "s", "--to", tmp_path / "e", "--format", runtime, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path).returncode == 0
+    pip, python = tmp_path / "venv" / "bin" / "pip", tmp_path / "venv" / "bin" / "python"
+    assert run(pip, "install", "--constraint", CONSTRAINTS, *needs, cwd=tmp_path).returncode == 0
+    blank = {
+        "torch": "import torch; images = torch.rand(3, 1, 8, 8)",
+        "onnx": "import numpy; images = numpy.random.rand(3, 1, 8, 8).astype('float32')",
+    }[runtime]
+    script = f"{blank}; import model; (p,) = model.load()(images); print(tuple(p.shape), float(p.sum()))"
+    done = run(python, "-c", script, cwd=tmp_path / "e")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("(3, 10) 3.0")

@@ -49,8 +49,8 @@ class Http(BlackBox):
     """Name of the model on the server."""
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     """Where channels are in an image that is sent as numbers."""
-    binary: bool = True
-    """Whether tensors are sent in binary form, which only oip-v2 has; it is far faster than JSON."""
+    binary: bool | None = None
+    """Whether tensors travel in binary form, far faster than JSON; with oip-v2, None asks the server if it can."""
     result: str = Field("", max_length=200)
     """Name of the output, with oip-v2; empty takes the first with a number for each image and class."""
     shape: OptionalPath = ""
@@ -118,8 +118,9 @@ class Http(BlackBox):
 
     def _protocol(self, channel: "Channel", classes: tuple[str, ...]) -> Protocol:
         if self.protocol == "oip-v2":
+            binary = self._takes_binary(channel) if self.binary is None else self.binary
             return OpenInference(
-                self._metadata(channel), self.model, binary=self.binary, layout=self.layout, result=self.result
+                self._metadata(channel), self.model, binary=binary, layout=self.layout, result=self.result
             )
         if self.protocol == "kserve-v1":
             return Instances(self.model, classes, self.layout)
@@ -136,6 +137,15 @@ class Http(BlackBox):
                 f"{self.url} does not speak the Open Inference Protocol: no JSON at /v2/models/{self.model}. Name "
                 "another protocol: kserve-v1, huggingface or json."
             ) from None
+
+    def _takes_binary(self, channel: "Channel") -> bool:
+        """Whether the server names the binary tensor data extension among those that it has."""
+        try:
+            about = json.loads(channel.get("/v2").body)
+        except (VictimError, ValueError):
+            return False
+        extensions = about.get("extensions") if isinstance(about, dict) else None
+        return isinstance(extensions, list) and any("binary_tensor" in str(name) for name in extensions)
 
     @property
     def _declared(self) -> Shape:
