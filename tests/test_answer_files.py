@@ -176,3 +176,29 @@ def test_a_fixed_batch_size_and_channels_last(honest: Run, toy_file: Path, tmp_p
     with torch.no_grad():
         expected = honest.network()(some).log_softmax(1)
     assert torch.allclose(contact.victim().answer(some).log_p, expected, atol=1e-4)
+
+
+def test_true_labels_beside_answers_are_left_out(honest: Run, toy_file: Path, tmp_path: Path) -> None:
+    data = honest.data()
+    labels = torch.cat([data.train.labels, data.test.labels]).numpy()
+    beside = {"labels": labels}, {"classes": np.array(["a", "b", "c"])}, {"classes": labels}
+    for number, more in enumerate(beside):
+        contact = Contact.make(recorded(tmp_path, honest, **more), str(toy_file), tmp_path / str(number))
+        images = to_float(data.test.pixels)
+        with torch.no_grad():
+            expected = honest.network()(images).log_softmax(1)
+        assert torch.allclose(contact.victim().answer(images).log_p, expected, atol=1e-4)
+
+
+def test_a_twin_needs_answers_to_validation_images(honest: Run, toy_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(VictimError, match=r"lacks the answers to 10 of 10 validation images.*leave out --honest"):
+        audited(recorded(tmp_path, honest), tmp_path / "a", toy_file, honest=honest)
+
+
+def test_thieves_who_make_images_are_left_out_of_recorded_answers(honest: Run, toy_file: Path, tmp_path: Path) -> None:
+    box = recorded(tmp_path, honest)
+    for attack in ("QuerySmoothing(once=True)", "DisGUIDE()"):
+        with pytest.raises(VictimError.__base__, match="of which no answers were recorded"):
+            audited(box, tmp_path / "a", toy_file, attacks=[attack])
+    report = audited(box, tmp_path / "b", toy_file, suite="budget-1", budget=40, curve=True, trials=1)
+    assert "FixMatch" in str([cell.attack for cell in report.cells])

@@ -148,6 +148,31 @@ def test_audits_that_share_a_ledger_pay_once(box, toy_file: Path, tmp_path: Path
     assert first == second
 
 
+def test_how_it_is_asked_is_in_no_key(box, toy_file: Path, tmp_path: Path) -> None:
+    """After an error one asks more slowly; nothing is paid again for that."""
+    first = Contact.make(box("predict"), str(toy_file), tmp_path / "bought")
+    again = Contact.make(box("predict", ", size=3"), str(toy_file), tmp_path / "bought")
+    assert (again.identity, again.digest) == (first.identity, first.digest)
+    assert again.victim()._batch_size == 3
+
+
+def test_a_first_look_that_was_stopped_goes_on(box, toy_file: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Contact, "_look", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            Contact.make(box("predict"), str(toy_file), tmp_path / "bought")
+    monkeypatch.undo()
+    contact = Contact.make(box("predict"), str(toy_file), tmp_path / "bought")
+    assert contact.purchases.billed == 2 * 8 + 64 + 8  # the probes twice, the look, and the probes once again
+
+
+def test_the_advice_of_a_first_look_can_be_followed_at_once(box, toy_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(VictimError, match="with preprocess"):
+        Contact.make(box("bright"), str(toy_file), tmp_path / "bought")
+    contact = Contact.make(box("bright", ", preprocess='255'"), str(toy_file), tmp_path / "bought")
+    assert contact.known.looked
+
+
 def test_answers_that_vary_are_noticed_and_never_shared(box, toy_file: Path, tmp_path: Path) -> None:
     report = audited(box("varying"), tmp_path / "a", toy_file)
     assert "answers_vary" in [flag.name for flag in report.flags]

@@ -124,6 +124,15 @@ def test_the_card_says_what_was_protected_and_found(sealed: Run, tmp_path: Path)
     assert set(manifest.files) == {"README.md", "model.onnx", "model.py"}
 
 
+def test_a_card_gets_the_verdict_later(sealed: Run, tmp_path: Path) -> None:
+    folder = export(sealed, tmp_path / "e", format="onnx")
+    assert "Not audited" in (folder / "README.md").read_text()
+    report = audit(sealed, tmp_path / "a", honest="none", students=[STUDENT], seeds=1, recipe=RECIPE, device="cpu")
+    export(sealed, tmp_path / "e", format="onnx", audit=tmp_path / "a")
+    assert report.verdict.sentence in (folder / "README.md").read_text()
+    assert read_manifest(folder).audited
+
+
 def test_an_audit_of_another_model_is_refused(sealed: Run, honest: Run, alone, tmp_path: Path) -> None:
     audit(honest, tmp_path / "a", honest="none", students=[STUDENT], seeds=1, recipe=RECIPE, device="cpu")
     with pytest.raises(StoreError, match="is the audit of another model"):

@@ -40,6 +40,7 @@ class Server(ThreadingHTTPServer):
         self.run, self.network = run, run.network()
         self.asked: list[int] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         self.fault: Callable[[int], tuple[int, bytes, dict[str, str]] | None] = lambda number: None
         self.lock = threading.Lock()
 
@@ -71,12 +72,13 @@ class Handler(BaseHTTPRequestHandler):
         }
         if self.path == "/v2/models/encoded":
             about["inputs"] = [{"name": "file", "datatype": "BYTES", "shape": [-1]}]
-        return self.send(200 if self.path.startswith("/v2/models/") else 404, json.dumps(about).encode())
+        return self.send(200 if "/v2/models/" in self.path else 404, json.dumps(about).encode())
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
         with self.server.lock:
             self.server.headers.append({name.lower(): value for name, value in self.headers.items()})
+            self.server.paths.append(self.path)
             number = len(self.server.headers)
         if found := self.server.fault(number):
             if found[0] == 0:
@@ -283,6 +285,43 @@ def test_a_token_is_sent_and_never_written(server: Server, toy_file: Path, tmp_p
         assert b"s3cret-token" not in text
 
 
+def test_a_token_that_is_none_is_not_shown(server: Server, toy_file: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("UNDISTILL_TOKEN", "s3cret-token\n")
+    Contact.make(f"Http('{server.url}')", str(toy_file), tmp_path / "bought")
+    assert server.headers[-1]["authorization"] == "Bearer s3cret-token"
+    for wrong in ("s3cret\ttoken", "s3cret-tökén"):
+        monkeypatch.setenv("UNDISTILL_TOKEN", wrong)
+        with pytest.raises(VictimError, match="holds what no header can") as refused:
+            Contact.make(f"Http('{server.url}')", str(toy_file), tmp_path / "other")
+        assert "s3cret" not in str(refused.value)
+
+
+def test_a_finished_audit_needs_no_server(server: Server, toy_file: Path, tmp_path: Path) -> None:
+    options = {"students": [STUDENT], "seeds": 1, "recipe": RECIPE, "device": "cpu", "data": str(toy_file)}
+    report = audit(f"Http('{server.url}')", tmp_path / "a", **options)
+    server.fault = lambda number: (503, b"", {})
+    again = audit(f"Http('{server.url}')", tmp_path / "a", **options)
+    assert again.pairs == report.pairs
+
+
+def test_a_server_may_have_names_of_its_own(server: Server, toy_file: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Contact, "_look", lambda contact: None)  # it would try every order of its classes
+    scores = json.dumps([{"label": f"LABEL_{place}", "score": 1 / 3} for place in range(3)])
+    server.fault = lambda number: (200, scores.encode(), {})
+    with pytest.raises(VictimError, match=r"names the class 'LABEL_0'.*classes='first,second"):
+        Contact.make(f"Http('{server.url}/x', protocol='huggingface')", str(toy_file), tmp_path / "a")
+    named = ", classes='LABEL_0,LABEL_1,LABEL_2'"
+    contact = Contact.make(f"Http('{server.url}/x', protocol='huggingface'{named})", str(toy_file), tmp_path / "b")
+    assert contact.known.order == (0, 1, 2)
+
+
+def test_a_query_of_an_address_stays_at_its_end(server: Server, toy_file: Path, tmp_path: Path) -> None:
+    server.fault = lambda number: (418, b"", {})
+    with pytest.raises(VictimError, match="status 418"):
+        Contact.make(f"Http('{server.url}/api?version=1')", str(toy_file), tmp_path / "a")
+    assert server.paths[-1] == "/api/v2/models/model/infer?version=1"
+
+
 def test_a_token_never_travels_in_the_clear(toy_file: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("UNDISTILL_TOKEN", "s3cret-token")
     with pytest.raises(VictimError, match="is not encrypted"):
@@ -299,11 +338,15 @@ def test_a_token_never_travels_in_the_clear(toy_file: Path, tmp_path: Path, monk
         ("http://", "begins with http"),
         ("http://host:port", "is no address"),
         ("http://host/#a", "leave it out"),
+        ("http://host/?sk-12345", "without a name, which may be a key"),
+        ("http://host/a b", "spaces or what cannot be printed"),
     ],
 )
 def test_addresses_that_are_refused(url: str, said: str) -> None:
-    with pytest.raises(SpecError, match=said):
+    with pytest.raises(SpecError, match=said) as refused:
         Http(url=url)
+    for secret in ("word@", "sk-12345", "api_key=1"):
+        assert secret not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pickle
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from undistill.core.errors import StoreError, VictimError
+from undistill.data import Samples
 from undistill.victims.answer import Form
 from undistill.victims.black_box import Outputs, Reading
 from undistill.victims.endpoint import Endpoint
@@ -61,6 +63,7 @@ def _sql(path: Path, script: str) -> None:
 BUYER = """
 import sys, torch
 from pathlib import Path
+from undistill.data import Samples
 from undistill.victims.answer import Form
 from undistill.victims.black_box import Outputs, Reading
 from undistill.victims.endpoint import Endpoint
@@ -89,24 +92,60 @@ def test_two_processes_never_buy_the_same_image(tmp_path: Path) -> None:
     assert (Purchases(file, 2).billed, Purchases(file, 2).distinct) == (256, 256)
 
 
-def test_what_was_answered_before_an_error_is_kept(tmp_path: Path) -> None:
-    asked = []
+def endpoint(ask: Callable[[Tensor], Outputs], ledger: Purchases, workers: int = 1) -> Endpoint:
+    reading = Reading("probabilities", Form.FULL, (0, 1))
+    return Endpoint(ask, reading, ledger, identity="", classes=("a", "b"), batch_size=4, workers=workers)
+
+
+IMAGES = torch.arange(64.0).view(-1, 1, 1, 1) / 255
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("error", [VictimError("down"), KeyboardInterrupt()])
+def test_what_was_answered_before_an_error_is_kept_and_no_more_is_asked(
+    error: BaseException, workers: int, tmp_path: Path
+) -> None:
+    """Of sixteen requests the third fails: an error must neither hang nor go on buying."""
+    asked: list[int] = []
 
     def ask(images: Tensor) -> Outputs:
         asked.append(len(images))
         if len(asked) == 3:
-            raise VictimError("down")
+            raise error
         return Outputs(torch.full((len(images), 2), 0.5))
 
     ledger = Purchases(tmp_path / "p.sqlite", 2)
-    box = Endpoint(
-        ask, Reading("probabilities", Form.FULL, (0, 1)), ledger, identity="", classes=("a", "b"), batch_size=4
-    )
-    images = torch.arange(16.0).view(-1, 1, 1, 1) / 255
-    with pytest.raises(VictimError, match="down"):
-        box.answer(images)
-    assert ledger.distinct >= 8
-    bought = ledger.distinct
-    box.answer(images)
-    assert ledger.billed == ledger.distinct == 16
-    assert sum(asked[4:]) == 16 - bought or sum(asked) == 16 + 4
+    box = endpoint(ask, ledger, workers)
+    with pytest.raises(type(error)):
+        box.answer(IMAGES)
+    assert len(asked) <= 3 + workers
+    assert ledger.distinct == ledger.billed == sum(asked) - 4
+    box.answer(IMAGES)
+    assert ledger.billed == ledger.distinct == 64
+    assert sum(asked) == 64 + 4
+
+
+def test_answers_that_cannot_be_read_are_billed(tmp_path: Path) -> None:
+    ledger = Purchases(tmp_path / "p.sqlite", 2)
+    for wrong in (torch.full((4, 2), torch.nan), torch.full((3, 2), 0.5), torch.ones(0)):
+        with pytest.raises(VictimError):
+            endpoint(lambda images, wrong=wrong: Outputs(wrong), ledger).answer(IMAGES[:4])  # type: ignore[misc]
+    assert (ledger.billed, ledger.distinct) == (12, 0)
+
+
+def test_answers_that_vary_are_kept_by_image_as_well(tmp_path: Path) -> None:
+    """Test and validation images are measured at the same times; neither may get the answers of the other."""
+    drawn = torch.Generator().manual_seed(0)
+
+    def ask(images: Tensor) -> Outputs:
+        p = torch.rand(len(images), 2, generator=drawn)
+        return Outputs(p / p.sum(1, keepdim=True))
+
+    reading, ledger = Reading("probabilities", Form.FULL, (0, 1)), Purchases(tmp_path / "p.sqlite", 2)
+    box = Endpoint(ask, reading, ledger, identity="", classes=("a", "b"), repeatable=False)
+    pixels = torch.arange(20, dtype=torch.uint8).view(-1, 1, 1, 1)
+    test, validation = (Samples(part, torch.zeros(10, dtype=torch.int64)) for part in pixels.split(10))
+    measured, others = box.asked(test, 2), box.asked(validation, 2)
+    assert len(measured) == 5
+    assert not any(torch.equal(one, other) for one, other in zip(measured, others, strict=True))
+    assert all(map(torch.equal, measured, box.asked(test, 2)))

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from torch import nn
 
-from undistill.attacks.attack import Attack, ThiefData
+from undistill.attacks.attack import Attack, ThiefData, bought_once
 from undistill.auditing import MOST_SEEDS
 from undistill.auditing.cell import Job
 from undistill.auditing.curve import curve_jobs
@@ -197,6 +197,7 @@ def plan_audit(
     pair = replace(pair, options=QueryOptions(pick_device(device), recipe.compute, remember))
     plan = Plan.of([pair], suite, attacks, students, recipe, budget, tuning_of(suite, trials, share), curve)
     named = [Attack.from_user(attack) for attack in attacks] if strict else []
+    named += [bought_once(attack) for attack in named]  # as which recorded answers are asked
     if pool and not any(job.attack.data == ThiefData.SURROGATE for job in plan.jobs):
         raise SpecError(
             "No attack here asks about a pool; name one, such as --attack 'Knockoff()', or leave --pool out."

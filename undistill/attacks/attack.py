@@ -113,6 +113,11 @@ class Attack(Spec):
         """How this thief spends a budget."""
         return self.buying
 
+    @property
+    def asks_own_images(self) -> bool:
+        """Whether it asks about nothing but the thief's own images, each as it is."""
+        return False
+
     def check(self, victim: nn.Module | None, fresh: "Fresh") -> None:
         """`Unsuitable` for a victim or for students with which it cannot be tried; `victim` is None for a black box.
 
@@ -144,6 +149,10 @@ class QueryAttack(Attack):
     @property
     def buys(self) -> Buying:
         return Buying.ONCE if self.once else self.buying
+
+    @property
+    def asks_own_images(self) -> bool:
+        return self.once and self.data != ThiefData.SURROGATE
 
     def asking(self, oracle: Oracle, data: Split) -> Callable[[Batch], Answer]:
         """The answer to each batch of a training on `data`: from the victim, or from what was bought of it."""

@@ -115,11 +115,10 @@ class Job:
         if self.attack.needs == Access.WEIGHTS and not isinstance(victim, NetworkVictim):
             raise Unsuitable(f"{self.attack} needs the weights, and this victim is a black box.")
         recorded = isinstance(victim, Endpoint) and not victim.any_image
-        own = isinstance(self.attack, QueryAttack) and self.attack.data != ThiefData.SURROGATE
-        if recorded and self.attack.needs and not (own and self.attack.buys == Buying.ONCE):
+        if recorded and self.attack.needs and not self.attack.asks_own_images:
             raise Unsuitable(
-                f"{self.attack} asks about images of which no answers were recorded; with these, a thief can only buy "
-                "the answer to each of the owner's images once (once=True)."
+                f"{self.attack} asks about images of which no answers were recorded, such as augmented views or images "
+                "that it makes."
             )
 
     def _check_space(self) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from undistill.attacks.attack import Buying, ThiefData
+from undistill.attacks.adaptive.query_smoothing import QuerySmoothing
+from undistill.attacks.attack import Buying, QueryAttack, ThiefData
+from undistill.attacks.labels.fix_match import FixMatch
 from undistill.auditing.cell import Job, Students
 from undistill.auditing.curve import curve_jobs
 from undistill.auditing.launchers import unfinished
@@ -19,7 +21,8 @@ from undistill.auditing.tuning import trial_of
 from undistill.core.progress import duration
 from undistill.core.seeds import derive
 from undistill.data.split import Split
-from undistill.runs.contact import LOOKED_AT
+from undistill.runs.contact import MOST_LOOKED
+from undistill.training.answers import ASKED
 from undistill.training.compute import EXACT
 from undistill.training.fit import Fit
 from undistill.training.recipe import Recipe
@@ -93,24 +96,27 @@ def queries(plan: Plan, cells: Path) -> int:
     Thieves who ask about the same views of the same images share their answers.
     """
     trials = [trial_of(job, plan.tuning.share) for job in plan.searched]
-    jobs = [*plan.jobs, *_likely_curve(plan), *trials]
+    jobs, pair = [*plan.jobs, *_likely_curve(plan), *trials], plan.jobs[0].pair
+    repeatable = pair.victims["victim"].repeatable
     todo, bought = unfinished(jobs, cells), Counter[object]()
     for job in jobs:
         if job.key not in todo or job.side != "victim" or job.attack.needs != Access.QUERY:
             continue
         data, once = job.data, job.attack.buys == Buying.ONCE
         asked = len(data.train) * job.attack.queries_per_image(job.schedule)
-        if job.attack.buys == Buying.CHOSEN:
-            bought[job.key] = asked if job.budget is None else job.budget
-        else:
-            shared = data.train.image_digest, once
+        if job.attack.buys == Buying.CHOSEN or not (repeatable and isinstance(job.attack, QueryAttack | FixMatch)):
+            tried = plan.tuning.trials if job in trials else 1
+            bought[job.key] = tried * (asked if job.budget is None else job.budget)
+        else:  # other views than those of a training are asked by QuerySmoothing alone
+            own = str(job.attack) if isinstance(job.attack, QuerySmoothing) else ""
+            shared = data.train.image_digest, once, own
             bought[shared] = max(bought[shared], asked)
-    pair = plan.jobs[0].pair
-    measured = [len(pair.data.test), LOOKED_AT]
+    times = 1 if repeatable else ASKED
+    measured = [times * len(pair.data.test), MOST_LOOKED]
     if pair.honest:
-        measured.append(len(pair.data.validation))
+        measured.append(times * len(pair.data.validation))
     if any(job.attack.needs and job.attack.data != ThiefData.LABELLED for job in trials):
-        measured.append(len(pair.attackers.validation))
+        measured.append(times * len(pair.attackers.validation))
     return bought.total() + sum(measured)
 
 

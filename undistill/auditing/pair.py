@@ -17,7 +17,7 @@ from undistill.data.pool import read_pool
 from undistill.data.split import Data, Split
 from undistill.models.model import Model
 from undistill.models.trial import varies
-from undistill.runs.contact import Contact, known_of
+from undistill.runs.contact import Contact
 from undistill.runs.run import Run, parent
 from undistill.training.answers import REMEMBER, AnswerStore, RememberedAnswers
 from undistill.training.compute import EXACT, Compute
@@ -81,6 +81,8 @@ class VictimPair:
         """`honest` defaults to the run from which the victim was protected; `NO_TWIN` leaves it out."""
         run = Run.open(victim) if isinstance(victim, str | Path) else victim
         honest = honest or (NO_TWIN if isinstance(run, Contact) else parent(run))
+        if isinstance(run, Contact) and honest != NO_TWIN:
+            run.require_validation()
         twin = honest if isinstance(honest, Run) else None if honest == NO_TWIN else Run.open(honest)
         return cls(run, twin, tuple(seeds), None if model is None else Model.from_user(model), pool=pool)
 
@@ -119,7 +121,7 @@ class VictimPair:
         """Data of every attacker: the training images, divided anew. The same for all, so that answers are shared."""
         data = self.data
         if isinstance(self.victim, Contact):
-            data = replace(data, train=known_of(self.victim.spec, data.train))
+            data = replace(data, train=self.victim.spec.known(data.train))
         validation = max(VALIDATION_SHARE, data.num_classes / (self.share * len(data.train)))
         return data.attackers(validation, derive(0, "attackers"), self.share)
 

@@ -56,6 +56,8 @@ class Spec(BaseModel):
     """Whether it is a choice of the user's; False for specs that other parts of the program make."""
     unnamed: ClassVar[str] = ""
     """The field whose value may be written first, without its name."""
+    withheld: ClassVar[Sequence[str]] = ()
+    """Fields whose refused values no error shows, since they may hold secrets."""
     quiet: ClassVar[Sequence[str]] = ()
     """Fields that the text leaves out at their defaults: those that were added later, and would change stored texts."""
 
@@ -216,7 +218,8 @@ def _explain(spec: type[Spec], error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{spec.__name__} needs a value for '{field}'."
     why = first["msg"].removeprefix("Value error, ")
-    return f"{spec.__name__}: {field} = {_shown(first['input'])} is refused: {why}."
+    shown = "" if field in spec.withheld else f" = {_shown(first['input'])}"
+    return f"{spec.__name__}: {field}{shown} is refused: {why}."
 
 
 def _shown(value: Any) -> str:

@@ -6,7 +6,7 @@ purchases.sqlite      every answer that was bought
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -28,14 +28,15 @@ from undistill.runs.settings import Settings
 from undistill.training.metrics import accuracy
 from undistill.training.recipe import Recipe
 from undistill.victims.answer import Answer, Form
-from undistill.victims.black_box import Ask, BlackBox, Kind, Outputs, Reading, reading_of
-from undistill.victims.endpoint import Endpoint, image_keys, keys_of
+from undistill.victims.black_box import Ask, BlackBox, Kind, Reading, in_parts, reading_of
+from undistill.victims.endpoint import Endpoint, image_keys
 from undistill.victims.purchases import Purchases
-from undistill.victims.recorded import Recorded
 
 PROBES = 8  # images that are asked twice, and again by later commands before they buy
 SAME = 1e-3  # largest difference of probabilities that rounding explains
 LOOKED_AT = 64  # images by which it is seen whether the classifier is one of these images
+MOST_LOOKED = 4 * PROBES + LOOKED_AT
+"""Answers that are bought at most to look at a black box, and to recognise it."""
 
 
 class Found(BaseModel):
@@ -46,6 +47,8 @@ class Found(BaseModel):
     order: tuple[int, ...] = Field(min_length=2)
     repeatable: bool
     declared: str
+    looked: bool = False
+    """Whether it was seen that it is a model of these images."""
     probes: list[list[float]]
     """Its answers to the probes, as `Answer.to_served` writes them."""
 
@@ -73,7 +76,7 @@ class Contact:
             "command": "contact",
             "data": str(source),
             "data_sha256": loaded.digest,
-            "model": str(box),
+            "model": str(box.without_transport()),
             "classes": list(loaded.classes),
             "shape": list(loaded.shape),
             "refers": box.refers(),
@@ -92,10 +95,19 @@ class Contact:
         contact = cls.planned(spec, data, folder)
         fields = ("command", "data", "data_sha256", "model", "refers")
         with claim(folder, {name: contact.record[name] for name in fields}):
-            if found := _read_found(folder / "contact.json", len(contact.record["classes"])):
-                return replace(contact, found=found)
-            contact = replace(contact, found=contact._first_asked(), fresh=True)
-            contact._look()
+            known = contact.found
+            if known and known.looked:
+                return contact
+            try:
+                if known is None:
+                    contact = replace(contact, found=contact._first_asked(), fresh=True)
+                    write_json(folder / "contact.json", contact.known.model_dump(mode="json"))
+                contact._look()
+            except VictimError:  # who names it otherwise must not find answers that were bought in this way
+                for name in ("contact.json", "request.json", "purchases.sqlite", "purchases.lock"):
+                    (folder / name).unlink(missing_ok=True)
+                raise
+            contact = replace(contact, found=contact.known.model_copy(update={"looked": True}))
             write_json(folder / "contact.json", contact.known.model_dump(mode="json"))
         return contact
 
@@ -108,12 +120,21 @@ class Contact:
         """What it turned out to be, or until then what a plan assumes."""
         return self.found or _nothing_known(len(self.record["classes"]))
 
+    def require_validation(self) -> None:
+        """Raise `VictimError` unless all validation images can be asked, on which a twin is compared with it."""
+        samples = self.data().validation
+        if lacking := len(samples) - len(self.spec.known(samples)):
+            raise VictimError(
+                f"{self.spec} lacks the answers to {lacking:,} of {len(samples):,} validation images, on which it is "
+                "compared with its twin; leave out --honest."
+            )
+
     def victim(self) -> Endpoint:
         """The black box, whose answers are bought once."""
         box, found = self.spec, self.known
-        ask = self.connected() if self.found else _unasked
+        connect = cache(self.connected)  # not before something is bought: a finished audit needs no server
         endpoint = Endpoint(
-            ask,
+            lambda images: connect()(images),
             Reading(found.kind, found.form, found.order),
             self.purchases,
             identity=self.identity,
@@ -135,7 +156,8 @@ class Contact:
     def _connected(self) -> Ask:
         """A way to ask about images as the black box wants them."""
         bought = self.purchases
-        return self.spec.connect(self.shape, tuple(self.record["classes"]), lambda count: bought.bill("lost", count))
+        ask = self.spec.connect(self.shape, tuple(self.record["classes"]), lambda count: bought.bill("lost", count))
+        return in_parts(ask, self.spec.batch_size)
 
     @property
     def purchases(self) -> Purchases:
@@ -154,7 +176,7 @@ class Contact:
     @property
     def identity(self) -> str:
         """Hash of what it is and declares, how it is read, and its answers to the probes."""
-        return fingerprint(self.digest, self.found and self.found.model_dump(mode="json"))
+        return fingerprint(self.digest, self.found and self.found.model_dump(mode="json", exclude={"looked"}))
 
     @property
     def program(self) -> str:
@@ -187,14 +209,18 @@ class Contact:
             form=reading.form,
             order=reading.order,
             repeatable=repeatable,
-            declared=self.spec.declared(),
+            declared=self._declared(),
             probes=served.tolist(),
         )
+
+    def _declared(self) -> str:
+        """Hash of what it says of itself, which may hold anything."""
+        return fingerprint(self.spec.declared())
 
     def _look(self) -> None:
         """Raise `VictimError` where another normalisation or order of classes would be clearly better."""
         data, found = self.data(), self.known
-        samples = _spread(known_of(self.spec, data.train), LOOKED_AT)
+        samples = _spread(self.spec.known(data.train), LOOKED_AT)
         images = to_float(samples.pixels)
         right = accuracy(self.victim().answer(images, "look").filled, samples.labels)
         chance = max(torch.bincount(samples.labels).tolist()) / len(samples)
@@ -205,7 +231,10 @@ class Contact:
 
         def answers(adapter: Adapter) -> Tensor:
             self.purchases.bill("billed", len(images))
-            tried = plain(ask(adapter.normalised(images))).filled
+            try:
+                tried = plain(ask(adapter.normalised(images))).filled
+            except VictimError:  # such as of a server that takes nothing but pictures
+                return torch.zeros(len(images), data.num_classes)
             return tried[:, adapter.order] if adapter.order else tried
 
         adapter = self.spec.adapter.model_copy(update={"order": found.order})
@@ -225,24 +254,16 @@ class Contact:
     def _require_same(self, endpoint: Endpoint, before: Tensor) -> None:
         """Raise `VictimError` if the probes are answered otherwise than when the first answers were bought."""
         now = endpoint.ask(to_float(_spread(self.data().test, PROBES).pixels))
-        if not _same(before, now.to_served()):
+        if not _same(before, now.to_served()) or self._declared() != self.known.declared:
             raise VictimError(
                 f"{self.spec} no longer answers as it did when {self.purchases.path} was begun: it was replaced, or "
                 "set up anew. Its earlier answers are kept there; audit it with another --out."
             )
 
 
-def known_of(spec: BlackBox, samples: Samples) -> Samples:
-    """The samples about which a black box can be asked: all, or those whose answers were recorded."""
-    if not isinstance(spec, Recorded):
-        return samples
-    rows = spec.rows()
-    return samples[torch.tensor([key in rows for key in keys_of(samples)]).nonzero().flatten()]
-
-
 def _require_recorded(spec: BlackBox, data: Data) -> None:
-    lacking = len(data.test) - len(known_of(spec, data.test))
-    known = len(known_of(spec, data.train))
+    lacking = len(data.test) - len(spec.known(data.test))
+    known = len(spec.known(data.train))
     if lacking or known < 2 * data.num_classes:
         raise VictimError(
             f"{spec} lacks the answers to {lacking:,} of {len(data.test):,} test images, and has those to {known:,} of "
@@ -263,7 +284,7 @@ def _read_found(path: Path, classes: int) -> Found | None:
         why = "it is about other classes"
     except (ValidationError, ValueError, UndistillError) as error:
         why = str(error).splitlines()[0]
-    raise StoreError(f"{path} is damaged ({why}); remove it, and the black box is looked at anew.")
+    raise StoreError(f"{path} is damaged ({why}); remove {path.parent}, or name another --ledger.")
 
 
 def _nothing_known(classes: int) -> Found:
@@ -271,10 +292,6 @@ def _nothing_known(classes: int) -> Found:
     return Found(
         kind="probabilities", form=Form.FULL, order=tuple(range(classes)), repeatable=True, declared="", probes=[]
     )
-
-
-def _unasked(images: Tensor) -> Outputs:
-    raise VictimError("A plan asks nobody.")
 
 
 def _spread(samples: Samples, count: int) -> Samples:

@@ -23,7 +23,7 @@ from undistill.models.model import Model
 from undistill.report.page import read_report
 from undistill.runs.run import Run
 from undistill.ship.graph import Shipped, require_graph, state_of, write_onnx, write_program
-from undistill.ship.manifest import MANIFEST, Manifest, audited, read_manifest
+from undistill.ship.manifest import MANIFEST, Audited, Manifest, audited, read_manifest
 from undistill.victims.victim import NetworkVictim
 
 Format = Literal["all", "onnx", "torch"]
@@ -32,6 +32,8 @@ TOLERANCE = 1e-4
 """Largest difference of a probability between a file and its run."""
 AT_THRESHOLD = 1e-3
 """Share of images that rounding may move over a threshold of a response."""
+EQUAL = 1e-6
+"""Difference of two probabilities of which either may be the top one."""
 COMPARED = 2048  # validation images
 PART = 256
 
@@ -65,8 +67,10 @@ def export(
     network = run.network(None if model is None else Model.from_user(model))
     require_graph(network)
     report = None if audit is None else report_of(run, Path(audit))
+    digest = sha256(Path(audit) / "report.json") if audit else ""
+    verdict = audited(report, digest) if report else None
     if to.exists():
-        return _found(run, to, format)
+        return _found(run, to, format, verdict)
     data = run.data()
     images = to_float(data.validation[torch.arange(min(len(data.validation), COMPARED))].pixels)
     shipped = Shipped.of(network, images[:2])
@@ -75,10 +79,7 @@ def export(
     place.mkdir()
     try:
         found = _written(shipped, run, images, place, format)
-        digest = sha256(Path(audit) / "report.json") if audit else ""
-        manifest = _manifest(run, shipped, found, place).model_copy(
-            update={"audited": report and audited(report, digest), "name": to.name}
-        )
+        manifest = _manifest(run, shipped, found, place).model_copy(update={"audited": verdict, "name": to.name})
         write_text(place / "README.md", card(manifest, format))
         manifest = manifest.model_copy(update={"files": _hashes(place)})
         write_json(place / MANIFEST, manifest.model_dump(mode="json"))
@@ -127,7 +128,9 @@ def _compare(runtime: str, place: Path, images: Tensor, expected: list[Tensor]) 
     rows = int((apart > TOLERANCE).sum())
     moved = found[0].argmax(1) if len(found) == 1 else found[1][:, 0]
     before = expected[0].argmax(1) if len(expected) == 1 else expected[1][:, 0]
-    flipped = int(((moved != before) & (apart > TOLERANCE)).sum())
+    top = expected[0].amax(1)
+    instead = expected[0].gather(1, moved[:, None])[:, 0] if len(expected) == 1 else torch.zeros_like(top)
+    flipped = int(((moved != before) & (top - instead > EQUAL)).sum())
     if flipped or rows > AT_THRESHOLD * len(images):
         raise ModelError(
             f"The file for {runtime} answers {rows} of {len(images)} validation images otherwise than the run (by up "
@@ -159,14 +162,18 @@ def report_of(run: Run, folder: Path) -> Report:
     return report
 
 
-def _found(run: Run, to: Path, format: Format) -> Path:
-    """The folder, if it holds the same export already."""
+def _found(run: Run, to: Path, format: Format, verdict: Audited | None) -> Path:
+    """The folder, if it holds the same export already; its card gets another verdict, if one is named."""
     if not (to / MANIFEST).exists():
         raise StoreError(f"{to} is there already and no exported folder; choose another --to.")
     manifest = read_manifest(to)
     wanted = {"all": ("model.onnx", "model.pt2"), "onnx": ("model.onnx",), "torch": ("model.pt2",)}[format]
     if manifest.identity != run.identity or any(name not in manifest.files for name in wanted):
         raise StoreError(f"{to} holds another export; choose another --to, or remove that folder.")
+    if verdict and verdict != manifest.audited:
+        manifest = manifest.model_copy(update={"audited": verdict})
+        write_text(to / "README.md", card(manifest, format))
+        write_json(to / MANIFEST, manifest.model_copy(update={"files": _hashes(to)}).model_dump(mode="json"))
     return to
 
 

@@ -14,6 +14,7 @@ from undistill.core.code import trust
 from undistill.core.errors import SpecError, UndistillError, VictimError, unknown
 from undistill.core.spec import Spec
 from undistill.core.unshown import LOG_ZERO
+from undistill.data.split import Samples
 from undistill.models.adapter import NORMALISATIONS, Adapter
 from undistill.victims.answer import Answer, Form
 
@@ -44,6 +45,8 @@ class BlackBox(Spec):
     """Whether somebody may be paid for answers, or limits them."""
     any_image: ClassVar[bool] = True
     """Whether it answers images that it was not given before, such as augmented views."""
+    transport: ClassVar[Sequence[str]] = ()
+    """Fields that say how it is asked and change no answer. They are in no key."""
     batch_size: ClassVar[int] = 512
     """Images that are asked at once."""
     workers: ClassVar[int] = 1
@@ -86,6 +89,15 @@ class BlackBox(Spec):
         `lost` is told of images that may have been answered, and whose answers did not arrive.
         """
 
+    def known(self, samples: Samples) -> Samples:
+        """Those of the samples about which it can be asked."""
+        return samples
+
+    def without_transport(self) -> Self:
+        """The same black box, asked in the usual way."""
+        kept = {name: value for name, value in self if name not in self.transport}
+        return type(self)(**kept)
+
     def declared(self) -> str:
         """What it says of itself, such as name and version; a part of its identity."""
         return ""
@@ -121,6 +133,16 @@ def adapter_of(text: str) -> Adapter:
     return NORMALISATIONS[text]
 
 
+def in_parts(ask: Ask, size: int) -> Ask:
+    """The same, with at most `size` images in a request."""
+
+    def asked(images: Tensor) -> Outputs:
+        values, classes = zip(*(ask(part) for part in images.split(size)), strict=True)
+        return Outputs(*(None if column[0] is None else torch.cat(column) for column in (values, classes)))
+
+    return asked
+
+
 class Reading(NamedTuple):
     """How outputs become answers."""
 
@@ -131,6 +153,14 @@ class Reading(NamedTuple):
 
     def __call__(self, outputs: Outputs) -> Answer:
         """The answer (B, K); `VictimError` for outputs that are none of this kind."""
+        try:
+            return self._read(outputs)
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:  # of shapes that no one foresaw
+            raise VictimError(
+                f"The black box answers what cannot be read ({str(error).splitlines()[0]:.200})."
+            ) from None
+
+    def _read(self, outputs: Outputs) -> Answer:
         values, classes = outputs
         if (classes is None) != (self.form == Form.FULL) or (values is None) != (self.kind == "labels"):
             raise VictimError("The black box changed the form of its answers in the middle; ask whoever runs it.")
@@ -143,6 +173,8 @@ class Reading(NamedTuple):
             shown = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, classes[:, :1], True)
             return self._ordered(log_p, shown)
         require_numbers(values)
+        if classes is not None and values.shape != classes.shape:
+            raise VictimError(f"The black box names {tuple(classes.shape)} classes for {tuple(values.shape)} numbers.")
         if classes is None:
             if values.ndim != 2 or values.shape[1] != size:
                 raise VictimError(wrong_size(values, size))

@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -57,7 +58,9 @@ class Endpoint(Victim):
 
     def answer(self, inputs: Tensor, at: str = "") -> Answer:
         images = inputs.detach().float().cpu()
-        keys = image_keys(images) if self.repeatable else [f"{at}/{number}" for number in range(len(images))]
+        keys = image_keys(images)
+        if not self.repeatable:
+            keys = [f"{at}/{number}/{key}" for number, key in enumerate(keys)]
         found = self.purchases.find(keys)
         if any(key not in found for key in keys):
             with self.purchases.alone():
@@ -78,29 +81,30 @@ class Endpoint(Victim):
             self.verify()
             self.verify = None
         names, images = list(lacking), list(lacking.values())
-        places = range(0, len(names), self._batch_size)
-        parts = [
-            (names[place : place + self._batch_size], images[place : place + self._batch_size]) for place in places
-        ]
-        with ThreadPoolExecutor(self._workers) as pool:
-            asked = {pool.submit(self._ask, torch.stack(some)): keys for keys, some in parts}
-            failed: Exception | None = None
-            for future in as_completed(asked):
-                try:
-                    served = self._reading(future.result()).to_served()
-                    self.purchases.add(_counted(asked[future], served), served)
-                except Exception as error:
-                    failed = failed or error
-                    pool.shutdown(wait=False, cancel_futures=True)  # what is under way is still kept
-            if failed:
-                raise failed
+        places = iter(range(0, len(names), self._batch_size))
+        with ThreadPoolExecutor(self._workers) as pool:  # whose end waits for what is under way, which is kept
+            running: set[Future[None]] = set()
+            while True:
+                for place in islice(places, self._workers - len(running)):
+                    part = slice(place, place + self._batch_size)
+                    running.add(pool.submit(self._buy_part, names[part], torch.stack(images[part])))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
 
-
-def _counted(keys: Sequence[str], served: Tensor) -> Sequence[str]:
-    """The keys; `VictimError` where there are more or fewer answers."""
-    if len(served) != len(keys):
-        raise VictimError(f"The black box was asked about {len(keys)} images and gave {len(served)} answers.")
-    return keys
+    def _buy_part(self, keys: Sequence[str], images: Tensor) -> None:
+        """Ask about some images, and keep the answers; those that cannot be read are billed, too."""
+        outputs = self._ask(images)
+        try:
+            served = self._reading(outputs).to_served()
+            if len(served) != len(keys):
+                raise VictimError(f"The black box was asked about {len(keys)} images and gave {len(served)} answers.")
+        except VictimError:
+            self.purchases.bill("billed", len(keys))
+            raise
+        self.purchases.add(keys, served)
 
 
 def image_keys(images: Tensor) -> list[str]:

@@ -21,6 +21,7 @@ class Function(BlackBox):
     """
 
     unnamed: ClassVar[str] = "call"
+    transport = ("size",)
     call: str = Field(max_length=4096)
     """Where the function is: `file.py:name` or `module:name`."""
     size: int = Field(512, ge=1, le=65_536)
@@ -56,10 +57,10 @@ def outputs_of(found: Any) -> Outputs:
     """Numbers (B, K), or labels (B,), as outputs."""
     try:
         array: NDArray[Any] = np.asarray(found)
-        if array.ndim == 1 and array.dtype.kind in "iu":
-            return Outputs(None, torch.from_numpy(array.astype(np.int64))[:, None])
+        if array.dtype.kind in "iu" and (array.ndim == 1 or array.shape[1:] == (1,)):
+            return Outputs(None, torch.from_numpy(array.astype(np.int64)).reshape(-1, 1))
         return Outputs(torch.from_numpy(array.astype(np.float64)))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise VictimError(
             f"The black box answers {type(found).__name__}; numbers (images, classes) or labels (images,) are needed."
         ) from None

@@ -4,11 +4,11 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_validator
@@ -39,6 +39,8 @@ class Http(BlackBox):
         *("model", "layout", "binary", "result", "shape", "size", "parallel", "timeout", "token", "header"),
     )
     billed: ClassVar[bool] = True
+    transport = ("binary", "size", "parallel", "timeout", "token", "header")
+    withheld = ("url",)
 
     url: str = Field(max_length=2000)
     """Address of the server; with the protocols huggingface and json, of the very place that is asked."""
@@ -79,8 +81,13 @@ class Http(BlackBox):
             raise ValueError("an address begins with http:// or https:// and a host")
         if parts.username is not None or parts.password is not None:
             raise ValueError("it holds a name or password, which would be recorded; put a token into UNDISTILL_TOKEN")
-        if secret := [name for name in parse_qs(parts.query) if any(word in name.casefold() for word in SECRETS)]:
+        fields = parse_qs(parts.query, keep_blank_values=True)
+        if secret := [name for name in fields if any(word in name.casefold() for word in SECRETS)]:
             raise ValueError(f"'{secret[0]}' would be recorded; put it into the environment variable UNDISTILL_TOKEN")
+        if any(values == [""] for values in fields.values()):
+            raise ValueError("it holds something without a name, which may be a key; name it, or use UNDISTILL_TOKEN")
+        if not value.isprintable() or " " in value:
+            raise ValueError("it holds spaces or what cannot be printed")
         if parts.fragment:
             raise ValueError("what follows # is not sent; leave it out")
         return value.rstrip("/")
@@ -89,6 +96,13 @@ class Http(BlackBox):
         if self.shape and not Path(self.shape).is_file():
             raise VictimError(f"There is no file {self.shape}.")
         return {self.shape: sha256(Path(self.shape), MIB)} if self.shape else {}
+
+    def order(self, classes: Sequence[str]) -> tuple[int, ...]:
+        """As of others; a server that answers by name may have names of its own, in the order of the data."""
+        named = [name.strip() for name in self.classes.split(",")] if self.classes else []
+        if self.protocol != "oip-v2" and len(set(named)) == len(classes) and not set(named) & set(classes):
+            return tuple(range(len(classes)))
+        return super().order(classes)
 
     @property
     def batch_size(self) -> int:  # type: ignore[override]
@@ -120,7 +134,12 @@ class Http(BlackBox):
         if self.protocol == "oip-v2":
             binary = self._takes_binary(channel) if self.binary is None else self.binary
             return OpenInference(
-                self._metadata(channel), self.model, binary=binary, layout=self.layout, result=self.result
+                self._metadata(channel),
+                self.model,
+                binary=binary,
+                layout=self.layout,
+                result=self.result,
+                num_classes=len(classes),
             )
         if self.protocol == "kserve-v1":
             return Instances(self.model, classes, self.layout)
@@ -157,7 +176,7 @@ class Http(BlackBox):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "it"
             raise VictimError(f"{self.shape}: {where}: {first['msg']}; see docs/black-boxes.md.") from None
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, TypeError) as error:
             raise VictimError(f"{self.shape} is no YAML: {' '.join(str(error).split())[:200]}") from None
 
 
@@ -166,7 +185,9 @@ class Channel:
 
     def __init__(self, box: Http) -> None:
         self.box = box
-        self._token = os.environ.get(box.token, "")
+        self._token = os.environ.get(box.token, "").strip()
+        if not (self._token.isascii() and self._token.isprintable()):
+            raise VictimError(f"The token in {box.token} holds what no header can; look at that variable.")
         parts = urlsplit(box.url)
         self._local = parts.hostname in LOCAL
         if self._token and parts.scheme == "http" and not self._local:
@@ -224,20 +245,26 @@ class Channel:
             bearer = self.box.header.casefold() == "authorization"
             headers[self.box.header] = f"Bearer {self._token}" if bearer else self._token
         body = message.body if message else None
-        with self._client.stream(method, self.box.url + path, content=body, headers=headers) as answer:
-            parts, size = [], 0
+        parts = urlsplit(self.box.url)
+        address = urlunsplit(parts._replace(path=parts.path.rstrip("/") + path))
+        with self._client.stream(method, address, content=body, headers=headers) as answer:
+            content, size = [], 0
             for part in answer.iter_bytes():
-                parts.append(part)
+                content.append(part)
                 size += len(part)
                 if size > LARGEST:
                     raise VictimError(f"{self.box.url} answered more than {LARGEST // MIB} MiB; ask for fewer at once.")
-            named = {name.lower(): value for name, value in answer.headers.items()}
-            return answer.status_code, Message(b"".join(parts), named)
+            named = {name.lower(): self._hidden(value) for name, value in answer.headers.items()}
+            whole = b"".join(content)
+            if self._token:  # a server may say what it was told
+                whole = whole.replace(self._token.encode(), b"...")
+            return answer.status_code, Message(whole, named)
+
+    def _hidden(self, text: str) -> str:
+        return text.replace(self._token, "...") if self._token else text
 
     def _refusal(self, status: int, path: str, answer: Message) -> str:
         said = legible(" ".join(answer.body[:300].decode(errors="replace").split()))
-        if self._token:
-            said = said.replace(self._token, "...")
         where = f"{self.box.url}{path}"
         if status in (401, 403):
             given = (

@@ -13,6 +13,7 @@ from undistill.core.files import sha256
 from undistill.data.source import ResolvedPath
 from undistill.victims.black_box import Ask, BlackBox, Outputs
 from undistill.victims.function import outputs_of
+from undistill.victims.protocols import levels
 
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 LARGEST = 2**34  # bytes of a file
@@ -47,20 +48,20 @@ class Onnx(BlackBox):
         taken = _one(session.get_inputs(), self.input, "input")
         if taken.type not in TYPES:
             raise VictimError(f"{self.path}: the input {taken.name} is {taken.type}; images are {', '.join(TYPES)}.")
-        dtype, fixed = TYPES[taken.type], taken.shape[0] if isinstance(taken.shape[0], int) else None
         last = self._channels_last(taken.shape, shape)
+        dtype, fixed = TYPES[taken.type], taken.shape[0] if isinstance(taken.shape[0], int) else None
         names = [self.result] if self.result else [one.name for one in session.get_outputs()]
         if self.result:
             _one(session.get_outputs(), self.result, "output")
 
         def run(images: Tensor) -> Any:
             images = images.permute(0, 2, 3, 1) if last else images
-            array = (images * 255).round().numpy() if dtype is np.uint8 else images.numpy()
+            array = levels(images).numpy() if dtype is np.uint8 else images.numpy()
             try:
                 found = session.run(names, {taken.name: np.ascontiguousarray(array.astype(dtype))})
             except Exception as error:  # of many kinds, all of onnxruntime
                 raise VictimError(f"{self.path} failed on images {tuple(array.shape)}: {_first_line(error)}") from None
-            return self._chosen(found, len(images))
+            return self._chosen(found, len(images), len(classes))
 
         def ask(images: Tensor) -> Outputs:
             if fixed is None:
@@ -106,11 +107,11 @@ class Onnx(BlackBox):
             )
         return (self.layout if self.layout != "auto" else fitting[0]) == "NHWC"
 
-    def _chosen(self, found: list[Any], count: int) -> Any:
-        """The named output, or the first with numbers (B, K)."""
+    def _chosen(self, found: list[Any], count: int, num_classes: int) -> Any:
+        """The named output, or the first with numbers (B, K), best for as many classes as there are."""
         if self.result:
             return found[0]
-        for one in found:
+        for one in sorted(found, key=lambda one: getattr(one, "shape", ())[1:] != (num_classes,)):
             if isinstance(one, np.ndarray) and one.ndim == 2 and len(one) == count and one.dtype.kind == "f":
                 return one
         return found[0]

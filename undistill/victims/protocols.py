@@ -29,6 +29,7 @@ NUMBERS: Mapping[str, Any] = {
     "INT64": np.int64,
     "UINT8": np.uint8,
 }
+CLOSE = 1e-3  # to the range from 0 to 1
 QUOTED = 200  # characters of an answer in an error
 
 Layout = Literal["NCHW", "NHWC"]
@@ -58,7 +59,9 @@ class Protocol(ABC):
 class OpenInference(Protocol):
     """Open Inference Protocol v2, with binary tensors where the server takes them."""
 
-    def __init__(self, metadata: Any, model: str, *, binary: bool, layout: Layout, result: str) -> None:
+    def __init__(
+        self, metadata: Any, model: str, *, binary: bool, layout: Layout, result: str, num_classes: int
+    ) -> None:
         """`metadata` is what the server says of the model: its inputs and outputs by name, shape and type."""
         inputs, outputs = (_described(metadata, kind) for kind in ("inputs", "outputs"))
         if len(inputs) != 1:
@@ -68,6 +71,7 @@ class OpenInference(Protocol):
             raise VictimError(f"The model takes {self.type}; images are sent as FP32, FP16, FP64, UINT8 or BYTES.")
         if result and outputs and result not in outputs:
             raise VictimError(f"The model has no output '{result}'; it has {', '.join(outputs)}.")
+        self.num_classes = num_classes
         self.binary, self.layout, self.path = binary, layout, f"/v2/models/{model}/infer"
 
     def request(self, images: Tensor) -> Message:
@@ -101,7 +105,7 @@ class OpenInference(Protocol):
             if self.result not in tensors:
                 raise VictimError(f"The server left out the output '{self.result}'; it gave {', '.join(tensors)}.")
             return _of_array(tensors[self.result], tensors.get("classes") if self.result != "classes" else None)
-        for array in tensors.values():
+        for array in sorted(tensors.values(), key=lambda one: one.shape[1:] != (self.num_classes,)):
             if array.ndim == 2 and array.dtype.kind == "f" and len(array) == count:
                 return _of_array(array, tensors.get("classes"))
         if not tensors:
@@ -228,24 +232,32 @@ def _place(name: str | int, classes: Sequence[str]) -> int:
 
 def laid_out(images: Tensor, layout: Layout, *, scale: bool = False) -> NDArray[np.float32]:
     """Images as an array in that layout; `scale` brings them to the levels 0 to 255."""
-    images = images * 255 if scale else images
-    images = images.round() if scale else images
+    images = levels(images) if scale else images
     return np.ascontiguousarray((images.permute(0, 2, 3, 1) if layout == "NHWC" else images).float().numpy())
+
+
+def levels(images: Tensor) -> Tensor:
+    """Images in 256 levels, 0 to 255. Raises `VictimError` for normalised ones, which have others."""
+    if images.min() < -CLOSE or images.max() > 1 + CLOSE:
+        raise VictimError("The black box takes pictures, which cannot be normalised before; leave out preprocess.")
+    return (images * 255).round().clamp(0, 255)
 
 
 def png(image: Tensor) -> bytes:
     """One image (C, H, W) in [0, 1], in 256 levels, without loss."""
-    levels = (image * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    pixels = levels(image).to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
-    Image.fromarray(levels.squeeze(-1) if levels.shape[2] == 1 else levels).save(buffer, format="PNG")
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def _of_array(array: NDArray[Any], classes: NDArray[Any] | None) -> Outputs:
     """Numbers (B, K), with their `classes` (B, k) where the server names them; or labels (B,) or (B, 1)."""
-    if array.dtype.kind in "iu" and array.ndim in (1, 2):
-        return Outputs(None, torch.from_numpy(array.astype(np.int64)).reshape(len(array), -1))
-    named = None if classes is None else torch.from_numpy(classes.astype(np.int64)).reshape(len(array), -1)
+    if array.dtype.kind in "iu" and (array.ndim == 1 or array.shape[1:] == (1,)):
+        return Outputs(None, torch.from_numpy(array.astype(np.int64)).reshape(len(array), 1))
+    named = None
+    if classes is not None and classes.shape == array.shape:  # others say something else, such as the top class
+        named = torch.from_numpy(classes.astype(np.int64))
     return Outputs(torch.from_numpy(array.astype(np.float64)), named)
 
 
@@ -299,7 +311,11 @@ def _filled_in(template: Any, values: Mapping[str, Any]) -> Any:
         return {name: _filled_in(held, values) for name, held in template.items()}
     if isinstance(template, list):
         return [_filled_in(held, values) for held in template]
-    return values.get(template, template) if isinstance(template, str) else template
+    if not isinstance(template, str) or template in values:
+        return values.get(template, template) if isinstance(template, str) else template
+    if "$image" in template and isinstance(values["$image"], str):  # such as data:image/png;base64,$image
+        return template.replace("$image", values["$image"])
+    return template
 
 
 def _is_number(value: Any) -> bool:

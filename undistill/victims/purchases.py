@@ -41,7 +41,7 @@ class Purchases:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._guarded():
             database = sqlite3.connect(self.path, timeout=SECONDS, isolation_level=None, check_same_thread=False)
-            for setting in ("trusted_schema = OFF", "journal_mode = WAL", "synchronous = FULL"):
+            for setting in ("trusted_schema = OFF", "journal_mode = DELETE", "synchronous = FULL"):
                 database.execute(f"PRAGMA {setting}")
             for table in TABLES:
                 database.execute(table)

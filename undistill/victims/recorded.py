@@ -14,8 +14,9 @@ from undistill.core.errors import VictimError
 from undistill.core.files import sha256
 from undistill.core.tensors import LARGEST, read_arrays
 from undistill.data.source import ResolvedPath
+from undistill.data.split import Samples
 from undistill.victims.black_box import Ask, BlackBox, Outputs
-from undistill.victims.endpoint import image_keys
+from undistill.victims.endpoint import image_keys, keys_of
 
 Arrays = Mapping[str, NDArray[Any]]
 HASH = 64  # hexadecimal digits
@@ -57,6 +58,10 @@ class Recorded(BlackBox):
         """The place of each recorded image, by the key of `image_keys`."""
         return {key: place for place, key in enumerate(self._keys())}
 
+    def known(self, samples: Samples) -> Samples:
+        rows = self.rows()
+        return samples[torch.tensor([key in rows for key in keys_of(samples)], dtype=torch.bool).nonzero().flatten()]
+
     def _keys(self) -> tuple[str, ...]:
         return _keys(self.path, self.refers()[self.path])
 
@@ -93,18 +98,21 @@ def _keys(path: str, digest: str) -> tuple[str, ...]:
 
 def _outputs(arrays: Arrays, count: int, name: str) -> Outputs:
     """All recorded answers; `VictimError` where they are not one for each of `count` images."""
-    kinds = [kind for kind in ("probabilities", "logits") if kind in arrays]
-    classes = next((arrays[kind] for kind in ("classes", "labels") if kind in arrays), None)
-    values = arrays[kinds[0]] if kinds else None
+    values = next((arrays[kind] for kind in ("probabilities", "logits") if kind in arrays), None)
+    classes = arrays.get("labels") if values is None else arrays.get("classes")
+    if values is not None and classes is not None and classes.shape != values.shape:
+        classes = None  # names of classes, say
     if values is None and classes is None:
         raise VictimError(f"{name} holds no answers; it needs probabilities, logits or labels.")
-    for part in (values, classes):
-        if part is not None and len(part) != count:
+    for part, kinds, dimensions in ((values, "fiu", 2), (classes, "iu", 1 if values is None else 2)):
+        if part is None:
+            continue
+        if part.ndim != dimensions or part.dtype.kind not in kinds:
+            raise VictimError(
+                f"{name} holds answers in {part.dtype} of shape {part.shape}; see 'undistill list victims'."
+            )
+        if len(part) != count:
             raise VictimError(f"{name} holds {count} images and {len(part)} answers; there must be one for each.")
-    if "labels" in arrays and values is not None:
-        classes = None  # true labels, or the top answers that the probabilities hold already
-    if classes is not None and classes.dtype.kind not in "iu":
-        raise VictimError(f"{name}: classes are {classes.dtype}; they are whole numbers, counted from 0.")
     return Outputs(
         None if values is None else torch.from_numpy(values.astype(np.float64)),
         None if classes is None else torch.from_numpy(classes.astype(np.int64)).reshape(count, -1),

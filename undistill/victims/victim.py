@@ -58,8 +58,8 @@ class Victim(ABC):
 
         What the interface does not show is filled in evenly. A victim whose answers vary is asked several times.
         """
-        times = range(1 if self.repeatable else ASKED)
-        return [self.answer_samples(samples, num_classes, f"measured {time}").filled.cpu() for time in times]
+        name, times = samples.image_digest.hex(), range(1 if self.repeatable else ASKED)
+        return [self.answer_samples(samples, num_classes, f"{name}/{time}").filled.cpu() for time in times]
 
     def plain(self, samples: Samples, num_classes: int) -> Tensor:
         """The same once, as a mean where answers vary."""

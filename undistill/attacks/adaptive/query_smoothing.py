@@ -37,6 +37,10 @@ class QuerySmoothing(QueryAttack):
     alpha: float = Field(0.9, ge=0, le=1)
     """Weight of imitation against the thief's own labels."""
 
+    @property
+    def asks_own_images(self) -> bool:
+        return False  # but about other views of them
+
     def queries_per_image(self, recipe: Recipe) -> int:
         mixed = recipe.views.mixup or recipe.views.cutmix  # both images of a mixed view are asked
         return self.k * (1 if self.once else recipe.epochs * (2 if mixed else 1))

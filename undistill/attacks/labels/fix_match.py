@@ -42,6 +42,10 @@ class FixMatch(Attack):
     """Unlabelled images in a step for each labelled one."""
     weight: Weight = 1.0
 
+    @property
+    def asks_own_images(self) -> bool:
+        return True
+
     def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         pool, plain = data.everything, fit.recipe.views.model_copy(update={"mixup": 0.0, "cutmix": 0.0})
         top = oracle.once(data.train, data.num_classes).top.to(fit.device)
