@@ -9,7 +9,7 @@ from undistill.auditing.schema import ClassLoss, Interval, Report
 LIES = {
     "diverged": lambda r: cells_with(r, diverged="the term 'soft' is NaN"),
     "selected_on_test": lambda r: r.model_copy(update={"data": f"Leaky(of={r.data!r})"}),
-    "few_seeds": lambda r: r.model_copy(update={"verdict": verdict_with(r, damage=1)}),
+    "few_seeds": lambda r: r.model_copy(update={"verdict": verdict_with(r, kd_gain=1)}),
     "one_teacher": lambda r: r.model_copy(update={"pairs": r.pairs[:1]}),
     "no_gain_from_honest": lambda r: r.model_copy(update={"verdict": verdict_with(r, kd_gain_honest=-0.05)}),
     "not_tuned": lambda r: r.model_copy(update={"trials": r.trials[: len(r.trials) // 2]}),
@@ -17,6 +17,7 @@ LIES = {
     "not_tried": lambda r: r.model_copy(update={"skipped": {"Skeptical() with ConvNet(width=2)": "It has one stage."}}),
     "labels_suffice": lambda r: r.model_copy(update={"verdict": verdict_with(r, leak_hard=0.0)}),
     "zeros_in_answers": lambda r: pairs_with(r, zeros=0.3),
+    "no_twin": lambda r: r.model_copy(update={"honest": None}),
     "costly": lambda r: r.model_copy(update={"verdict": verdict_with(r, cost=0.1)}),
     "miscalibrated": lambda r: r.model_copy(update={"costs": r.costs.model_copy(update={"ece": 0.05})}),
     "a_class_pays": lambda r: pairs_with(
@@ -44,7 +45,7 @@ LIES = {
 def verdict_with(report: Report, **change: float):
     name, value = next(iter(change.items()))
     interval = getattr(report.verdict, name)
-    new = {"n": value} if name == "damage" else {"mean": value, "low": value, "high": value}
+    new = {"n": value} if name == "kd_gain" else {"mean": value, "low": value, "high": value}
     return report.verdict.model_copy(update={name: interval.model_copy(update=new)})
 
 
@@ -69,7 +70,7 @@ def sound(report: Report) -> Report:
         test_images=1000,
         honest_train_accuracy=1.0,
     )
-    verdict = verdict_with(good, damage=3)
+    verdict = verdict_with(good, kd_gain=3)
     good = good.model_copy(update={"verdict": verdict})
     good = good.model_copy(update={"verdict": verdict_with(good, kd_gain_honest=0.01)})
     good = good.model_copy(update={"verdict": verdict_with(good, cost=0.0)})
