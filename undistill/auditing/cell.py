@@ -112,10 +112,9 @@ class Job:
             )
 
     def _check_black_box(self, victim: Victim) -> None:
-        if self.attack.needs == Access.WEIGHTS and not isinstance(victim, NetworkVictim):
+        if isinstance(victim, Endpoint) and self.attack.needs == Access.WEIGHTS:
             raise Unsuitable(f"{self.attack} needs the weights, and this victim is a black box.")
-        recorded = isinstance(victim, Endpoint) and not victim.any_image
-        if recorded and self.attack.needs and not self.attack.asks_own_images:
+        if isinstance(victim, Endpoint) and self.attack.needs and not (victim.any_image or self.attack.asks_own_images):
             raise Unsuitable(
                 f"{self.attack} asks about images of which no answers were recorded, such as augmented views or images "
                 "that it makes."

@@ -1,4 +1,4 @@
-"""What an audit measures of a victim and its honest twin themselves, on the test images."""
+"""Measurements of a victim and its honest twin themselves, on the test images."""
 
 import statistics
 import time

@@ -96,7 +96,7 @@ class VictimPair:
 
     @cached_property
     def victims(self) -> dict[Side, Victim]:
-        """What answers on each side. Attacks that make no queries are compared with the victim."""
+        """The victim of each side. Attacks that make no queries are compared with the victim."""
         found = {side: self._answering(run) for side, run in self.runs.items()}
         return found | {"none": found["victim"]}
 

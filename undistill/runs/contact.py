@@ -117,7 +117,7 @@ class Contact:
 
     @property
     def known(self) -> Found:
-        """What it turned out to be, or until then what a plan assumes."""
+        """Its properties as they were found, or until then as a plan assumes them."""
         return self.found or _nothing_known(len(self.record["classes"]))
 
     def require_validation(self) -> None:
