@@ -116,8 +116,7 @@ class Job:
             raise Unsuitable(f"{self.attack} needs the weights, and this victim is a black box.")
         if isinstance(victim, Endpoint) and self.attack.needs and not (victim.any_image or self.attack.asks_own_images):
             raise Unsuitable(
-                f"{self.attack} asks about images of which no answers were recorded, such as augmented views or images "
-                "that it makes."
+                f"{self.attack} asks about images of which no answers were recorded, such as views or images it makes."
             )
 
     def _check_space(self) -> None:

@@ -288,7 +288,7 @@ def _read_found(path: Path, classes: int) -> Found | None:
 
 
 def _nothing_known(classes: int) -> Found:
-    """What a plan assumes of a black box that was not asked yet."""
+    """Assumptions of a plan about a black box that was not asked yet."""
     return Found(
         kind="probabilities", form=Form.FULL, order=tuple(range(classes)), repeatable=True, declared="", probes=[]
     )

@@ -21,7 +21,7 @@ EXAMPLES = 2  # images with which a graph is traced
 
 
 class Shipped(nn.Module):
-    """What an interface shows: probabilities (B, K), or the highest k (B, k) with their classes (B, k)."""
+    """A network as an interface shows it: probabilities (B, K), or the highest k (B, k) with their classes (B, k)."""
 
     def __init__(self, network: nn.Module, shown: int | None = None) -> None:
         """`shown` is k, or None where every class is shown."""

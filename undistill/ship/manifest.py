@@ -16,7 +16,7 @@ GAPS = (0.10, 0.05, 0.02)
 
 
 class Audited(Part):
-    """What an audit found of the model."""
+    """Findings of an audit of the model."""
 
     sentence: Text
     made: Text
@@ -82,7 +82,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def audited(report: Report, digest: str) -> Audited:
-    """What a report says, as far as those who are shipped a model need it."""
+    """The findings of a report that those need who get the model."""
     thief = ("victim", report.verdict.best_attack, report.verdict.best_student)
     best = [cell for cell in report.cells if cell.column == thief]
     return Audited(

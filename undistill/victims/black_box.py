@@ -24,7 +24,7 @@ SHOWN = 3  # images whose outputs an error quotes
 
 
 class Outputs(NamedTuple):
-    """What a black box gave for B images, before it is read."""
+    """Raw outputs of a black box for B images."""
 
     values: Tensor | None
     """(B, K) for all classes, or (B, k) for the `classes` named; None where only labels were given."""
@@ -90,7 +90,7 @@ class BlackBox(Spec):
         """
 
     def known(self, samples: Samples) -> Samples:
-        """Those of the samples about which it can be asked."""
+        """The subset of the samples about which it can be asked."""
         return samples
 
     def without_transport(self) -> Self:
@@ -99,7 +99,7 @@ class BlackBox(Spec):
         return type(self)(**kept)
 
     def declared(self) -> str:
-        """What it says of itself, such as name and version; a part of its identity."""
+        """Its own description, such as name and version; a part of its identity."""
         return ""
 
     @property
