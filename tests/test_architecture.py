@@ -19,6 +19,7 @@ ORDER = [
     "auditing",
     "report",
     "ship",
+    "serving",
     "api",
     "papers",
     "cli",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from undistill.api import adopt, audit, compare, export, protect, train
+    from undistill.api import adopt, audit, compare, export, protect, serve, train
     from undistill.attacks.attack import Attack, Buying, Distillation, Fresh, QueryAttack, Role, ThiefData, tries
     from undistill.data.batches import Batch
     from undistill.data.source import Source
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from undistill.victims.victim import Victim
 
 _HOMES = {
-    "api": ["adopt", "audit", "compare", "export", "protect", "train"],
+    "api": ["adopt", "audit", "compare", "export", "protect", "serve", "train"],
     "attacks.attack": ["Attack", "Buying", "Distillation", "Fresh", "QueryAttack", "Role", "ThiefData", "tries"],
     "data": ["Data", "Samples", "Source", "Split"],
     "data.batches": ["Batch"],
@@ -52,7 +52,7 @@ __all__ = [
     "Access", "Answer", "Attack", "Batch", "BlackBox", "Buying", "Data", "Defence", "Distillation", "Extra", "Fit",
     "Form", "Fresh", "Ledger", "Model", "Oracle", "Outputs", "Protected", "QueryAttack", "Recipe", "Response",
     "ResponseDefence", "Role", "Run", "Samples", "Settings", "Source", "Split", "ThiefData", "TrainSettings",
-    "Victim", "Weighted", "adopt", "audit", "compare", "export", "protect", "train", "tries",
+    "Victim", "Weighted", "adopt", "audit", "compare", "export", "protect", "serve", "train", "tries",
 ]  # fmt: skip
 
 

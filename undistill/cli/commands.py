@@ -11,6 +11,7 @@ from undistill.cli.looking import data_check, figure, list_
 from undistill.cli.models import adopt, protect, train
 from undistill.cli.options import Commands, say
 from undistill.cli.reproducing import reproduce
+from undistill.cli.serving import keys, serve
 from undistill.cli.shipping import export
 
 app = typer.Typer(
@@ -44,6 +45,8 @@ app.command()(audit)
 app.command()(compare)
 app.command()(report)
 app.command()(export)
+app.command()(serve)
+app.add_typer(keys, name="serve keys")
 app.command("list")(list_)
 app.command()(figure)
 app.command()(reproduce)

@@ -34,6 +34,12 @@ class Terminated(BaseException):
 class Commands(TyperGroup):
     """Commands whose errors, if the user can mend them, end in one sentence and exit code 2."""
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """`serve keys` is a command of two words: what is served and who may ask are two things."""
+        if args[:2] == ["serve", "keys"]:
+            args = ["serve keys", *args[2:]]
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):

@@ -117,7 +117,7 @@ class Folder(Source):
         if not self.nested:
             self._refuse_groups(root, folders)
         named = {file: folder.name for folder in folders for file in files_below(folder, Path(self.path))}
-        headers = _each(named, lambda file: _header(file, self._reading), root)
+        headers = _each(named, lambda file: _header(file, self.reading), root)
         beside = [file for file, header in headers.items() if header is None]
         if beside:
             names = ", ".join(dict.fromkeys(legible(file.name) for file in beside[:3]))
@@ -180,7 +180,7 @@ class Folder(Source):
         everywhere = [header for found in headers.values() for header in found]
         if transparent := sum(header.is_transparent for header in everywhere):
             remark(f"{self.path}: {transparent:,} images have transparent parts, laid on {self.background}.")
-        grey = all(one.is_grey and (self._reading.is_grey or not one.is_transparent) for one in everywhere)
+        grey = all(one.is_grey and (self.reading.is_grey or not one.is_transparent) for one in everywhere)
         width, height = (self.size, self.size) if self.size else self._common_size(headers)
         return (1 if grey else 3), height, width
 
@@ -203,14 +203,12 @@ class Folder(Source):
         files, labels = [file for file, _ in found], torch.tensor([label for _, label in found])
         channels, height, width = shape
         if math.prod((len(files), *shape)) > LARGE if self.stream is None else self.stream:
-            return Samples(ImageFiles(files, (len(files), *shape), self._reading), labels)
-        pixels = _each(
-            files, lambda file: read_picture(file, channels, (width, height), self._reading), Path(self.path)
-        )
+            return Samples(ImageFiles(files, (len(files), *shape), self.reading), labels)
+        pixels = _each(files, lambda file: read_picture(file, channels, (width, height), self.reading), Path(self.path))
         return Samples(torch.stack([pixels[file] for file in files]), labels)
 
     @property
-    def _reading(self) -> Reading:
+    def reading(self) -> Reading:
         return Reading(self.shaping, self.background, self.max_pixels)
 
 

@@ -1,6 +1,7 @@
 """Pictures of people: read as every viewer shows them, and laid into one shape."""
 
 import codecs
+import io
 import re
 import threading
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from undistill.core.errors import DataError, FileError, refused
+from undistill.core.errors import DataError, FileError, legible, refused
 from undistill.core.files import GIB, open_regular
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
@@ -46,6 +47,14 @@ TURNS = {
 SIDEWAYS = (5, 6, 7, 8)
 
 Shaping = Literal["squash", "crop", "pad"]
+
+
+class TooManyPixels(DataError):
+    """A picture that is larger than its reader allows, which is seen before anything of it is decoded."""
+
+    def __init__(self, message: str, pixels: int = 0) -> None:
+        super().__init__(message)
+        self.pixels = pixels
 
 
 @dataclass(frozen=True)
@@ -85,9 +94,25 @@ def read_header(file: Path, reading: Reading = PLAIN) -> Header:
 def read_picture(file: Path, channels: int, size: tuple[int, int], reading: Reading = PLAIN) -> Tensor:
     """uint8 (C, H, W) of `size` (width, height); `DataError` if it is no readable image."""
     with _readable(file, reading) as opened:
-        upright = TURNS.get(_orientation(opened))
-        plain = opaque(opened, reading.background)
-    picture = plain.convert("L" if channels == 1 else "RGB")
+        return _pixels(opened, channels, size, reading)
+
+
+def decode_picture(content: bytes, channels: int, size: tuple[int, int], reading: Reading = PLAIN) -> Tensor:
+    """The same of an encoded picture that lies in memory; `TooManyPixels` if it is larger than `reading` allows."""
+    try:
+        with _checked(io.BytesIO(content), "The picture", reading) as opened:
+            return _pixels(opened, channels, size, reading)
+    except UnidentifiedImageError:
+        raise DataError(f"The picture is no readable image; {', '.join(FORMATS)} are.") from None
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise DataError(f"The picture is not a readable image ({legible(str(error))[:200]}).") from None
+
+
+def _pixels(opened: Image.Image, channels: int, size: tuple[int, int], reading: Reading) -> Tensor:
+    upright = TURNS.get(_orientation(opened))
+    picture = opaque(opened, reading.background).convert("L" if channels == 1 else "RGB")
     if upright is not None:
         picture = picture.transpose(upright)
     if picture.size != size:
@@ -149,12 +174,12 @@ def is_beside(file: Path) -> bool:
 @contextmanager
 def _readable(file: Path, reading: Reading) -> Iterator[Image.Image]:
     try:
-        with open_regular(file, LARGEST) as content, _open(content) as opened:
-            if opened.width * opened.height > reading.max_pixels:
-                raise _too_large(file, reading, opened.width, opened.height)
-            if opened.mode not in GREY | COLOUR:
-                raise DataError(f"{file} has mode {opened.mode}; convert it to 8-bit grey or colour.")
+        with open_regular(file, LARGEST) as content, _checked(content, str(file), reading) as opened:
             yield opened
+    except TooManyPixels as error:
+        raise TooManyPixels(
+            f"{error}; make it smaller, or allow it: Folder(path=..., max_pixels={error.pixels})."
+        ) from None
     except UnidentifiedImageError:
         raise DataError(_unidentified(file)) from None
     except (DataError, FileError, MemoryError):
@@ -165,6 +190,18 @@ def _readable(file: Path, reading: Reading) -> Iterator[Image.Image]:
         raise DataError(f"{file} is not a readable image ({error}); repair or remove it.") from None
 
 
+@contextmanager
+def _checked(content: IO[bytes], name: str, reading: Reading) -> Iterator[Image.Image]:
+    """A picture of which nothing is decoded yet, and which is none too large for that."""
+    with _open(content) as opened:
+        if opened.width * opened.height > reading.max_pixels:
+            size = f"{opened.width:,} x {opened.height:,} pixels"
+            raise TooManyPixels(f"{name} has {size}, more than {reading.max_pixels:,}", opened.width * opened.height)
+        if opened.mode not in GREY | COLOUR:
+            raise DataError(f"{name} has mode {opened.mode}; convert it to 8-bit grey or colour.")
+        yield opened
+
+
 def _open(content: IO[bytes]) -> Image.Image:
     """Without Pillow's own limit of pixels, which nobody could raise for one folder; nothing is decoded yet."""
     with _ONE_LIMIT:
@@ -173,13 +210,6 @@ def _open(content: IO[bytes]) -> Image.Image:
             return Image.open(content, formats=_formats())
         finally:
             Image.MAX_IMAGE_PIXELS = before
-
-
-def _too_large(file: Path, reading: Reading, width: int, height: int) -> DataError:
-    return DataError(
-        f"{file} has {width:,} x {height:,} pixels, more than {reading.max_pixels:,}; make it smaller, or allow it: "
-        f"Folder(path=..., max_pixels={width * height})."
-    )
 
 
 def _unidentified(file: Path) -> str:

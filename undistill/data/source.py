@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 from undistill.core.errors import DataError
 from undistill.core.spec import Spec
 from undistill.data.copies import without_copies
+from undistill.data.pictures import PLAIN, Reading
 from undistill.data.split import Data, Parts, divide
 
 ResolvedPath = Annotated[str, AfterValidator(lambda text: os.path.realpath(os.path.expanduser(text)))]
@@ -49,6 +50,11 @@ class Source(Spec):
     def title(self) -> str:
         """Name for readers."""
         return type(self).__name__.lower()
+
+    @property
+    def reading(self) -> Reading:
+        """How pictures are brought to the shape of its images."""
+        return PLAIN
 
     @abstractmethod
     def read(self) -> Parts:

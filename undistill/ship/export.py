@@ -66,9 +66,7 @@ def export(
         Defence.from_user(defence)
     network = run.network(None if model is None else Model.from_user(model))
     require_graph(network)
-    report = None if audit is None else report_of(run, Path(audit))
-    digest = sha256(Path(audit) / "report.json") if audit else ""
-    verdict = audited(report, digest) if report else None
+    verdict = None if audit is None else audited(report_of(run, Path(audit)), sha256(Path(audit) / "report.json"))
     if to.exists():
         return _found(run, to, format, verdict)
     data = run.data()
@@ -152,6 +150,15 @@ def _joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.cat(list(column)) for column in zip(*parts, strict=True)]
 
 
+def verdict_of(folder: Path, audit: Path | None) -> Audited | None:
+    """The findings of an audit of a run; of an exported folder those that it holds. None where there are none."""
+    if (folder / MANIFEST).exists() and audit is None:
+        return read_manifest(folder).audited
+    if audit is None:
+        return None
+    return audited(report_of(Run.open(folder), audit), sha256(audit / "report.json"))
+
+
 def report_of(run: Run, folder: Path) -> Report:
     """The report of an audit of this run; `StoreError` for that of another model."""
     report = read_report(folder)
@@ -179,12 +186,14 @@ def _found(run: Run, to: Path, format: Format, verdict: Audited | None) -> Path:
 
 def _manifest(run: Run, shipped: Shipped, found: Compared, place: Path) -> Manifest:
     record, network = run.record, shipped.network
-    victim = NetworkVictim.of(network)
+    victim, source = NetworkVictim.of(network), Source.parse(run.record["data"])
     return Manifest(
         name=place.name,
         undistill=undistill.__version__,
         classes=record["classes"],
         shape=run.shape,
+        shaping=source.reading.shaping,
+        background=source.reading.background,
         outputs=shipped.outputs,
         form=victim.form.name.lower(),
         network=_without_paths(record["model"]),
@@ -194,7 +203,7 @@ def _manifest(run: Run, shipped: Shipped, found: Compared, place: Path) -> Manif
         bits=victim.bits,
         price=record.get("price"),
         found=record.get("found", {}),
-        data=Source.parse(record["data"]).title,
+        data=source.title,
         data_sha256=record["data_sha256"],
         identity=run.identity,
         accuracy=record["metrics"]["validation_accuracy"],

@@ -13,18 +13,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from undistill.core.errors import ModelError
-from undistill.victims.answer import Answer
-from undistill.victims.protected import Protected, responses_of
+from undistill.victims.answer import Form
+from undistill.victims.protected import answer_of, form_of, responses_of
 
 INPUT, PROBABILITIES, CLASSES = "images", "probabilities", "classes"
 EXAMPLES = 2  # images with which a graph is traced
 
 
 class Shipped(nn.Module):
-    """A network as an interface shows it: probabilities (B, K), or the highest k (B, k) with their classes (B, k)."""
+    """A network as an interface shows it.
+
+    Probabilities (B, K); or the highest k (B, k) with their classes (B, k); or classes (B, 1) alone.
+    """
 
     def __init__(self, network: nn.Module, shown: int | None = None) -> None:
-        """`shown` is k, or None where every class is shown."""
+        """`shown` is k, or None where every class is shown, or 0 where no probability is."""
         super().__init__()
         self.network, self.shown = network, shown
 
@@ -33,25 +36,26 @@ class Shipped(nn.Module):
         """The network of a run; a few images (B, C, H, W) show how much it answers."""
         with torch.no_grad():
             shown = answer_of(network, images).shown.sum(1)
-        every = bool((shown == network_classes(network, images)).all())
-        return cls(network, None if every else int(shown.max())).eval()
+        most = int(shown.max())
+        if bool((shown == network_classes(network, images)).all()):
+            return cls(network).eval()
+        return cls(network, 0 if most == 1 and form_of(network) == Form.LABEL else most).eval()
 
     @property
     def outputs(self) -> list[str]:
         """Names of what `forward` returns."""
+        if self.shown == 0:
+            return [CLASSES]
         return [PROBABILITIES] if self.shown is None else [PROBABILITIES, CLASSES]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         answer = answer_of(self.network, images)
         if self.shown is None:
             return (answer.log_p.exp(),)
+        if self.shown == 0:
+            return (answer.top[:, None],)
         highest = answer.log_p.masked_fill(~answer.shown, -torch.inf).topk(self.shown, dim=1)
         return highest.values.exp(), highest.indices
-
-
-def answer_of(network: nn.Module, images: Tensor) -> Answer:
-    """The answer of a network, through its responses if it has any."""
-    return network.answer(images) if isinstance(network, Protected) else Answer.of_logits(network(images))
 
 
 def network_classes(network: nn.Module, images: Tensor) -> int:

@@ -1,5 +1,6 @@
 """`manifest.json` of an exported folder: what it is, what was measured of it, and the hash of every file."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ from undistill.auditing.curve import lines
 from undistill.auditing.schema import Count, NotNegative, Number, Part, Report, Share, Text
 from undistill.core.errors import StoreError
 from undistill.core.files import parse_json, read_text, sha256
+from undistill.data.pictures import Shaping
 
 MANIFEST = "manifest.json"
 GAPS = (0.10, 0.05, 0.02)
@@ -25,6 +27,8 @@ class Audited(Part):
     """Accuracy of the best thief's copy."""
     queries: dict[Text, Count] = Field(default_factory=dict)
     """For each gap in accuracy, such as '0.05', the fewest queries that bought a copy within it; none that did not."""
+    harmless: Count | None = None
+    """The most queries of the curve up to which no copy came within the first of `GAPS`; None without a curve."""
     report_sha256: Text
 
 
@@ -37,6 +41,10 @@ class Manifest(Part):
     classes: Annotated[list[Text], Field(min_length=2, max_length=100_000)]
     shape: tuple[int, int, int]
     """Channels, height, width of an image."""
+    shaping: Shaping = "squash"
+    """How a picture of another shape was brought to it for training."""
+    background: Text = "white"
+    """Colour behind transparent pictures."""
     outputs: Annotated[list[Text], Field(min_length=1, max_length=2)]
     form: Literal["label", "top", "full"]
     network: Text
@@ -91,18 +99,34 @@ def audited(report: Report, digest: str) -> Audited:
         suite=report.suite,
         best_copy=sum(cell.accuracy for cell in best) / len(best) if best else 0.0,
         queries=queries_within(report),
+        harmless=harmless(report),
         report_sha256=digest,
     )
 
 
-def queries_within(report: Report) -> dict[str, int]:
-    """The fewest queries that bought a copy within each of `GAPS`, by the curve; a gap that none reached is absent."""
+def harmless(report: Report) -> int | None:
+    """The most queries of the curve, up to which every copy was worse than the model by more than the first of `GAPS`.
+
+    None without a curve; 0 where even the fewest bought a better copy.
+    """
+    reached = _reached(report)
+    enough = queries_within(report).get(f"{GAPS[0]:g}", math.inf)
+    return max((queries for queries in reached if queries < enough), default=0) if reached else None
+
+
+def _reached(report: Report) -> dict[int, float]:
+    """Accuracy of the best copy by queries."""
     reached: dict[int, float] = {}
     for line in lines(report.curve):
         if line.side == "victim":
             for queries, accuracy in line.accuracy.items():
                 reached[queries] = max(reached.get(queries, 0.0), accuracy)
-    found = {}
+    return reached
+
+
+def queries_within(report: Report) -> dict[str, int]:
+    """The fewest queries that bought a copy within each of `GAPS`, by the curve; a gap that none reached is absent."""
+    reached, found = _reached(report), {}
     for gap in GAPS:
         enough = [queries for queries, accuracy in reached.items() if accuracy >= report.victim.accuracy - gap]
         if enough:

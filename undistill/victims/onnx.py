@@ -44,7 +44,8 @@ class Onnx(BlackBox):
         return {self.path: sha256(path, LARGEST)}
 
     def connect(self, shape: tuple[int, int, int], classes: tuple[str, ...], lost: Callable[[int], None]) -> Ask:
-        session = self._session()
+        self.refers()
+        session = session_of(self.path)
         taken = _one(session.get_inputs(), self.input, "input")
         if taken.type not in TYPES:
             raise VictimError(f"{self.path}: the input {taken.name} is {taken.type}; images are {', '.join(TYPES)}.")
@@ -60,7 +61,7 @@ class Onnx(BlackBox):
             try:
                 found = session.run(names, {taken.name: np.ascontiguousarray(array.astype(dtype))})
             except Exception as error:  # of many kinds, all of onnxruntime
-                raise VictimError(f"{self.path} failed on images {tuple(array.shape)}: {_first_line(error)}") from None
+                raise VictimError(f"{self.path} failed on images {tuple(array.shape)}: {first_line(error)}") from None
             return self._chosen(found, len(images), len(classes))
 
         def ask(images: Tensor) -> Outputs:
@@ -70,24 +71,6 @@ class Onnx(BlackBox):
             return outputs_of(np.concatenate([run(part) for part in parts])[: len(images)])
 
         return ask
-
-    def _session(self) -> Any:
-        try:
-            import onnxruntime
-        except ImportError:
-            raise VictimError("An ONNX file needs onnxruntime: pip install 'undistill[onnx]'.") from None
-        self.refers()
-        providers = [name for name in PROVIDERS if name in onnxruntime.get_available_providers()]
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is raised, too
-        options.intra_op_num_threads = torch.get_num_threads()
-        try:
-            return onnxruntime.InferenceSession(self.path, options, providers=providers)
-        except Exception as error:
-            raise VictimError(
-                f"{self.path} cannot be run by onnxruntime {onnxruntime.__version__}: {_first_line(error)}. Custom "
-                "operators are not loaded, since that would run a stranger's code."
-            ) from None
 
     def _channels_last(self, wanted: list[Any], shape: tuple[int, int, int]) -> bool:
         """Whether channels come last; `VictimError` where images of this shape do not fit the input's."""
@@ -117,6 +100,25 @@ class Onnx(BlackBox):
         return found[0]
 
 
+def session_of(path: str) -> Any:
+    """A session of onnxruntime, without custom operators; `VictimError` for a file that it cannot run."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise VictimError("An ONNX file needs onnxruntime: pip install 'undistill[onnx]'.") from None
+    providers = [name for name in PROVIDERS if name in onnxruntime.get_available_providers()]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised, too
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=providers)
+    except Exception as error:
+        raise VictimError(
+            f"{path} cannot be run by onnxruntime {onnxruntime.__version__}: {first_line(error)}. Custom operators "
+            "are not loaded, since that would run a stranger's code."
+        ) from None
+
+
 def _one(values: list[Any], name: str, what: str) -> Any:
     """The input or output of that name, or the only one."""
     named = {value.name: value for value in values}
@@ -132,5 +134,5 @@ def _padded(images: Tensor, size: int) -> Tensor:
     return torch.cat([images, images[-1:].expand(size - len(images), -1, -1, -1)]) if len(images) < size else images
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:300].rstrip(".") if str(error).strip() else type(error).__name__

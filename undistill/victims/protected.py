@@ -33,7 +33,29 @@ class Response(nn.Module):
         """`answer` to `inputs` (B, C, H, W) in [0, 1], as it leaves the house."""
 
 
-class Protected(nn.Module):
+class Answering(nn.Module):
+    """A module that gives answers as an interface shows them, and not logits."""
+
+    @property
+    @abstractmethod
+    def form(self) -> Form:
+        """How much its answers show."""
+
+    @property
+    def bits(self) -> float | None:
+        """The most bits that an answer carries beyond its label; None where nothing bounds them."""
+        return None
+
+    @abstractmethod
+    def answer(self, inputs: Tensor) -> Answer:
+        """The answer to `inputs` (B, C, H, W) in [0, 1]."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Log-probabilities (B, K) as `Answer.to_served` writes them."""
+        return self.answer(inputs).to_served()
+
+
+class Protected(Answering):
     """A classifier whose answers pass through `responses`, in their order."""
 
     def __init__(self, network: nn.Module, responses: Sequence[Response]) -> None:
@@ -49,19 +71,15 @@ class Protected(nn.Module):
 
     def answer(self, inputs: Tensor) -> Answer:
         """The answer to `inputs` (B, C, H, W) in [0, 1]."""
-        answer = Answer.of_logits(self.network(inputs))
+        answer = answer_of(self.network, inputs)
         for response in self.responses:
             answer = response(answer, inputs)
         return answer
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Log-probabilities (B, K) as `Answer.to_served` writes them."""
-        return self.answer(inputs).to_served()
-
     @property
     def form(self) -> Form:
-        """How much its answers show."""
-        return min((response.form for response in responses_of(self)), default=Form.FULL)
+        """How much its answers show: no more than the network or a response lets through."""
+        return min([form_of(self.network), *(response.form for response in responses_of(self))])
 
     @property
     def bits(self) -> float | None:
@@ -74,6 +92,16 @@ class Protected(nn.Module):
             known = [bits for bits in (response.bits, None if response.reads_inputs else bound) if bits is not None]
             bound = min(known, default=None)
         return bound
+
+
+def answer_of(network: nn.Module, inputs: Tensor) -> Answer:
+    """The answer of a network to `inputs` (B, C, H, W), through its responses if it has any."""
+    return network.answer(inputs) if isinstance(network, Answering) else Answer.of_logits(network(inputs))
+
+
+def form_of(network: nn.Module) -> Form:
+    """How much of an answer a network shows."""
+    return network.form if isinstance(network, Answering) else Form.FULL
 
 
 def bare(network: nn.Module) -> nn.Module:

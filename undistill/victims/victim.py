@@ -11,7 +11,7 @@ from undistill.data.split import Samples
 from undistill.data.views import Views, to_float
 from undistill.training.answers import ASKED, PART, RememberedAnswers, mean_answer
 from undistill.victims.answer import Answer, Form
-from undistill.victims.protected import Protected, bare
+from undistill.victims.protected import Answering, bare, form_of
 
 
 class Victim(ABC):
@@ -88,7 +88,7 @@ class NetworkVictim(Victim):
 
     @property
     def form(self) -> Form:
-        return self.network.form if isinstance(self.network, Protected) else Form.FULL
+        return form_of(self.network)
 
     @cached_property
     def identity(self) -> str:
@@ -100,7 +100,7 @@ class NetworkVictim(Victim):
 
     @property
     def bits(self) -> float | None:  # type: ignore[override]
-        return self.network.bits if isinstance(self.network, Protected) else None
+        return self.network.bits if isinstance(self.network, Answering) else None
 
     def answer(self, inputs: Tensor, at: str = "") -> Answer:
         return self._answer(self.answers.compute(inputs))
@@ -121,5 +121,5 @@ class NetworkVictim(Victim):
         return self.answers.asked(samples, num_classes)
 
     def _answer(self, outputs: Tensor) -> Answer:
-        protected = isinstance(self.network, Protected)
-        return Answer.of_served(outputs.float()) if protected else Answer.of_logits(outputs)
+        answering = isinstance(self.network, Answering)
+        return Answer.of_served(outputs.float()) if answering else Answer.of_logits(outputs)

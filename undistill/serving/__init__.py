@@ -1,0 +1,1 @@
+"""A server: keys with budgets, batches, limits, and answers that are those of the audit."""

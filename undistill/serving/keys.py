@@ -1,0 +1,268 @@
+"""`Keys`: who may ask, how many images each may ask about, and how many they did, in a file of SQLite."""
+
+import hashlib
+import hmac
+import re
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from undistill.core.errors import SpecError, StoreError, unknown
+from undistill.serving.refusals import Refusal
+
+KEYS = "keys.sqlite"
+ANYBODY = "anybody"
+"""The account of all who ask without a key, where none is needed."""
+DAY = 86_400.0  # seconds
+SECONDS = 30.0  # that a process waits for another's transaction
+NAME = re.compile(r"[\w.@-]{1,64}")
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS salt (value BLOB NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS accounts (name TEXT PRIMARY KEY, id TEXT UNIQUE, hash BLOB, budget INTEGER,"
+    " asked INTEGER NOT NULL DEFAULT 0, unanswered INTEGER NOT NULL DEFAULT 0, different INTEGER NOT NULL DEFAULT 0,"
+    " made REAL NOT NULL, ends REAL, revoked REAL) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS images (name TEXT, hash BLOB, PRIMARY KEY (name, hash)) WITHOUT ROWID",
+)
+
+
+class Account(NamedTuple):
+    """A key, and what was asked with it. Counts are of images."""
+
+    name: str
+    budget: int | None
+    """The most images that are answered; None is unlimited."""
+    asked: int
+    unanswered: int
+    """Asked and not answered, since the server failed; they are on nobody's bill."""
+    distinct: int
+    """How many different images they were."""
+    ends: float | None
+    """When it expires, in seconds since 1970."""
+    revoked: float | None
+
+    @property
+    def billed(self) -> int:
+        return self.asked - self.unanswered
+
+    @property
+    def left(self) -> int | None:
+        return None if self.budget is None else self.budget - self.billed
+
+    @property
+    def state(self) -> str:
+        """active, revoked or expired."""
+        if self.revoked is not None:
+            return "revoked"
+        return "expired" if self.ends is not None and self.ends <= time.time() else "active"
+
+
+FIELDS = "name, budget, asked, unanswered, different, ends, revoked"
+
+
+class Charge(NamedTuple):
+    """Images that were counted before they are answered, and how many it were before and after."""
+
+    name: str
+    images: int
+    before: int
+    total_before: int
+
+    @property
+    def after(self) -> int:
+        return self.before + self.images
+
+    @property
+    def total_after(self) -> int:
+        return self.total_before + self.images
+
+
+class Keys:
+    """API keys, of which only hashes are kept, and a ledger of what was asked with each.
+
+    A count is on the disk before an answer is computed, so that whatever happens to the server, no answer was given
+    uncounted. Several processes may share the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._one_thread = threading.RLock()
+
+    def add(self, name: str, budget: int | None, days: float | None = None) -> str:
+        """The token of a new key, which is shown this once; `SpecError` for a name that is taken or cannot be one.
+
+        Args:
+            name: of whoever gets it.
+            budget: the most images that are answered; None is unlimited.
+            days: after which it expires; None is never.
+        """
+        if not NAME.fullmatch(name) or name == ANYBODY:
+            raise SpecError(f"'{name}' cannot be the name of a key: up to 64 letters, digits and . _ @ - can.")
+        if any(account.name == name for account in self.accounts()):
+            raise SpecError(f"There is a key '{name}' already; what it asked is on record, so take another name.")
+        public, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
+        now = time.time()
+        with self._transaction() as database:
+            database.execute(
+                "INSERT INTO accounts (name, id, hash, budget, made, ends) VALUES (?, ?, ?, ?, ?, ?)",
+                (name, public, _hash(secret), budget, now, None if days is None else now + DAY * days),
+            )
+        return f"{public}.{secret}"
+
+    def revoke(self, name: str) -> None:
+        """End a key at once, also for a server that is running; `SpecError` if there is none of that name."""
+        names = [account.name for account in self.accounts()]
+        if name not in names:
+            raise SpecError(unknown("key", name, names) if names else f"There are no keys in {self.path}.")
+        with self._transaction() as database:
+            database.execute("UPDATE accounts SET revoked = coalesce(revoked, ?) WHERE name = ?", (time.time(), name))
+
+    def accounts(self, *, everybody: bool = False) -> list[Account]:
+        """All keys by name; with `everybody` also those who asked without one."""
+        if not self.path.exists():
+            return []
+        query = f"SELECT {FIELDS} FROM accounts ORDER BY name"
+        with self._one_thread, self._guarded():
+            found = [Account(*row) for row in self._database.execute(query)]
+        return [account for account in found if everybody or account.name != ANYBODY]
+
+    def account(self, token: str | None) -> str:
+        """The name of whoever has this token; `Refusal` for none, or one that no longer holds.
+
+        Without any key in the file everybody may ask.
+        """
+        with self._one_thread, self._guarded():
+            needed = self._database.execute("SELECT 1 FROM accounts WHERE name != ? LIMIT 1", (ANYBODY,)).fetchone()
+            if not needed:
+                return ANYBODY
+            if not token:
+                raise Refusal(401, "A key is needed: send it as 'Authorization: Bearer KEY'.")
+            public, _, secret = token.partition(".") if token.isascii() else ("", "", "")
+            query = f"SELECT hash, {FIELDS} FROM accounts WHERE id = ?"
+            row = self._database.execute(query, (public,)).fetchone()
+        known, given = row[0] if row else bytes(32), _hash(secret)
+        if not hmac.compare_digest(known, given) or not row:
+            raise Refusal(401, "This key is not known here.")
+        account = Account(*row[1:])
+        if account.state != "active":
+            raise Refusal(401, f"This key is {account.state}; ask for another one.")
+        return account.name
+
+    def charge(self, name: str, images: Sequence[bytes], most_in_all: int | None = None) -> Charge:
+        """Count images on the account of `name` before they are answered; on the disk when this returns.
+
+        Raises `Refusal`, with nothing counted, where that passes the key's budget or that of all keys together.
+
+        Args:
+            name: as `account` gave it.
+            images: the bytes of each image.
+            most_in_all: the budget of all keys together.
+        """
+        hashes = {hashlib.blake2b(image, digest_size=16, key=self._salt).digest() for image in images}
+        with self._transaction() as database:
+            if name == ANYBODY:
+                database.execute("INSERT OR IGNORE INTO accounts (name, made) VALUES (?, ?)", (ANYBODY, time.time()))
+            row = database.execute(f"SELECT {FIELDS} FROM accounts WHERE name = ?", (name,)).fetchone()
+            account, total = Account(*row), self._billed_in_all(database)
+            if account.state != "active":
+                raise Refusal(401, f"This key is {account.state}; ask for another one.")
+            _require(account.billed, account.budget, len(images), "this key")
+            _require(total, most_in_all, len(images), "all keys together")
+            rows = [(name, one) for one in hashes]
+            new = database.executemany("INSERT OR IGNORE INTO images VALUES (?, ?)", rows).rowcount
+            database.execute(
+                "UPDATE accounts SET asked = asked + ?, different = different + ? WHERE name = ?",
+                (len(images), new, name),
+            )
+        return Charge(name, len(images), account.billed, total)
+
+    def refund(self, charge: Charge) -> None:
+        """Take images off the bill that were counted, and not answered."""
+        with self._transaction() as database:
+            database.execute(
+                "UPDATE accounts SET unanswered = unanswered + ? WHERE name = ?", (charge.images, charge.name)
+            )
+
+    @property
+    def billed(self) -> int:
+        """Images that were answered to all keys together."""
+        with self._one_thread, self._guarded():
+            return self._billed_in_all(self._database)
+
+    @staticmethod
+    def _billed_in_all(database: sqlite3.Connection) -> int:
+        return int(database.execute("SELECT coalesce(sum(asked - unanswered), 0) FROM accounts").fetchone()[0])
+
+    @cached_property
+    def _salt(self) -> bytes:
+        """A secret by which images are hashed, so that nobody can look for an image of his own among the hashes."""
+        return bytes(self._database.execute("SELECT value FROM salt").fetchone()[0])
+
+    @cached_property
+    def _database(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._guarded():
+            database = sqlite3.connect(self.path, timeout=SECONDS, isolation_level=None, check_same_thread=False)
+            self.path.chmod(0o600)
+            for setting in ("trusted_schema = OFF", "journal_mode = WAL", "synchronous = FULL"):
+                database.execute(f"PRAGMA {setting}")
+            for table in TABLES:
+                database.execute(table)
+            database.execute(
+                "INSERT INTO salt SELECT ? WHERE NOT EXISTS (SELECT 1 FROM salt)", (secrets.token_bytes(32),)
+            )
+        return database
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._one_thread, self._guarded():
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._database
+            except BaseException:
+                self._database.execute("ROLLBACK")
+                raise
+            self._database.execute("COMMIT")
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path} cannot be used ({error}); restore it, or name another --state.") from None
+
+
+def keys_of(folder: Path) -> Keys:
+    """The keys of a run or an exported folder, which lie beside it; or those in a folder of keys itself."""
+    if not folder.is_dir():
+        raise StoreError(f"There is no folder {folder}. That of a gateway that did not run yet has to be made first.")
+    model = any((folder / name).exists() for name in ("run.json", "manifest.json"))
+    return Keys((beside(folder) if model else folder) / KEYS)
+
+
+def beside(folder: Path) -> Path:
+    """The folder of keys and counts of a run or an exported folder: RUN-serve, next to it."""
+    if not folder.is_dir():
+        raise StoreError(f"There is no folder {folder}.")
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
+    return folder.with_name(f"{folder.name}-serve")
+
+
+def _hash(secret: str) -> bytes:
+    """Of a secret of 256 random bits, which nobody guesses: no slow hash is needed."""
+    return hashlib.sha256(secret.encode()).digest()
+
+
+def _require(billed: int, budget: int | None, count: int, whose: str) -> None:
+    if budget is not None and billed + count > budget:
+        left = max(budget - billed, 0)
+        raise Refusal(
+            403,
+            f"The budget of {whose} does not suffice: {left:,} of {budget:,} images are left, and {count:,} were "
+            "asked; none was answered.",
+        )
