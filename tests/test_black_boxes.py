@@ -348,3 +348,18 @@ def test_the_count_of_a_dry_run_holds(box, toy_file: Path, tmp_path: Path) -> No
     assert run_cli(*words).exit_code == 0
     reached = json.loads((tmp_path / "a" / "report.json").read_text())["pairs"][0]["reached"]
     assert reached["bought"] <= most <= 1.5 * reached["bought"]
+
+
+@pytest.mark.slow
+def test_a_file_that_was_exported_from_timm_is_audited_end_to_end(toy_file: Path, tmp_path: Path) -> None:
+    """With random weights: what is shown is that such a file is asked rightly, not that it knows anything."""
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("resnet10t", num_classes=3, in_chans=1).eval()
+    images, path = torch.rand(2, 1, 12, 12), tmp_path / "timm.onnx"
+    torch.onnx.export(network, (images,), path, dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},))
+    report = audited(f"Onnx('{path}')", tmp_path / "a", toy_file)
+    assert report.pairs[0].reached
+    assert (report.pairs[0].reached.output, report.pairs[0].reached.form) == ("logits", "full")
+    answer = Contact.make(f"Onnx('{path}')", str(toy_file), tmp_path / "bought").victim().answer(images)
+    with torch.no_grad():
+        assert torch.allclose(answer.log_p, network(images).log_softmax(1), atol=1e-4)

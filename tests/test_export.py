@@ -20,6 +20,7 @@ from undistill.core.errors import ModelError, SpecError, StoreError
 from undistill.data.views import to_float
 from undistill.defences import Defence
 from undistill.defences.defence import ResponseDefence
+from undistill.runs.contact import Contact
 from undistill.runs.run import Run
 from undistill.runs.settings import Settings
 from undistill.ship.export import load
@@ -117,6 +118,16 @@ def test_an_exported_file_is_audited_as_its_run(folder: Path, sealed: Run, toy_f
     assert other.victim.nll == pytest.approx(own.victim.nll, abs=1e-4)
     for ours, theirs in zip(own.cells, other.cells, strict=True):
         assert (ours.attack, ours.queries) == (theirs.attack, theirs.queries)
+
+
+def test_a_file_that_shows_the_highest_answers_is_asked_for_these(honest: Run, toy_file: Path, tmp_path: Path) -> None:
+    run = protected(honest, tmp_path / "run", "TopK(k=2)")
+    to = export(run, tmp_path / "export", format="onnx")
+    images = to_float(run.data().test.pixels)
+    answer = Contact.make(f"Onnx('{to / 'model.onnx'}')", str(toy_file), tmp_path / "bought").victim().answer(images)
+    expected = NetworkVictim.of(run.network()).answer(images)
+    assert torch.equal(answer.shown, expected.shown)
+    assert torch.allclose(answer.log_p, expected.log_p, atol=1e-4)
 
 
 def test_the_card_says_what_was_protected_and_found(sealed: Run, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from undistill.auditing.plan import CURVE_FLOORS, Plan
 from undistill.auditing.schema import Cell, Report, Side
 from undistill.training.recipe import Recipe
 
-WITHIN = (0.05, 0.02)
-"""How far below the victim a copy may be that is worth having."""
+GAPS = (0.10, 0.05, 0.02)
+"""Differences of accuracy from the victim, within which a copy is worth knowing of."""
 MOST_EPOCHS = 1_000_000
 
 
@@ -90,6 +90,36 @@ def lines(curve: Sequence[Cell]) -> list[Points]:
     return [Points(side, attack, dict(sorted(cells.items()))) for (side, attack), cells in found.items()]
 
 
+def harmless(report: Report) -> int | None:
+    """The most queries of the curve, up to which every copy was worse than the model by more than the first of `GAPS`.
+
+    None without a curve; 0 where even the fewest bought a better copy.
+    """
+    reached = _reached(report)
+    enough = queries_within(report).get(f"{GAPS[0]:g}", math.inf)
+    return max((queries for queries in reached if queries < enough), default=0) if reached else None
+
+
+def _reached(report: Report) -> dict[int, float]:
+    """Accuracy of the best copy by queries."""
+    reached: dict[int, float] = {}
+    for line in lines(report.curve):
+        if line.side == "victim":
+            for queries, accuracy in line.accuracy.items():
+                reached[queries] = max(reached.get(queries, 0.0), accuracy)
+    return reached
+
+
+def queries_within(report: Report) -> dict[str, int]:
+    """The fewest queries that bought a copy within each of `GAPS`, by the curve; a gap that none reached is absent."""
+    reached, found = _reached(report), {}
+    for gap in GAPS:
+        enough = [queries for queries, accuracy in reached.items() if accuracy >= report.victim.accuracy - gap]
+        if enough:
+            found[f"{gap:g}"] = min(enough)
+    return found
+
+
 def price_of_a_copy(report: Report) -> str:
     """How many queries buy a copy within 5 and within 2 points of the victim, by the best thief at each budget."""
     best: dict[int, list[Cell]] = {}
@@ -98,7 +128,7 @@ def price_of_a_copy(report: Report) -> str:
             if queries not in best or _validated(cells) > _validated(best[queries]):
                 best[queries] = cells
     said = []
-    for gap in WITHIN:
+    for gap in GAPS[1:]:
         wanted = report.victim.accuracy - gap
         enough = [n for n, cells in best.items() if statistics.fmean(cell.accuracy for cell in cells) >= wanted]
         bought = f"{min(enough):,} queries buy" if enough else f"not even {max(best):,} queries buy"

@@ -38,6 +38,7 @@ def measure_pair(pair: VictimPair) -> Pair:
         responses=record.get("responses", []),
         calibrated_on=record.get("calibrated_on", {}),
         bits=victim.bits,
+        form=victim.form.name.lower(),
         flips=flips(pair),
         reached=_reached(pair.victim),
         price=record.get("price"),

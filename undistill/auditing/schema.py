@@ -108,6 +108,8 @@ class Pair(Part):
     """The images by which each of them was calibrated; never the test images."""
     bits: NotNegative | None = None
     """The most bits that an answer carries beyond its label; null where nothing bounds them."""
+    form: Literal["label", "top", "full"] | None = None
+    """How much of an answer the victim shows; null in reports of earlier versions."""
     flips: Share = 0.0
     """Share of test images of which a response changes the top answer."""
     price: Number | None = None

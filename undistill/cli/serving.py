@@ -134,8 +134,8 @@ def _budget(what: Path, text: str | None, audit: Path | None) -> int | None:
         if not text.isdecimal() or int(text) >= 2**62:
             raise SpecError(f"'{text}' is no budget; it is a whole number of images, or none.")
         return int(text)
+    from undistill.auditing.curve import GAPS
     from undistill.ship.export import verdict_of
-    from undistill.ship.manifest import GAPS
 
     found = verdict_of(what, audit)
     if found is None or found.harmless is None:

@@ -11,18 +11,15 @@ from undistill.auditing.verdict import best_thief, columns, students_of
 from undistill.auditing.wording import is_above_zero, points
 from undistill.core.errors import UndistillError
 from undistill.data.source import Source
-
-FEW = 3  # seeds below which nothing is claimed, or little
+from undistill.report.decision import FEW
 
 
 def advice(report: Report) -> dict[str, str]:
-    """The box, by heading: the model, whether its protection was seen to work, its price, what is open, what to do."""
+    """What follows the decision, by heading: the model, whether its protection was seen to work, what is open."""
     return {
         "Protected": _what(report),
         "Does it work?": _works(report),
-        "Price": _price(report),
         "What stays open": _open(report),
-        "What to do": _next(report),
     }
 
 
@@ -59,18 +56,6 @@ def _works(report: Report) -> str:
     )
 
 
-def _price(report: Report) -> str:
-    said = f"Of 100 images it sorts {round(100 * report.victim.accuracy, 1):g} rightly"
-    if report.twin is None:
-        return f"{said}. What it did without its protection is not known."
-    said += f"; without protection {round(100 * report.twin.honest.accuracy, 1):g}."
-    low, high = report.twin.cost.low, report.twin.cost.high
-    if low is None or high is None:
-        return said
-    ends = (f"{100 * abs(end):.1f} {'fewer' if end > 0 else 'more'}" for end in (low, high))
-    return f"{said} By luck alone that may be off: it may also be anything from {' to '.join(ends)}."
-
-
 def _open(report: Report) -> str:
     found = columns(report.cells)
     best = best_thief(report)
@@ -85,22 +70,6 @@ def _open(report: Report) -> str:
         f"The best of {kinds} kind{'s' * (kinds > 1)} of thieves that were tried {did}, and got a copy that sorts "
         f"{100 * fmean(found[best].values()):.0f} of 100 images rightly. {why}"
     )
-
-
-def _next(report: Report) -> str:
-    verdict = report.verdict
-    if any(pair.may_be_memory for pair in report.pairs):
-        return "Measure again on images that the model has not seen (undistill adopt --test DATA)."
-    if verdict.kd_gain.n < FEW:
-        return f"Measure again with at least {FEW} seeds (--seeds {FEW}) before you rely on any difference here."
-    if verdict.damage is not None and not is_above_zero(verdict.damage):
-        return (
-            "Do not rely on this protection: it was not shown to work here. Limit how often each client may query the "
-            "model, or protect it anew with a stronger setting and audit that."
-        )
-    if report.flags:
-        return "Read the warnings below first; then limit how often each client may query the model."
-    return "Limit how often each client may query the model, and keep this report with the model that you ship."
 
 
 GLOSSARY = {

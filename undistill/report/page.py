@@ -1,4 +1,4 @@
-"""report.json, and the two pages made from it: report.html for people, report.md for repositories."""
+"""report.json, and what is made from it: report.html for people, report.md for repositories, controls.json."""
 
 import re
 from collections import Counter
@@ -16,11 +16,13 @@ from undistill.auditing.schema import Cell, Interval, Part, Report, Threat, plus
 from undistill.auditing.statistics import interval
 from undistill.auditing.verdict import best_thief, columns, preferred_trials
 from undistill.core.errors import StoreError, legible
-from undistill.core.files import parse_json, read_text, require_plain, write_json, write_text
+from undistill.core.files import parse_json, read_text, require_plain, sha256, write_json, write_text
 from undistill.report import figures
 from undistill.report.advice import GLOSSARY, advice, anchor, explained, word
 from undistill.report.curves import queries, training
+from undistill.report.decision import decide
 from undistill.report.evidence import read_evidence
+from undistill.report.review import controls, fields, told, written
 from undistill.training.recipe import Recipe
 
 Written = TypeVar("Written", bound=Part)
@@ -71,7 +73,7 @@ def read_written(path: Path, kind: type[Written], writer: str) -> Written:
 
 
 def render(folder: Path) -> Path:
-    """Make report.html and report.md anew from report.json and evidence.npz."""
+    """Make report.html, report.md and controls.json anew from report.json and evidence.npz."""
     report, evidence = read_report(folder), read_evidence(folder / "evidence.npz")
     pictures = {
         "students": draw(figures.students(report)),
@@ -83,8 +85,13 @@ def render(folder: Path) -> Path:
         "sheets": draw(figures.sheets(evidence.sheets)) if evidence.sheets else None,
     }
     budget = max((cell.budget for cell in report.cells if cell.budget is not None), default=None)
+    digest, decision = sha256(folder / "report.json"), decide(report)
     context = {
         "report": report,
+        "decision": decision,
+        "controls": controls(report),
+        "review": fields(report),
+        "told": told,
         "twin": report.twin,
         "budget": budget,
         "advice": advice(report),
@@ -100,6 +107,7 @@ def render(folder: Path) -> Path:
         "percent": percent,
         "points": points,
     }
+    write_json(folder / "controls.json", written(report, digest))
     html = HTML.get_template("report.html").render(context, pictures=pictures)
     write_text(folder / "report.md", MARKDOWN.get_template("report.md").render(context))
     write_text(folder / "report.html", html)

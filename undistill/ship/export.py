@@ -108,11 +108,12 @@ def _written(shipped: Shipped, run: Run, images: Tensor, place: Path, format: Fo
         write_program(shipped, run.shape, place / "model.pt2")
     if "onnx" in runtimes:
         write_onnx(shipped, run.shape, place / "model.onnx")
-    all_compared = [_compare(runtime, place, images, expected) for runtime in runtimes]
+    num_classes = len(run.record["classes"])
+    all_compared = [_compare(runtime, place, images, expected, num_classes) for runtime in runtimes]
     return max(all_compared, key=lambda one: (one.at_threshold, one.largest))
 
 
-def _compare(runtime: str, place: Path, images: Tensor, expected: list[Tensor]) -> Compared:
+def _compare(runtime: str, place: Path, images: Tensor, expected: list[Tensor], num_classes: int) -> Compared:
     """Ask the exported files as their users will; `ModelError` where they answer otherwise than the run."""
     predict = load(place)(runtime)
 
@@ -122,13 +123,11 @@ def _compare(runtime: str, place: Path, images: Tensor, expected: list[Tensor]) 
     found, alone = _joined([ask(part) for part in images.split(PART)]), ask(images[:1])
     if any(len(one) != 1 for one in alone):
         raise ModelError(f"The file for {runtime} takes {PART} images at once and no single one.")
-    apart = (found[0] - expected[0]).abs().flatten(1).amax(1)
+    now, before = _dense(found, num_classes), _dense(expected, num_classes)
+    apart = (now - before).abs().amax(1)
     rows = int((apart > TOLERANCE).sum())
-    moved = found[0].argmax(1) if len(found) == 1 else found[1][:, 0]
-    before = expected[0].argmax(1) if len(expected) == 1 else expected[1][:, 0]
-    top = expected[0].amax(1)
-    instead = expected[0].gather(1, moved[:, None])[:, 0] if len(expected) == 1 else torch.zeros_like(top)
-    flipped = int(((moved != before) & (top - instead > EQUAL)).sum())
+    of_its_top = before.gather(1, now.argmax(1, keepdim=True))[:, 0]
+    flipped = int((before.amax(1) - of_its_top > EQUAL).sum())
     if flipped or rows > AT_THRESHOLD * len(images):
         raise ModelError(
             f"The file for {runtime} answers {rows} of {len(images)} validation images otherwise than the run (by up "
@@ -136,6 +135,14 @@ def _compare(runtime: str, place: Path, images: Tensor, expected: list[Tensor]) 
             "--format leaves that file out."
         )
     return Compared(len(images), float(apart[apart <= TOLERANCE].max()), rows)
+
+
+def _dense(outputs: list[Tensor], num_classes: int) -> Tensor:
+    """Probabilities (B, K) of any outputs, 0 for classes that are not shown."""
+    if len(outputs) == 1:
+        return outputs[0]
+    p, classes = outputs
+    return torch.zeros(len(p), num_classes).scatter(1, classes, p)
 
 
 def load(folder: Path) -> Callable[[str], Callable[[Any], Any]]:

@@ -67,8 +67,8 @@ def require_graph(network: nn.Module) -> None:
     for response in responses_of(network):
         if why := response.not_in_graph:
             raise ModelError(
-                f"{type(response).__name__} cannot be in a graph: {why}. Answer with the run itself (Run.network in "
-                "Python), or take a defence that can: Sealed(), Rounding(), ModelGuardS()."
+                f"{type(response).__name__} cannot be in a graph: {why}. Serve the run itself (undistill serve), "
+                "or take a defence that can: Sealed(), Rounding(), ModelGuardS()."
             )
 
 

@@ -1,20 +1,17 @@
 """`manifest.json` of an exported folder: what it is, what was measured of it, and the hash of every file."""
 
-import math
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from undistill.auditing.curve import lines
+from undistill.auditing.curve import harmless, queries_within
 from undistill.auditing.schema import Count, NotNegative, Number, Part, Report, Share, Text
 from undistill.core.errors import StoreError
 from undistill.core.files import parse_json, read_text, sha256
 from undistill.data.pictures import Shaping
 
 MANIFEST = "manifest.json"
-GAPS = (0.10, 0.05, 0.02)
-"""Differences of accuracy from the model, within which a copy is worth knowing of."""
 
 
 class Audited(Part):
@@ -102,33 +99,3 @@ def audited(report: Report, digest: str) -> Audited:
         harmless=harmless(report),
         report_sha256=digest,
     )
-
-
-def harmless(report: Report) -> int | None:
-    """The most queries of the curve, up to which every copy was worse than the model by more than the first of `GAPS`.
-
-    None without a curve; 0 where even the fewest bought a better copy.
-    """
-    reached = _reached(report)
-    enough = queries_within(report).get(f"{GAPS[0]:g}", math.inf)
-    return max((queries for queries in reached if queries < enough), default=0) if reached else None
-
-
-def _reached(report: Report) -> dict[int, float]:
-    """Accuracy of the best copy by queries."""
-    reached: dict[int, float] = {}
-    for line in lines(report.curve):
-        if line.side == "victim":
-            for queries, accuracy in line.accuracy.items():
-                reached[queries] = max(reached.get(queries, 0.0), accuracy)
-    return reached
-
-
-def queries_within(report: Report) -> dict[str, int]:
-    """The fewest queries that bought a copy within each of `GAPS`, by the curve; a gap that none reached is absent."""
-    reached, found = _reached(report), {}
-    for gap in GAPS:
-        enough = [queries for queries, accuracy in reached.items() if accuracy >= report.victim.accuracy - gap]
-        if enough:
-            found[f"{gap:g}"] = min(enough)
-    return found

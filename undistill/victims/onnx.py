@@ -55,20 +55,25 @@ class Onnx(BlackBox):
         if self.result:
             _one(session.get_outputs(), self.result, "output")
 
-        def run(images: Tensor) -> Any:
+        def run(images: Tensor) -> Outputs:
             images = images.permute(0, 2, 3, 1) if last else images
             array = levels(images).numpy() if dtype is np.uint8 else images.numpy()
             try:
                 found = session.run(names, {taken.name: np.ascontiguousarray(array.astype(dtype))})
             except Exception as error:  # of many kinds, all of onnxruntime
                 raise VictimError(f"{self.path} failed on images {tuple(array.shape)}: {first_line(error)}") from None
-            return self._chosen(found, len(images), len(classes))
+            chosen = self._chosen(found, len(images), len(classes))
+            named = dict(zip(names, found, strict=True)).get("classes")  # of the highest ones, as exports give them
+            if named is not None and named is not chosen and (named.dtype.kind, named.shape) == ("i", chosen.shape):
+                return Outputs(torch.from_numpy(chosen.astype(np.float64)), torch.from_numpy(named.astype(np.int64)))
+            return outputs_of(chosen)
 
         def ask(images: Tensor) -> Outputs:
             if fixed is None:
-                return outputs_of(run(images))
-            parts = [_padded(part, fixed) for part in images.split(fixed)]
-            return outputs_of(np.concatenate([run(part) for part in parts])[: len(images)])
+                return run(images)
+            values, named = zip(*(run(_padded(part, fixed)) for part in images.split(fixed)), strict=True)
+            whole = (None if column[0] is None else torch.cat(column)[: len(images)] for column in (values, named))
+            return Outputs(*whole)
 
         return ask
 
