@@ -8,9 +8,10 @@ import pytest
 
 from undistill.attacks.attack import Role
 from undistill.auditing.curve import harmless, queries_within
-from undistill.auditing.schema import Flag, Interval, Report, Trial
+from undistill.auditing.schema import Flag, Interval, Reached, Report, Trial
+from undistill.auditing.wording import TITLE, UNPROTECTED
 from undistill.report.decision import decide
-from undistill.report.page import render
+from undistill.report.page import read_report, render
 from undistill.report.review import CATALOGUE, controls, fields, told
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "review.md").read_text()
@@ -20,14 +21,32 @@ def of(mean: float, half: float = 0.01, n: int = 5) -> Interval:
     return Interval(mean=mean, low=mean - half, high=mean + half, n=n)
 
 
-def changed(report: Report, *, copy: float = 0.8, model: float = 0.95, **verdict: Any) -> Report:
-    """A report of five seeds in which nothing leaks, every copy has one accuracy, and the model another."""
+def changed(report: Report, *, copy: float = 0.8, adaptive: bool = True, **verdict: Any) -> Report:
+    """A report of five seeds in which nothing leaks, every copy has one accuracy, and the model 0.95.
+
+    If it is `adaptive`, a thief tuned an attack that was made against defences.
+    """
     found = {"kd_gain": of(0.0), "leak": of(0.0), "cost": of(0.0), "damage": of(0.1)} | verdict
+    plain = next(cell for cell in report.cells if cell.role == Role.PLAIN and cell.side == "victim")
+    bold = plain.model_copy(update={"role": Role.ADAPTIVE, "attack": "HTC(T=50, alpha=0.9)"})
+    trial = Trial(
+        side="victim",
+        attack=bold.attack,
+        student=bold.student,
+        seed=9,
+        recipe="",
+        score=0.5,
+        validation=0.5,
+        queries=1,
+        seconds=0.0,
+    )
+    cells = [*report.cells, *([bold] if adaptive else [])]
     return report.model_copy(
         update={
             "verdict": report.verdict.model_copy(update=found),
-            "victim": report.victim.model_copy(update={"accuracy": model}),
-            "cells": [cell.model_copy(update={"accuracy": copy}) for cell in report.cells],
+            "victim": report.victim.model_copy(update={"accuracy": 0.95}),
+            "cells": [cell.model_copy(update={"accuracy": copy}) for cell in cells],
+            "trials": [trial] * 3 if adaptive else [],
             "flags": [],
         }
     )
@@ -49,6 +68,9 @@ def with_pair(report: Report, **values: Any) -> Report:
 def test_a_model_whose_copies_are_bad_may_ship(report: Report) -> None:
     assert decide(changed(report, copy=0.8)).choice == "ship"
     assert decide(changed(report, copy=0.849)).choice == "ship"
+    plain = decide(changed(report, adaptive=False))
+    assert plain.choice == "ship with limits"
+    assert "Only plain thieves" in plain.limits[0]
 
 
 def test_a_model_whose_labels_make_a_good_copy_ships_with_a_budget(report: Report) -> None:
@@ -122,17 +144,12 @@ def status(report: Report, name: str) -> str:
 
 
 def test_outputs_are_a_met_control_only_by_thieves_who_adapt(report: Report) -> None:
-    good = changed(report)
-    assert status(good, "v1.0-C11.3.2") == "partly", "plain thieves"
-    last = next(cell for cell in good.cells if cell.role == Role.PLAIN and cell.side == "victim")
-    bold = last.model_copy(update={"role": Role.ADAPTIVE, "attack": "HTC(T=50, alpha=0.9)"})
-    trial = {"side": "victim", "attack": bold.attack, "student": bold.student, "seed": 9, "recipe": "", "score": 0.5}
-    trial |= {"validation": 0.5, "queries": 1, "seconds": 0.0}
-    tuned = good.model_copy(update={"cells": [*good.cells, bold], "trials": [Trial.model_validate(trial)] * 3})
+    assert status(changed(report, adaptive=False), "v1.0-C11.3.2") == "partly"
+    tuned = changed(report)
     assert status(tuned, "v1.0-C11.3.2") == status(tuned, "AML.M0002") == status(tuned, "AML.T0024.002") == "met"
     leaks = tuned.model_copy(update={"verdict": tuned.verdict.model_copy(update={"leak": of(0.03)})})
     assert status(leaks, "v1.0-C11.3.2") == "partly"
-    bare = tuned.model_copy(update={"title": "Audit of an unprotected model"})
+    bare = tuned.model_copy(update={"title": f"{TITLE}{UNPROTECTED}"})
     assert status(bare, "v1.0-C11.3.2") == "partly"
     assert status(bare, "AML.M0002") == "not assessed"
 
@@ -144,7 +161,32 @@ def test_what_an_audit_cannot_see_is_not_assessed(report: Report) -> None:
     assert status(changed(report), "AML.M0004") == "not assessed"
 
 
-def test_the_file_for_programs_says_what_the_page_says(report: Report, folder: Path) -> None:
+def test_a_black_box_is_not_said_to_be_unprotected(report: Report) -> None:
+    reached = Reached(spec="Http('x')", output="probabilities", form="full", bought=1, billed=1, lost=0)
+    box = with_pair(changed(report), reached=reached)
+    (outputs,) = (one for one in controls(box) if one.id == "v1.0-C11.3.2")
+    assert outputs.status == "partly"
+    assert "not known" in outputs.why
+    assert fields(box)["defence"]["name"] is None
+
+
+def test_a_curve_without_a_harmless_budget_says_so(report: Report) -> None:
+    (quantity,) = (one for one in controls(with_curve(changed(report), {100: 0.9})) if one.id == "AML.M0004")
+    assert "no budget was found" in quantity.why
+
+
+def test_who_has_the_weights_does_not_decide_about_answers(report: Report) -> None:
+    found = changed(report, copy=0.8)
+    plain = next(cell for cell in found.cells if cell.role == Role.PLAIN and cell.side == "victim")
+    threat = plain.threat.model_copy(update={"access": "weights"})
+    strong = {"role": Role.WHITE_BOX, "attack": "FineTune()", "accuracy": 0.95, "validation": 1.0, "threat": threat}
+    cells = [*found.cells, plain.model_copy(update=strong)]
+    assert decide(found.model_copy(update={"cells": cells})).choice == "ship"
+
+
+def test_the_file_for_programs_says_what_the_page_says(folder: Path) -> None:
+    render(folder)
+    report = read_report(folder)
     found = json.loads((folder / "controls.json").read_text())
     assert found["decision"] == json.loads(json.dumps(decide(report)._asdict()))
     assert found["fields"] == json.loads(json.dumps(fields(report)))

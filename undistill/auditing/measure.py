@@ -44,6 +44,7 @@ def measure_pair(pair: VictimPair) -> Pair:
         price=record.get("price"),
         found=record.get("found", {}),
         victim_sha256=pair.victim.digest,
+        identity=pair.victim.identity,
         data_sha256=record["data_sha256"],
         **beside,
     )

@@ -129,6 +129,8 @@ class Pair(Part):
     """Share of the victim's probabilities on test images that are 0 though they were shown."""
     victim_sha256: Text = ""
     """Hash of the victim's weights."""
+    identity: Text = ""
+    """Hash of everything on which an answer of the victim depends; empty in reports of earlier versions."""
     honest_sha256: Text = ""
     """Hash of the honest teacher's weights."""
     data_sha256: Text = ""

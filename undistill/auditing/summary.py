@@ -10,6 +10,7 @@ from undistill.auditing.plan import Plan
 from undistill.auditing.schema import Cell, Pair, Report, Trial
 from undistill.auditing.tuning import proposals
 from undistill.auditing.verdict import Judge
+from undistill.auditing.wording import TITLE, UNPROTECTED
 from undistill.data.source import Source
 from undistill.runs.contact import Contact
 from undistill.runs.environment import environment
@@ -29,9 +30,9 @@ def summarise(pairs: Sequence[VictimPair], judge: Judge, plan: Plan, *, made: st
     diverged = [pair.divergence for pair in measured if pair.divergence is not None]
     first = pairs[0].victim.record
     black_box = isinstance(pairs[0].victim, Contact)
-    protection = ", ".join(first.get("defences", ())) or (first["model"] if black_box else "an unprotected model")
+    protection = ", ".join(first.get("defences", ())) or (first["model"] if black_box else UNPROTECTED)
     report = Report(
-        title=f"Audit of {protection}",
+        title=f"{TITLE}{protection}",
         by=by,
         made=made,
         data=first["data"],

@@ -60,6 +60,11 @@ class Judge:
     labels: NDArray[np.int64] | None = None
     """Their labels (N,), where all students were measured on the same ones."""
 
+    @classmethod
+    def of(cls, report: Report) -> "Judge":
+        """Of the students of a report, whose single answers it does not hold."""
+        return cls(report.cells, report.trials, report.pairs[0].test_images)
+
     @cached_property
     def table(self) -> dict[Column, Students]:
         return students_of(self.cells)
@@ -117,6 +122,11 @@ class Judge:
     @property
     def best_thief(self) -> Column:
         return self.best(self.asked)
+
+    @property
+    def best_of_answers(self) -> Column:
+        """The best thief among those who have answers alone."""
+        return self.best(column for column in self.asked if self.asks(column))
 
     def role(self, column: Column) -> Role:
         return next(iter(self.table[column].values())).role
@@ -232,4 +242,11 @@ def preferred_trials(trials: Iterable[Trial]) -> dict[Column, Trial]:
 
 def best_thief(report: Report) -> Column:
     """The attack on the victim that made the best student on validation images."""
-    return Judge(report.cells, report.trials, report.pairs[0].test_images).best_thief
+    return Judge.of(report).best_thief
+
+
+def adapts(report: Report) -> bool:
+    """Whether thieves tuned attacks that were made against defences."""
+    against = {cell.column for cell in report.cells if cell.side == "victim" and cell.role not in (*FLOORS, Role.PLAIN)}
+    tried = [trial.column for trial in report.trials if trial.column in against]
+    return len(tried) > len(set(tried)) > 0

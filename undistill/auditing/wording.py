@@ -1,7 +1,8 @@
 """The verdict in words, for someone outside the field. They claim no more than was measured."""
 
-from undistill.auditing.schema import Interval, Verdict
+from undistill.auditing.schema import Interval, Report, Verdict
 
+TITLE, UNPROTECTED = "Audit of ", "an unprotected model"
 NOTHING = 0.005  # accuracy lost that counts as none
 
 
@@ -24,6 +25,12 @@ def sentence(verdict: Verdict, data: str, thief: str) -> str:
     damage = f"{points(verdict.damage.mean)} worse" if is_above_zero(verdict.damage) else "not measurably worse"
     imitation = f"Plain distillation from the protected model gives a student {damage} than from the unprotected one."
     return f"On {data}, {thief}; {beyond_labels(verdict)}.{bound(verdict.bits)} {imitation} {price(verdict.cost)}"
+
+
+def protection(report: Report) -> str:
+    """The defences of the model; empty where it is known to have none, or nothing is known of any."""
+    named = report.title.removeprefix(TITLE)
+    return "" if named == UNPROTECTED or report.pairs[0].reached else named
 
 
 def beyond_labels(verdict: Verdict) -> str:

@@ -1,17 +1,16 @@
 """`serve`: a model behind HTTP, and `serve keys`: who may ask it."""
 
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from undistill.cli.options import Code, DataDir, Device, Terminated, say
+from undistill.cli.options import Code, DataDir, Device, say
 from undistill.core.errors import SpecError
-from undistill.core.files import MIB
 
 LONGEST = 36_500  # days
+MIB = 2**20
 
 Place = Annotated[Path, typer.Argument(help="The run, the exported folder, or the --state of a gateway.")]
 Name = Annotated[str, typer.Argument(help="Who gets the key.")]
@@ -40,8 +39,11 @@ def serve(
     without_keys: Annotated[bool, typer.Option("--without-keys", help="Listen on --host without any key.")] = False,
     name: Annotated[str, typer.Option(help="Name of the model in addresses.")] = "model",
     images: Annotated[int, typer.Option(min=1, max=65_536, help="Most images of a request, and of a batch.")] = 64,
-    body: Annotated[int, typer.Option(min=1, max=4096, metavar="MIB", help="Largest body of a request.")] = 64,
-    pixels: Annotated[int, typer.Option(min=16, help="Pixels of the largest picture.")] = 25_000_000,
+    body: Annotated[
+        int | None,
+        typer.Option(min=1, max=4096, metavar="MIB", help="Largest body.", show_default="what --images take"),
+    ] = None,
+    pixels: Annotated[int, typer.Option(min=16, help="Of all pictures of a request.")] = 25_000_000,
     timeout: Annotated[
         float, typer.Option(min=0.1, max=3600, help="Seconds in which a body must arrive, and be answered.")
     ] = 30.0,
@@ -58,24 +60,31 @@ def serve(
 
     require_installed()
     write_log()
-    with suppress(KeyboardInterrupt, Terminated):
-        work(
-            what,
-            upstream=upstream,
-            defences=defence or (),
-            data=data,
-            state=state,
-            audit=audit,
-            model=model,
-            host=host,
-            port=port,
-            name=name,
-            limits=Limits(images, body * MIB, pixels, timeout, under_way, requests),
-            total_budget=total_budget,
-            webhook=webhook,
-            without_keys=without_keys,
-            device=device,
-        )
+    work(
+        what,
+        upstream=upstream,
+        defences=defence or (),
+        data=data,
+        state=state,
+        audit=audit,
+        model=model,
+        host=host,
+        port=port,
+        name=name,
+        limits=Limits(
+            images=images,
+            body=None if body is None else body * MIB,
+            held=max(512, 4 * (body or 0)) * MIB,
+            pixels=pixels,
+            seconds=timeout,
+            under_way=under_way,
+            requests=requests,
+        ),
+        total_budget=total_budget,
+        webhook=webhook,
+        without_keys=without_keys,
+        device=device,
+    )
 
 
 keys = typer.Typer(no_args_is_help=True, help="Who may ask a served model, and how much.")
@@ -135,9 +144,9 @@ def _budget(what: Path, text: str | None, audit: Path | None) -> int | None:
             raise SpecError(f"'{text}' is no budget; it is a whole number of images, or none.")
         return int(text)
     from undistill.auditing.curve import GAPS
-    from undistill.ship.export import verdict_of
+    from undistill.serving.served import findings_for
 
-    found = verdict_of(what, audit)
+    found = findings_for(what, audit)
     if found is None or found.harmless is None:
         raise SpecError("Name a --budget, or an --audit of this model that measured a curve (undistill audit --curve).")
     if found.harmless == 0:

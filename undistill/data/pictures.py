@@ -110,6 +110,17 @@ def decode_picture(content: bytes, channels: int, size: tuple[int, int], reading
         raise DataError(f"The picture is not a readable image ({legible(str(error))[:200]}).") from None
 
 
+def count_pixels(content: bytes) -> int:
+    """Pixels of an encoded picture, of which nothing is decoded; `DataError` if it is none."""
+    try:
+        with _open(io.BytesIO(content)) as opened:
+            return opened.width * opened.height
+    except UnidentifiedImageError:
+        raise DataError(f"The picture is no readable image; {', '.join(FORMATS)} are.") from None
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise DataError(f"The picture is not a readable image ({legible(str(error))[:200]}).") from None
+
+
 def _pixels(opened: Image.Image, channels: int, size: tuple[int, int], reading: Reading) -> Tensor:
     upright = TURNS.get(_orientation(opened))
     picture = opaque(opened, reading.background).convert("L" if channels == 1 else "RGB")

@@ -8,7 +8,7 @@ from markupsafe import Markup, escape
 from undistill.attacks.attack import Role
 from undistill.auditing.schema import Report
 from undistill.auditing.verdict import best_thief, columns, students_of
-from undistill.auditing.wording import is_above_zero, points
+from undistill.auditing.wording import TITLE, UNPROTECTED, is_above_zero, points
 from undistill.core.errors import UndistillError
 from undistill.data.source import Source
 from undistill.report.decision import FEW
@@ -30,12 +30,12 @@ def _what(report: Report) -> str:
     except UndistillError:  # code of somebody else, which no page may execute
         title = report.data
     examples = f" ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" if names else ""
-    applied = report.title.removeprefix("Audit of ")
+    applied = report.title.removeprefix(TITLE)
     defences = re.findall(r"(?:^|, |:)(\w+)\(", applied) or [applied]
     by = f"Its protection, {' and '.join(defences)}, is meant to spoil copies of it."
     if report.pairs[0].reached:
         by = "It was asked as a black box: whether anything protects it is not known."
-    elif applied == "an unprotected model":
+    elif applied == UNPROTECTED:
         by = "It has no protection."
     return f"A model that sorts the images of “{title}” into {report.classes} classes{examples}. {by}"
 

@@ -4,8 +4,8 @@ from statistics import fmean
 from typing import Literal, NamedTuple
 
 from undistill.auditing.curve import GAPS, harmless
-from undistill.auditing.schema import Interval, Report
-from undistill.auditing.verdict import best_thief, students_of
+from undistill.auditing.schema import Report
+from undistill.auditing.verdict import Judge, adapts
 from undistill.auditing.wording import NOTHING, beyond_labels, is_above_zero, points
 
 Choice = Literal["ship", "ship with limits", "do not ship"]
@@ -37,10 +37,10 @@ def decide(report: Report) -> Decision:
     gap = report.victim.accuracy - _best_copy(report)
     why = [f"{_capital(beyond_labels(report.verdict))}."]
     if gap > GAPS[0]:
-        why.append(f"The best copy that any thief made is {points(gap)} worse than the model.")
-        return Decision("ship", why, _always(report), cost)
+        why.append(f"The best copy by answers alone is {points(gap)} worse than the model.")
+        return Decision("ship with limits" if (limits := _always(report)) else "ship", why, limits, cost)
     how_far = f"{points(gap)} worse than" if gap > 0 else "as good as"
-    why.append(f"The best copy is {how_far} the model; what labels give away, only fewer answers stop.")
+    why.append(f"The best copy by answers alone is {how_far} the model; only fewer answers stop what labels give away.")
     return Decision("ship with limits", why, [_limit(report), *_always(report)], cost)
 
 
@@ -68,10 +68,10 @@ def _doubts(report: Report) -> list[tuple[str, str]]:
                 "Add floors with as many images as the thief.",
             )
         )
-    elif _is_wide(report.verdict.leak):
+    elif (most := report.verdict.leak.high) is not None and most > WIDE and not is_above_zero(report.verdict.leak):
         found.append(
             (
-                f"Answers may give thieves up to {points(report.verdict.leak.high or 1)} beyond labels: too wide.",
+                f"Answers may give thieves up to {points(most)} beyond labels: too wide.",
                 "Audit it again with more seeds, or on more test images.",
             )
         )
@@ -111,10 +111,13 @@ def _limit(report: Report) -> str:
 
 
 def _always(report: Report) -> list[str]:
-    """Limits of every model that is given to others."""
+    """Limits that hold however bad the copies are."""
+    found = []
+    if not adapts(report):
+        found.append("Only plain thieves were tried: audit it with such as adapt (--suite standard-1 or thorough-1).")
     if any(pair.responses for pair in report.pairs):
-        return ["Give answers and never the file: whoever has it strips what changes answers alone."]
-    return []
+        found.append("Give answers and never the file: whoever has it strips what changes answers alone.")
+    return found
 
 
 def _cost(report: Report) -> str:
@@ -134,11 +137,9 @@ def _cost(report: Report) -> str:
 
 
 def _best_copy(report: Report) -> float:
-    return fmean(cell.accuracy for cell in students_of(report.cells)[best_thief(report)].values())
-
-
-def _is_wide(leak: Interval) -> bool:
-    return not is_above_zero(leak) and leak.high is not None and leak.high > WIDE
+    """Accuracy of the best thief who has answers alone."""
+    judge = Judge.of(report)
+    return fmean(cell.accuracy for cell in judge.table[judge.best_of_answers].values())
 
 
 def _times(n: int) -> str:

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
-from undistill.attacks.attack import FLOORS, Role
-from undistill.auditing.curve import queries_within
+from undistill.attacks.attack import FLOORS
+from undistill.auditing.curve import harmless, lines, queries_within
 from undistill.auditing.schema import Cell, Interval, Report
-from undistill.auditing.verdict import best_thief, columns, students_of
-from undistill.auditing.wording import beyond_labels, is_above_zero, points
+from undistill.auditing.verdict import adapts, best_thief, columns, students_of
+from undistill.auditing.wording import beyond_labels, is_above_zero, points, protection
+from undistill.core.errors import UndistillError
+from undistill.data.source import Source
 from undistill.report.decision import FEW, decide
 
 Status = Literal["met", "partly", "not assessed"]
@@ -38,14 +40,17 @@ def controls(report: Report) -> list[Control]:
 
 
 def _outputs(report: Report) -> tuple[Status, str, str]:
-    if not _is_measured(report):
-        return "not assessed", f"Leakage was not measured with {FEW} seeds or more.", "thieves"
+    if why := _unmeasured(report):
+        return "not assessed", why, "thieves"
     leak = report.verdict.leak
     if leak is not None and is_above_zero(leak):
         return "partly", f"Leakage was measured, and remains: {beyond_labels(report.verdict)}.", "thieves"
-    if not _is_protected(report):
-        return "partly", f"Leakage was measured: {beyond_labels(report.verdict)}. Nothing limits answers.", "thieves"
-    if not _adapts(report):
+    if not protection(report):
+        limits = (
+            "Whether anything limits answers is not known." if report.pairs[0].reached else "Nothing limits answers."
+        )
+        return "partly", f"Leakage was measured: {beyond_labels(report.verdict)}. {limits}", "thieves"
+    if not adapts(report):
         return "partly", f"By plain thieves, {beyond_labels(report.verdict)}; none that adapts was tried.", "thieves"
     return "met", f"Leakage was measured by thieves who adapt: {beyond_labels(report.verdict)}.", "thieves"
 
@@ -62,6 +67,8 @@ def _patterns(report: Report) -> tuple[Status, str, str]:
 
 
 def _quantity(report: Report) -> tuple[Status, str, str]:
+    if harmless(report) == 0:
+        return "partly", "Even the fewest queries that were tried bought a good copy: no budget was found.", "queries"
     if report.curve:
         return (
             "partly",
@@ -75,9 +82,9 @@ def _quantity(report: Report) -> tuple[Status, str, str]:
 
 def _extraction(report: Report) -> tuple[Status, str, str]:
     tried = {cell.column[1] for cell in report.cells if cell.side == "victim"}
-    if not _is_measured(report):
-        return "partly", f"{len(tried)} attacks were tried, with fewer than {FEW} seeds.", "thieves"
-    if _adapts(report):
+    if why := _unmeasured(report):
+        return "partly", f"{len(tried)} attacks were tried. {why}", "thieves"
+    if adapts(report):
         return "met", f"{len(tried)} attacks were tried, tuned, some of them made against defences.", "thieves"
     return (
         "partly",
@@ -87,8 +94,8 @@ def _extraction(report: Report) -> tuple[Status, str, str]:
 
 
 def _theft(report: Report) -> tuple[Status, str, str]:
-    if not _is_measured(report):
-        return "not assessed", f"Not with fewer than {FEW} seeds.", "decision"
+    if why := _unmeasured(report):
+        return "not assessed", why, "decision"
     return (
         "partly",
         f"The decision is: {decide(report).choice}. Access control and watermarks are not seen.",
@@ -98,7 +105,7 @@ def _theft(report: Report) -> tuple[Status, str, str]:
 
 def _obfuscation(report: Report) -> tuple[Status, str, str]:
     status, why, where = _outputs(report)
-    if not _is_protected(report) and status != "not assessed":
+    if not protection(report) and status != "not assessed":
         return "not assessed", "It is not known that anything changes the answers of this model.", "made"
     return status, why, where
 
@@ -134,14 +141,15 @@ def fields(report: Report) -> Fields:
             "SHA-256": [pair.victim_sha256 for pair in report.pairs],
             "data": report.data,
             "SHA-256 of data": pair.data_sha256,
+            "test images": pair.test_images,
             "accuracy": report.victim.accuracy,
             "NLL": report.victim.nll,
             "ECE": report.victim.ece,
         },
         "defence": {
-            "name": report.title.removeprefix("Audit of "),
+            "name": protection(report) or None,
             "version": report.environment.get("undistill"),
-            "SHA-256 with its state": [pair.victim_sha256 for pair in report.pairs],
+            "SHA-256 of all on which answers depend": [pair.identity for pair in report.pairs if pair.identity],
             "keeps state between queries": False if not pair.reached else None,
             "answers vary": pair.answers_vary,
             "top answers kept": 1 - fmean(pair.flips for pair in report.pairs) if not pair.reached else None,
@@ -155,12 +163,13 @@ def fields(report: Report) -> Fields:
             "images": first.threat.images if first.threat else None,
             "way of asking": first.threat.buying.value if first.threat else None,
             "query budget": first.budget,
-            "overlap with test images": "none in a pool, by hashes; published data are divided as published",
+            "of them among the test images": _overlap(report),
         },
         "attacks": {
             "suite": report.suite,
             "tried": len({cell.column[1] for cell in report.cells}),
             "settings tried": len(report.trials),
+            "chosen on": "validation images",
             "seeds": verdict.kd_gain.n,
             "students": sorted({cell.student for cell in report.cells}),
             "left out": report.skipped,
@@ -181,7 +190,10 @@ def fields(report: Report) -> Fields:
             "leak_label_smoothing": _of(verdict.leak_label_smoothing),
             "kd_gain": _of(verdict.kd_gain),
             "damage": _of(verdict.damage),
+            "floors": _floors(report),
+            "curve": _curve(report),
             "queries that bought a copy within": queries_within(report) or None,
+            "verdict": verdict.sentence,
         },
         "utility": {
             "accuracy lost": _of(verdict.cost),
@@ -200,7 +212,6 @@ def fields(report: Report) -> Fields:
         },
         "complements": {"watermark or fingerprint": "not assessed", "monitoring of queries": "not assessed"},
         "limits of this audit": {
-            "test images": pair.test_images,
             "protected models": len(report.pairs),
             "flags": [flag.name for flag in report.flags],
             "machine": "; ".join(f"{name} {value}" for name, value in report.environment.items()),
@@ -246,20 +257,42 @@ def _hours(report: Report) -> float:
     return (sum(cell.seconds for cell in report.cells) + sum(trial.seconds for trial in report.trials)) / 3600
 
 
-def _is_measured(report: Report) -> bool:
-    return report.verdict.kd_gain.n >= FEW and report.verdict.leak is not None
+def _unmeasured(report: Report) -> str:
+    """Why it is not known what answers give beyond labels; empty where it is."""
+    if report.verdict.kd_gain.n < FEW:
+        return f"Leakage was not measured with {FEW} seeds or more."
+    return "" if report.verdict.leak is not None else "Leakage was not assessed: its floors had fewer images."
 
 
-def _adapts(report: Report) -> bool:
-    """Whether thieves tuned attacks, of which some were made against defences."""
-    against = {cell.column for cell in report.cells if cell.side == "victim" and cell.role not in (*FLOORS, Role.PLAIN)}
-    tried = [trial.column for trial in report.trials if trial.column in against]
-    return len(tried) > len(set(tried)) > 0
+def _overlap(report: Report) -> int | None:
+    """Images of the thief that are test images: none, but where data are used as published, copies and all."""
+    try:
+        return None if Source.parse(report.data).published else 0
+    except UndistillError:  # code of somebody else, which no page may execute
+        return None
 
 
-def _is_protected(report: Report) -> bool:
-    """Whether a defence is known: of a black box none is."""
-    return not report.pairs[0].reached and report.title != "Audit of an unprotected model"
+def _floors(report: Report) -> dict[str, Any]:
+    """Accuracy of the students beside whom thieves are read, by role."""
+    found: dict[str, list[float]] = {}
+    for cell in report.cells:
+        if cell.role in FLOORS:
+            found.setdefault(cell.role.value, []).append(cell.accuracy)
+    return {role: _mean_of(values) for role, values in found.items()}
+
+
+def _curve(report: Report) -> dict[str, Any] | None:
+    """Accuracy and agreement of copies of the model by queries, of every thief of the curve."""
+    found = {
+        f"{line.attack}, {queries:,} queries": {
+            "accuracy": fmean(cell.accuracy for cell in cells),
+            "agreement": fmean(cell.fidelity for cell in cells),
+        }
+        for line in lines(report.curve)
+        if line.side == "victim"
+        for queries, cells in line.cells.items()
+    }
+    return found or None
 
 
 def _budget(report: Report) -> int | None:

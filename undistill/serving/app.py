@@ -2,13 +2,17 @@
 
 import asyncio
 import logging
+import math
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,21 +23,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from undistill import __version__
 from undistill.core.errors import DataError, UndistillError, legible
-from undistill.data.pictures import FORMATS, Reading, TooManyPixels, decode_picture
+from undistill.data.pictures import FORMATS, Reading, count_pixels, decode_picture
 from undistill.data.views import to_float
 from undistill.serving.batches import Batches, Outputs
-from undistill.serving.keys import Charge, Keys
+from undistill.serving.keys import ANYBODY, Charge, Keys
 from undistill.serving.limits import USUAL, Limits
 from undistill.serving.refusals import Refusal
 from undistill.serving.served import Served
-from undistill.serving.telemetry import Events, Metrics, note
-from undistill.serving.tensors import INPUT, Inference, read_inference, write_inference
+from undistill.serving.telemetry import ALL, Events, Metrics, note
+from undistill.serving.tensors import INPUT, Images, read_inference, write_inference
 from undistill.ship.graph import CLASSES, PROBABILITIES
 from undistill.victims import protocols
+from undistill.victims.http import LOCAL
 
 EXTENSIONS = ["binary_tensor_data"]
 TENSORS = ("application/json", "application/octet-stream")
 REQUEST_ID = 8  # bytes
+READERS = 2  # requests that are read, and pictures that are decoded, side by side
 LARGEST_HEADERS = 16 * 1024  # bytes
 
 
@@ -49,6 +55,7 @@ class Server:
         limits: Limits = USUAL,
         most_in_all: int | None = None,
         webhook: str | None = None,
+        anybody: bool = False,
     ) -> None:
         """
         Args:
@@ -58,14 +65,18 @@ class Server:
             limits: of a request.
             most_in_all: images that all keys together may ask about; None is unlimited.
             webhook: address to which events are posted.
+            anybody: without keys, answer whoever comes, and not only programs of this machine.
         """
         self.served, self.keys, self.name, self.limits, self.most_in_all = served, keys, name, limits, most_in_all
+        self.anybody, self.held = anybody, 0
         self.batches = Batches(served.predict, largest=limits.images, most=limits.under_way, workers=served.workers)
         self.metrics = Metrics(lambda: self.batches.under_way)
-        self.events = Events(served.audited.queries if served.audited else {}, webhook)
+        self.events = Events(keys, served.audited.queries if served.audited else {}, webhook)
         self.batches.on_batch = self.metrics.batches.observe
         self.events.on_event = lambda gap: self.metrics.events.labels(gap).inc()
         self._ledger = ThreadPoolExecutor(1, thread_name_prefix="ledger")
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
+        self._largest = limits.of_body(math.prod(served.shape))
         self._reading = Reading(served.reading.shaping, served.reading.background, limits.pixels)
 
     def app(self) -> ASGIApp:
@@ -73,26 +84,25 @@ class Server:
         models = [f"/v2/models/{self.name}", f"/v2/models/{self.name}/versions/{self.served.version}"]
         routes = [
             Route("/v2", self.about),
-            Route("/v2/health/live", self.healthy),
-            Route("/v2/health/ready", self.healthy),
+            Route("/v2/health/live", answering({"live": True})),
+            Route("/v2/health/ready", answering({"ready": True})),
             *(Route(model, self.metadata) for model in models),
-            *(Route(f"{model}/ready", self.healthy) for model in models),
+            *(Route(f"{model}/ready", answering({"name": self.name, "ready": True})) for model in models),
             *(Route(f"{model}/infer", self.infer, methods=["POST"]) for model in models),
             Route("/predict", self.predict, methods=["POST"]),
             Route("/metrics", self.measured),
         ]
         handlers: dict[Any, Any] = {HTTPException: self._no_such_place, Refusal: refused, ClientDisconnect: gone}
+        handlers[Exception] = failed
         app = Starlette(routes=routes, exception_handlers=handlers)
         app.router.redirect_slashes = False
         return Watched(app, self)
 
     def close(self) -> None:
         self.batches.close()
+        self._readers.shutdown(wait=False, cancel_futures=True)
         self._ledger.shutdown()
         self.events.close()
-
-    async def healthy(self, request: Request) -> Response:
-        return JSONResponse({"live": True, "ready": True})
 
     async def about(self, request: Request) -> Response:
         await self._account(request)
@@ -101,7 +111,6 @@ class Server:
     async def metadata(self, request: Request) -> Response:
         await self._account(request)
         served = self.served
-        width = len(served.classes) if served.outputs == (PROBABILITIES,) else -1
         kinds = {PROBABILITIES: "FP32", CLASSES: "INT64"}
         return JSONResponse(
             {
@@ -109,7 +118,9 @@ class Server:
                 "versions": [served.version],
                 "platform": "undistill",
                 "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, *served.shape]}],
-                "outputs": [{"name": name, "datatype": kinds[name], "shape": [-1, width]} for name in served.outputs],
+                "outputs": [
+                    {"name": name, "datatype": kinds[name], "shape": [-1, served.width]} for name in served.outputs
+                ],
                 "parameters": {"classes": list(served.classes)},
             }
         )
@@ -118,16 +129,13 @@ class Server:
         """Open Inference Protocol: tensors or encoded pictures in, outputs by name."""
         account = await self._account(request)
         require_kind(request, TENSORS)
-        message = protocols.Message(await self._body(request), dict(request.headers))
-        asked: Inference = await asyncio.to_thread(
-            read_inference,
-            message,
-            shape=self.served.shape,
-            names=self.served.outputs,
-            most=self.limits.images,
-            decode=self._decoded,
-        )
-        outputs = await self._answered(request, account, asked.images)
+        async with self._body(request) as body:
+            asked = await self._read(
+                partial(read_inference, shape=self.served.shape, names=self.served.outputs, most=self.limits.images),
+                protocols.Message(body, dict(request.headers)),
+            )
+            del body
+            outputs = await self._answered(request, account, asked.images)
         named = dict(zip(self.served.outputs, outputs, strict=True))
         answer = write_inference(named, asked.outputs, model=self.name, version=self.served.version, own=asked.id)
         return Response(answer.body, headers=dict(answer.headers))
@@ -135,9 +143,8 @@ class Server:
     async def predict(self, request: Request) -> Response:
         """One picture in, as the body or as the only file of a form; its class, and what is shown beside, out."""
         account = await self._account(request)
-        content = await self._picture(request)
-        images = (await asyncio.to_thread(self._decoded, content))[None]
-        outputs = await self._answered(request, account, images)
+        async with self._picture(request) as content:
+            outputs = await self._answered(request, account, [content])
         named = dict(zip(self.served.outputs, (one[0] for one in outputs), strict=True))
         return JSONResponse(self._by_name(named))
 
@@ -157,71 +164,98 @@ class Server:
     async def _account(self, request: Request) -> str:
         """Who asks; before anything else of a request is read."""
         name: str = await self._in_ledger(self.keys.account, token_of(request))
+        if name == ANYBODY and not (self.anybody or is_of_this_machine(request)):
+            raise Refusal(401, "Without keys, only programs of this machine are answered; its owner can make one.")
         request.state.key = name
         return name
 
-    async def _answered(self, request: Request, account: str, images: NDArray[np.float32]) -> Outputs:
+    async def _answered(self, request: Request, account: str, asked: Images) -> Outputs:
         """The outputs for images, each of which is counted before it is answered."""
-        request.state.images = len(images)
-        with self.batches.room(len(images)):
+        request.state.images = len(asked)
+        with self.batches.room(len(asked)):
+            await self._in_ledger(self.keys.require_left, account, len(asked), self.most_in_all)
+            try:
+                async with asyncio.timeout(self.limits.seconds) as end:
+                    images = asked if isinstance(asked, np.ndarray) else await self._read(self._decoded, asked)
+            except TimeoutError:
+                raise self._too_slow() from None
             content = [image.tobytes() for image in images]
             charge = await self._in_ledger(self.keys.charge, account, content, self.most_in_all)
-            self.events.passed(charge)
-            outputs = await self._computed(images, charge)
+            outputs = await self._computed(images, charge, end.when())
         self.metrics.images.inc(len(images))
+        await self._in_ledger(self.events.passed, account, charge.billed)
+        await self._in_ledger(self.events.passed, ALL, charge.billed_in_all)
         return outputs
 
-    async def _computed(self, images: NDArray[np.float32], charge: Charge) -> Outputs:
+    async def _computed(self, images: NDArray[np.float32], charge: Charge, end: float | None) -> Outputs:
         """The outputs for images that were counted; where there are none, they are taken off the bill."""
         try:
-            async with asyncio.timeout(self.limits.seconds):
+            async with asyncio.timeout_at(end):
                 return await self.batches(images)
         except BaseException as error:
             await asyncio.shield(self._in_ledger(self.keys.refund, charge))
             if isinstance(error, TimeoutError):
-                raise Refusal(504, f"No answer within {self.limits.seconds:g} seconds; ask again later.") from None
-            if isinstance(error, UndistillError):  # of the model behind a gateway, whose address is nobody's business
-                note("upstream failed", logging.ERROR, why=legible(str(error)))
-                raise Refusal(502, "The model behind this gateway does not answer as it should; ask later.") from None
+                raise self._too_slow() from None
+            if isinstance(error, UndistillError):  # whose sentence may name an address behind a gateway
+                note("the model failed", logging.ERROR, why=legible(str(error)))
+                raise Refusal(502, "The model does not answer as it should; ask again later.") from None
             raise
+
+    def _too_slow(self) -> Refusal:
+        return Refusal(504, f"No answer within {self.limits.seconds:g} seconds; ask again later.")
 
     async def _in_ledger(self, work: Callable[..., Any], *given: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._ledger, work, *given)
 
-    async def _body(self, request: Request) -> bytes:
-        """The body, of limited size, within limited time."""
+    async def _read(self, work: Callable[..., Any], *given: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, work, *given)
+
+    @asynccontextmanager
+    async def _body(self, request: Request) -> AsyncIterator[bytes]:
+        """The body, of limited size, within limited time; inside, it counts among those that are held."""
         if request.headers.get("content-encoding", "identity") != "identity":
             raise Refusal(415, "Compressed bodies are not taken.")
         content, size = [], 0
         try:
-            async with asyncio.timeout(self.limits.seconds):
-                async for part in request.stream():
-                    content.append(part)
-                    size += len(part)
-                    if size > self.limits.body:
-                        raise Refusal(413, f"A body has at most {self.limits.body:,} bytes.")
-        except TimeoutError:
-            raise Refusal(408, f"The body did not arrive within {self.limits.seconds:g} seconds.") from None
-        return b"".join(content)
+            try:
+                async with asyncio.timeout(self.limits.seconds):
+                    async for part in request.stream():
+                        content.append(part)
+                        size, self.held = size + len(part), self.held + len(part)
+                        self._require_small(size)
+            except TimeoutError:
+                raise Refusal(408, f"The body did not arrive within {self.limits.seconds:g} seconds.") from None
+            yield b"".join(content)
+        finally:
+            self.held -= size
 
-    async def _picture(self, request: Request) -> bytes:
+    def _require_small(self, size: int) -> None:
+        """Raise `Refusal` for a body that is too large, or one too many."""
+        if size > self._largest:
+            raise Refusal(413, f"A body has at most {self._largest:,} bytes; binary tensors take fewest.")
+        if self.held > self.limits.held:
+            raise Refusal(503, "Too many bodies are under way; ask again in a second.", retry_after="1")
+
+    @asynccontextmanager
+    async def _picture(self, request: Request) -> AsyncIterator[bytes]:
         kind = kind_of(request)
-        if kind != "multipart/form-data":
-            if kind and not kind.startswith("image/") and kind != "application/octet-stream":
-                raise Refusal(415, "Send a picture as the body (image/png, ...), or as a file of a form.")
-            return await self._body(request)
-        return await file_of_form(request, await self._body(request))
+        if kind and kind not in ("multipart/form-data", "application/octet-stream") and not kind.startswith("image/"):
+            raise Refusal(415, "Send a picture as the body (image/png, ...), or as a file of a form.")
+        async with self._body(request) as body:
+            yield await file_of_form(request, body) if kind == "multipart/form-data" else body
 
-    def _decoded(self, content: bytes) -> NDArray[np.float32]:
-        """An encoded picture as an image (C, H, W)."""
+    def _decoded(self, pictures: list[bytes]) -> NDArray[np.float32]:
+        """Encoded pictures as images (B, C, H, W)."""
         channels, height, width = self.served.shape
         try:
-            pixels = decode_picture(content, channels, (width, height), self._reading)
-        except TooManyPixels as error:
-            raise Refusal(413, f"{error}.") from None
+            if (pixels := sum(map(count_pixels, pictures))) > self.limits.pixels:
+                raise Refusal(
+                    413, f"Pictures of {pixels:,} pixels were sent; a request may hold {self.limits.pixels:,}."
+                )
+            found = [decode_picture(one, channels, (width, height), self._reading) for one in pictures]
         except (DataError, MemoryError) as error:
-            raise Refusal(400, str(error) or f"The picture cannot be read; {', '.join(FORMATS)} can.") from None
-        return to_float(pixels).numpy()
+            raise Refusal(400, str(error) or f"A picture cannot be read; {', '.join(FORMATS)} can.") from None
+        return to_float(torch.stack(found)).numpy()
 
     async def _no_such_place(self, request: Request, error: HTTPException) -> Response:
         if error.status_code == 405:
@@ -240,7 +274,7 @@ class Watched:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started, status, own = time.perf_counter(), 0, secrets.token_hex(REQUEST_ID)
-        scope.setdefault("state", {})
+        scope.setdefault("state", {})["request"] = own
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -254,15 +288,12 @@ class Watched:
         try:
             if sum(len(name) + len(value) for name, value in scope["headers"]) > LARGEST_HEADERS:
                 await complaint(431, f"Headers have at most {LARGEST_HEADERS:,} bytes.")(scope, receive, sending)
-            elif self.under_way > self.server.limits.requests:
+            elif self.under_way > self.server.limits.requests and place_of(scope["path"]) != "health":
                 await complaint(503, "Too many requests are under way.", retry_after="1")(scope, receive, sending)
             else:
                 await self.app(scope, receive, sending)
-        except Exception:
+        except Exception:  # which `failed` has answered
             note("failed", logging.ERROR, traceback=True, request=own)
-            if not status:
-                sentence = f"The server failed; its log says why, under request {own}."
-                await complaint(500, sentence)(scope, receive, sending)
         finally:
             self.under_way -= 1
             self._record(scope, status, time.perf_counter() - started, own)
@@ -332,6 +363,28 @@ def complaint(status: int, sentence: str, **headers: str) -> Response:
 async def refused(request: Request, error: Refusal) -> Response:
     headers = {"www_authenticate": "Bearer"} if error.status == 401 else {}
     return complaint(error.status, error.sentence, **error.headers, **headers)
+
+
+async def failed(request: Request, error: Exception) -> Response:
+    return complaint(500, f"The server failed; its log says why, under request {request.state.request}.")
+
+
+def answering(content: Mapping[str, object]) -> Callable[[Request], Awaitable[Response]]:
+    """A place that always says the same, to anybody."""
+
+    async def answer(request: Request) -> Response:
+        return JSONResponse(content)
+
+    return answer
+
+
+def is_of_this_machine(request: Request) -> bool:
+    """Whether a request names this machine as its host, and no proxy brought it from elsewhere.
+
+    A page in a browser can reach this machine, too, but under the name that it came from.
+    """
+    brought = {"forwarded", "x-forwarded-for", "x-real-ip", "via"} & {*request.headers.keys()}
+    return not brought and request.url.hostname in LOCAL and request.headers.get("origin") is None
 
 
 async def gone(request: Request, error: ClientDisconnect) -> Response:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from undistill.core.errors import ModelError
 from undistill.serving.refusals import Refusal
 
 Outputs = list[NDArray[Any]]
@@ -33,7 +34,7 @@ class Batches:
         """
         Args:
             predict: the model, called in threads of its own.
-            largest: images of a batch.
+            largest: images of a batch, and so of a request.
             most: images that may be under way; more are refused.
             workers: batches that are under way side by side, above 1 for a model that is elsewhere.
         """
@@ -59,18 +60,13 @@ class Batches:
             self.under_way -= count
 
     async def __call__(self, images: NDArray[np.float32]) -> Outputs:
-        parts = [images[first : first + self.largest] for first in range(0, len(images), self.largest)]
-        found = await asyncio.gather(*map(self._put, parts))
-        return [np.concatenate(column) for column in zip(*found, strict=True)]
-
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    async def _put(self, images: NDArray[np.float32]) -> Outputs:
         asked = _Asked(images, asyncio.get_running_loop().create_future())
         self._queue.append(asked)
         self._start()
         return await asked.answer
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _start(self) -> None:
         """Hand what waits to the model, as far as it is idle."""
@@ -92,14 +88,15 @@ class Batches:
         return batch
 
     async def _answer(self, batch: list[_Asked]) -> None:
-        images = batch[0].images if len(batch) == 1 else np.concatenate([asked.images for asked in batch])
-        self.on_batch(len(images))
         try:
+            images = batch[0].images if len(batch) == 1 else np.concatenate([asked.images for asked in batch])
+            self.on_batch(len(images))
             outputs = await asyncio.get_running_loop().run_in_executor(self._threads, self.predict, images)
-        except Exception as error:
+            _require_answers(outputs, len(images))
+        except BaseException as error:  # whoever waits learns of it, whatever it was
             for asked in batch:
                 if not asked.answer.done():
-                    asked.answer.set_exception(error)
+                    asked.answer.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
         else:
             first = 0
             for asked in batch:
@@ -110,3 +107,11 @@ class Batches:
         finally:
             self._idle += 1
             self._start()
+
+
+def _require_answers(outputs: Outputs, count: int) -> None:
+    """Raise `ModelError` unless every image has an answer of its own, of finite numbers."""
+    if any(len(output) != count for output in outputs):
+        raise ModelError(f"The model was asked about {count} images, and answered {[len(one) for one in outputs]}.")
+    if not all(np.isfinite(output).all() for output in outputs):
+        raise ModelError("The model answers NaN or infinity.")

@@ -26,7 +26,7 @@ from undistill.models.weights import largest_weights, load_weights
 from undistill.report.page import read_report
 from undistill.runs.contact import Contact
 from undistill.runs.folder import claim
-from undistill.serving.served import Served, predict_of
+from undistill.serving.served import Served, predict_of, width_of
 from undistill.ship.graph import Shipped
 from undistill.ship.manifest import Audited, audited
 from undistill.training.fit import Fit
@@ -106,6 +106,7 @@ def of_upstream(
         classes=images.classes,
         shape=contact.shape,
         outputs=tuple(shipped.outputs),
+        width=width_of(shipped, images.num_classes),
         predict=predict_of(shipped),
         reading=Source.parse(contact.record["data"]).reading,
         identity=fingerprint(contact.identity, request, sealed),

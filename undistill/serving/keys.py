@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from undistill.core.errors import SpecError, StoreError, unknown
+from undistill.core.files import require_plain
 from undistill.serving.refusals import Refusal
 
 KEYS = "keys.sqlite"
 ANYBODY = "anybody"
 """The account of all who ask without a key, where none is needed."""
+NEEDED = "A key is needed: send it as 'Authorization: Bearer KEY'."
 DAY = 86_400.0  # seconds
 SECONDS = 30.0  # that a process waits for another's transaction
 NAME = re.compile(r"[\w.@-]{1,64}")
@@ -28,6 +30,7 @@ TABLES = (
     " asked INTEGER NOT NULL DEFAULT 0, unanswered INTEGER NOT NULL DEFAULT 0, different INTEGER NOT NULL DEFAULT 0,"
     " made REAL NOT NULL, ends REAL, revoked REAL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS images (name TEXT, hash BLOB, PRIMARY KEY (name, hash)) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS passed (name TEXT, point TEXT, PRIMARY KEY (name, point)) WITHOUT ROWID",
 )
 
 
@@ -66,20 +69,15 @@ FIELDS = "name, budget, asked, unanswered, different, ends, revoked"
 
 
 class Charge(NamedTuple):
-    """Images that were counted before they are answered, and how many it were before and after."""
+    """Images that were counted before they are answered."""
 
     name: str
     images: int
-    before: int
-    total_before: int
-
-    @property
-    def after(self) -> int:
-        return self.before + self.images
-
-    @property
-    def total_after(self) -> int:
-        return self.total_before + self.images
+    new: tuple[bytes, ...]
+    """Hashes of those that this account asked for the first time."""
+    billed: int
+    """Images of this account, these included."""
+    billed_in_all: int
 
 
 class Keys:
@@ -137,11 +135,10 @@ class Keys:
         Without any key in the file everybody may ask.
         """
         with self._one_thread, self._guarded():
-            needed = self._database.execute("SELECT 1 FROM accounts WHERE name != ? LIMIT 1", (ANYBODY,)).fetchone()
-            if not needed:
+            if not _has_keys(self._database):
                 return ANYBODY
             if not token:
-                raise Refusal(401, "A key is needed: send it as 'Authorization: Bearer KEY'.")
+                raise Refusal(401, NEEDED)
             public, _, secret = token.partition(".") if token.isascii() else ("", "", "")
             query = f"SELECT hash, {FIELDS} FROM accounts WHERE id = ?"
             row = self._database.execute(query, (public,)).fetchone()
@@ -152,6 +149,11 @@ class Keys:
         if account.state != "active":
             raise Refusal(401, f"This key is {account.state}; ask for another one.")
         return account.name
+
+    def require_left(self, name: str, count: int, most_in_all: int | None = None) -> None:
+        """Raise `Refusal` where that many images would pass a budget; nothing is counted, and `charge` decides."""
+        with self._one_thread, self._guarded():
+            self._require_left(self._database, name, count, most_in_all)
 
     def charge(self, name: str, images: Sequence[bytes], most_in_all: int | None = None) -> Charge:
         """Count images on the account of `name` before they are answered; on the disk when this returns.
@@ -167,26 +169,44 @@ class Keys:
         with self._transaction() as database:
             if name == ANYBODY:
                 database.execute("INSERT OR IGNORE INTO accounts (name, made) VALUES (?, ?)", (ANYBODY, time.time()))
-            row = database.execute(f"SELECT {FIELDS} FROM accounts WHERE name = ?", (name,)).fetchone()
-            account, total = Account(*row), self._billed_in_all(database)
-            if account.state != "active":
-                raise Refusal(401, f"This key is {account.state}; ask for another one.")
-            _require(account.billed, account.budget, len(images), "this key")
-            _require(total, most_in_all, len(images), "all keys together")
-            rows = [(name, one) for one in hashes]
-            new = database.executemany("INSERT OR IGNORE INTO images VALUES (?, ?)", rows).rowcount
+            billed, total = self._require_left(database, name, len(images), most_in_all)
+            insert = "INSERT OR IGNORE INTO images VALUES (?, ?)"
+            new = tuple(one for one in hashes if database.execute(insert, (name, one)).rowcount)
             database.execute(
                 "UPDATE accounts SET asked = asked + ?, different = different + ? WHERE name = ?",
-                (len(images), new, name),
+                (len(images), len(new), name),
             )
-        return Charge(name, len(images), account.billed, total)
+        return Charge(name, len(images), new, billed + len(images), total + len(images))
 
     def refund(self, charge: Charge) -> None:
         """Take images off the bill that were counted, and not answered."""
         with self._transaction() as database:
             database.execute(
-                "UPDATE accounts SET unanswered = unanswered + ? WHERE name = ?", (charge.images, charge.name)
+                "UPDATE accounts SET unanswered = unanswered + ?, different = different - ? WHERE name = ?",
+                (charge.images, len(charge.new), charge.name),
             )
+            forgotten = [(charge.name, one) for one in charge.new]
+            database.executemany("DELETE FROM images WHERE name = ? AND hash = ?", forgotten)
+
+    def pass_by(self, name: str, point: str) -> bool:
+        """Note that an account passed a point; whether that is for the first time."""
+        with self._transaction() as database:
+            return bool(database.execute("INSERT OR IGNORE INTO passed VALUES (?, ?)", (name, point)).rowcount)
+
+    def _require_left(
+        self, database: sqlite3.Connection, name: str, count: int, most_in_all: int | None
+    ) -> tuple[int, int]:
+        """Images billed to an account, and in all; `Refusal` where it has ended, or `count` more pass a budget."""
+        row = database.execute(f"SELECT {FIELDS} FROM accounts WHERE name = ?", (name,)).fetchone()
+        if name == ANYBODY and _has_keys(database):  # since this request was let in
+            raise Refusal(401, NEEDED)
+        account, total = (Account(*row) if row else None), self._billed_in_all(database)
+        if account and account.state != "active":
+            raise Refusal(401, f"This key is {account.state}; ask for another one.")
+        billed = account.billed if account else 0
+        _require(billed, account.budget if account else None, count, "this key")
+        _require(total, most_in_all, count, "all keys together")
+        return billed, total
 
     @property
     def billed(self) -> int:
@@ -201,11 +221,13 @@ class Keys:
     @cached_property
     def _salt(self) -> bytes:
         """A secret by which images are hashed, so that nobody can look for an image of his own among the hashes."""
-        return bytes(self._database.execute("SELECT value FROM salt").fetchone()[0])
+        with self._one_thread, self._guarded():
+            return bytes(self._database.execute("SELECT value FROM salt").fetchone()[0])
 
     @cached_property
     def _database(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        require_plain(self.path.parent)
         with self._guarded():
             database = sqlite3.connect(self.path, timeout=SECONDS, isolation_level=None, check_same_thread=False)
             self.path.chmod(0o600)
@@ -256,6 +278,10 @@ def beside(folder: Path) -> Path:
 def _hash(secret: str) -> bytes:
     """Of a secret of 256 random bits, which nobody guesses: no slow hash is needed."""
     return hashlib.sha256(secret.encode()).digest()
+
+
+def _has_keys(database: sqlite3.Connection) -> bool:
+    return bool(database.execute("SELECT 1 FROM accounts WHERE name != ? LIMIT 1", (ANYBODY,)).fetchone())
 
 
 def _require(billed: int, budget: int | None, count: int, whose: str) -> None:

@@ -1,7 +1,7 @@
 """`Served`: what a server answers with, from a run, an exported folder, or a model behind a gateway."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,19 +12,20 @@ from PIL import ImageColor
 from torch import nn
 
 from undistill.core.errors import StoreError
-from undistill.core.files import require_plain
+from undistill.core.files import require_plain, sha256
 from undistill.data.pictures import PLAIN, Reading
 from undistill.data.source import Source
 from undistill.defences.defence import Defence
 from undistill.models.model import Model
 from undistill.models.trial import device_of
+from undistill.report.page import read_report
 from undistill.runs.run import Run
 from undistill.serving.batches import Outputs, Predict
 from undistill.ship.export import verdict_of
 from undistill.ship.graph import CLASSES, INPUT, PROBABILITIES, Shipped
-from undistill.ship.manifest import MANIFEST, Audited, read_manifest
+from undistill.ship.manifest import MANIFEST, Audited, audited, read_manifest
 from undistill.training.compute import pick_device
-from undistill.victims.onnx import session_of
+from undistill.victims.onnx import first_line, session_of
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Served:
     shape: tuple[int, int, int]
     """Channels, height, width of an image."""
     outputs: tuple[str, ...]
+    width: int
+    """Numbers of each output for one image."""
     predict: Predict
     """Images (B, C, H, W) in [0, 1] to one array for each of `outputs`."""
     identity: str
@@ -74,8 +77,14 @@ def of_run(
         identity=run.identity,
         audited=verdict_of(folder, audit),
         outputs=tuple(shipped.outputs),
+        width=width_of(shipped, len(run.record["classes"])),
         predict=predict_of(shipped),
     )
+
+
+def width_of(shipped: Shipped, num_classes: int) -> int:
+    """How many numbers an output holds for one image."""
+    return num_classes if shipped.shown is None else max(shipped.shown, 1)
 
 
 def predict_of(shipped: Shipped) -> Predict:
@@ -116,26 +125,34 @@ def of_export(folder: Path) -> Served:
         classes=tuple(manifest.classes),
         shape=manifest.shape,
         outputs=tuple(names),
+        width=len(manifest.classes),
         predict=predict,
         reading=Reading(manifest.shaping, manifest.background),
         identity=manifest.identity,
         audited=manifest.audited,
     )
-    require_sound(served, str(path))
-    return served
+    return replace(served, width=sound_width(served, str(path)))
 
 
-def require_sound(served: Served, what: str) -> None:
-    """Raise `StoreError` for a file that does not answer as its manifest says."""
+def sound_width(served: Served, what: str) -> int:
+    """Numbers of each output for one image; `StoreError` for a file that does not answer as its manifest says."""
     try:
         ImageColor.getrgb(served.reading.background)
         found = served.predict(np.zeros((2, *served.shape), np.float32))
     except Exception as error:  # of many kinds, all of onnxruntime
-        raise StoreError(f"{what} does not run ({str(error).strip().splitlines()[0][:300]}).") from None
+        raise StoreError(f"{what} does not run ({first_line(error)}).") from None
     most = len(served.classes)
     widths = {one.shape[1] if one.ndim == 2 and len(one) == 2 else 0 for one in found}
     if len(widths) != 1 or not 1 <= (width := widths.pop()) <= most or (len(found) == 1 and width not in (1, most)):
         raise StoreError(f"{what} answers {[one.shape for one in found]} for {most} classes; export the run again.")
+    return int(width)
+
+
+def findings_for(folder: Path, audit: Path | None) -> Audited | None:
+    """The findings of an audit of a run, an exported folder, or, where it is neither, of the gateway that keeps it."""
+    if is_export(folder) or (folder / "run.json").exists():
+        return verdict_of(folder, audit)
+    return None if audit is None else audited(read_report(audit), sha256(audit / "report.json"))
 
 
 def is_export(folder: Path) -> bool:

@@ -2,9 +2,11 @@
 
 import ipaddress
 import logging
+import re
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -70,6 +72,8 @@ def serve(
     """
     require_installed()
     require_address(webhook)
+    if not re.fullmatch(r"[\w.-]{1,100}", name):
+        raise SpecError(f"'{name}' cannot be a model's name in an address; letters, digits and . _ - can.")
     place = state_of(what, upstream, state)
     keys = Keys(place / KEYS)
     if not (is_loopback(host) or without_keys or keys.accounts()):
@@ -82,6 +86,8 @@ def serve(
             raise SpecError("A gateway needs images by which its responses are calibrated: --data DATA.")
         if model is not None:
             raise SpecError("--model is for a run; a model behind a gateway is not opened.")
+        if device != "auto":
+            raise SpecError("--device is for a run; a model behind a gateway runs where it is.")
         served = of_upstream(upstream, defences, data, place / "gateway", None if audit is None else Path(audit))
     else:
         assert what is not None
@@ -91,7 +97,15 @@ def serve(
     from undistill.serving.app import Server
 
     listening = listen(host, port)
-    server = Server(served, keys, name=name, limits=limits, most_in_all=total_budget, webhook=webhook)
+    server = Server(
+        served,
+        keys,
+        name=name,
+        limits=limits,
+        most_in_all=total_budget,
+        webhook=webhook,
+        anybody=without_keys,
+    )
     run(server, listening)
 
 
@@ -105,8 +119,11 @@ def _of_folder(
     if not is_export(folder):
         given = None if audit is None else Path(audit)
         return of_run(folder, audit=given, model=model, defences=defences, device=device)
-    if audit is not None or model is not None or defences:
-        raise SpecError(f"{folder} is an exported folder: it holds its network, its responses and its verdict already.")
+    if audit is not None or model is not None or defences or device != "auto":
+        raise SpecError(
+            f"{folder} is an exported folder: it holds its network, responses and verdict, and is run by onnxruntime; "
+            "leave out --model, --defence, --audit and --device."
+        )
     return of_export(folder)
 
 
@@ -115,7 +132,19 @@ def run(server: "Server", listening: socket.socket) -> None:
     from undistill.serving.telemetry import note
 
     host, port = listening.getsockname()[:2]
-    note("ready", address=f"http://{host}:{port}", model=server.served.title, version=server.served.version)
+    names, curve = [account.name for account in server.keys.accounts()], server.events.within
+    note(
+        "ready",
+        address=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
+        model=server.served.title,
+        version=server.served.version,
+        keys=names,
+        events_at=sorted(curve.values()),
+    )
+    if not names:
+        who = "everybody" if server.anybody else "every program of this machine"
+        note("no keys", logging.WARNING, answered=who)
+    server.events.catch_up()
     try:
         uvicorn_of(server).run(sockets=[listening])
     finally:
@@ -124,6 +153,7 @@ def run(server: "Server", listening: socket.socket) -> None:
 
 
 def uvicorn_of(server: "Server") -> "uvicorn.Server":
+    """Uvicorn for an application. It ends in order at a signal, and does not raise that signal again."""
     import uvicorn
 
     from undistill.serving.app import LARGEST_HEADERS
@@ -140,7 +170,15 @@ def uvicorn_of(server: "Server") -> "uvicorn.Server":
         timeout_keep_alive=IDLE,
         timeout_graceful_shutdown=LAST,
     )
-    return uvicorn.Server(config)
+
+    class Ending(uvicorn.Server):
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            with super().capture_signals():
+                yield
+                self._captured_signals.clear()
+
+    return Ending(config)
 
 
 def write_log() -> None:

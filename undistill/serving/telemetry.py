@@ -10,11 +10,13 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from undistill.serving.keys import Charge
+from undistill.serving.keys import Keys
 
 log = logging.getLogger("undistill.serving")
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+ALL = "all keys"
+"""Stands for all accounts together in an event."""
 UNSENT = 1000  # events that may wait for a webhook
 SECONDS = 10.0  # that a webhook may take
 
@@ -53,32 +55,43 @@ def note(event: str, level: int = logging.INFO, *, traceback: bool = False, **fi
 
 
 class Events:
-    """Tells when a key, or all keys together, pass the query counts that bought a copy in the audit.
+    """Tells when a key, or all keys together, passed the query counts that bought a copy in the audit.
 
-    Each is logged as a warning, and posted as JSON to a webhook, if there is one, by a thread of its own.
+    Each is told once, also after a restart: logged as a warning, and posted as JSON to a webhook, if there is one, by a
+    thread of its own.
     """
 
-    def __init__(self, within: Mapping[str, int], webhook: str | None = None) -> None:
+    def __init__(self, keys: Keys, within: Mapping[str, int], webhook: str | None = None) -> None:
         """`within` gives for each gap of accuracy, such as '0.05', the fewest queries that bought a copy within it."""
-        self.within, self.webhook = within, webhook
+        self.keys, self.within, self.webhook = keys, within, webhook
         self.on_event: Callable[[str], None] = lambda gap: None
         """Told of the gap of every event."""
+        self._told: set[tuple[str, str]] = set()
         self._unsent: queue.Queue[dict[str, object] | None] = queue.Queue(UNSENT)
         self._thread = threading.Thread(target=self._send, daemon=True) if webhook else None
         if self._thread:
             self._thread.start()
 
-    def passed(self, charge: Charge) -> None:
-        """Tell of every point that lies between the counts before and after a charge."""
-        spans = {charge.name: (charge.before, charge.after), "all keys": (charge.total_before, charge.total_after)}
-        for key, (before, after) in spans.items():
-            for gap, queries in self.within.items():
-                if before < queries <= after:
-                    self.on_event(gap)
-                    self._tell(key, after, gap, queries)
+    def catch_up(self) -> None:
+        """Tell of what was passed before this curve was known, or while nobody watched."""
+        accounts = self.keys.accounts(everybody=True)
+        for account in accounts:
+            self.passed(account.name, account.billed)
+        self.passed(ALL, sum(account.billed for account in accounts))
 
-    def _tell(self, key: str, asked: int, gap: str, queries: int) -> None:
-        event = {"key": key, "asked": asked, "queries": queries, "within_points": round(100 * float(gap), 6)}
+    def passed(self, key: str, billed: int) -> None:
+        """Tell of every point up to `billed` images that was not told yet of this key."""
+        for gap, queries in self.within.items():
+            point = f"{gap} by {queries}"
+            if billed < queries or (key, point) in self._told:
+                continue
+            self._told.add((key, point))
+            if self.keys.pass_by(key, point):
+                self._tell(key, billed, gap, queries)
+
+    def _tell(self, key: str, billed: int, gap: str, queries: int) -> None:
+        self.on_event(gap)
+        event = {"key": key, "billed": billed, "queries": queries, "within_points": round(100 * float(gap), 6)}
         log.warning("a copy can be bought", extra={"fields": event})
         if self.webhook:
             try:

@@ -5,7 +5,7 @@ import binascii
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,24 +20,22 @@ INPUT = "images"
 TYPES: Mapping[Any, str] = {np.dtype(np.float32): "FP32", np.dtype(np.int64): "INT64"}
 CLOSE = 1e-3  # to the range from 0 to 1
 LONGEST_ID = 200  # characters
+DEEPEST = 5  # lists within each other
 
-Decode = Callable[[bytes], NDArray[np.float32]]
-"""An encoded picture as an array (C, H, W) in [0, 1]. Raises `Refusal` for what is none."""
+Images = NDArray[np.float32] | list[bytes]
+"""Images (B, C, H, W) in [0, 1], or as many encoded pictures, of which none was decoded yet."""
 
 
 class Inference(NamedTuple):
     """A request that was read."""
 
-    images: NDArray[np.float32]
-    """(B, C, H, W) in [0, 1]."""
+    images: Images
     id: str | None
     outputs: dict[str, bool]
     """The outputs that were asked for, and whether each is wanted in binary form."""
 
 
-def read_inference(
-    message: Message, *, shape: tuple[int, int, int], names: Sequence[str], most: int, decode: Decode
-) -> Inference:
+def read_inference(message: Message, *, shape: tuple[int, int, int], names: Sequence[str], most: int) -> Inference:
     """The images of a request, and what is wanted of them. Raises `Refusal`, with a sentence, for any other request.
 
     Args:
@@ -45,7 +43,6 @@ def read_inference(
         shape: channels, height and width of an image.
         names: the outputs that there are.
         most: images of one request.
-        decode: for images that come as encoded pictures.
     """
     length = message.headers.get(HEADER.lower())
     if length is not None and not (length.isdecimal() and len(length) < 12 and int(length) <= len(message.body)):
@@ -55,7 +52,7 @@ def read_inference(
     given = asked.get("inputs")
     if not isinstance(given, list) or len(given) != 1 or not isinstance(given[0], dict):
         raise Refusal(400, f"inputs must be a list of one tensor, '{INPUT}'.")
-    images = _images(given[0], raw, shape, most, decode)
+    images = _images(given[0], raw, shape, most)
     own = asked.get("id")
     if own is not None and not (isinstance(own, str) and len(own) <= LONGEST_ID):
         raise Refusal(400, f"id must be a text of at most {LONGEST_ID} characters.")
@@ -95,9 +92,7 @@ def _object(body: bytes) -> dict[str, Any]:
     return found
 
 
-def _images(
-    tensor: dict[str, Any], raw: bytes, shape: tuple[int, int, int], most: int, decode: Decode
-) -> NDArray[np.float32]:
+def _images(tensor: dict[str, Any], raw: bytes, shape: tuple[int, int, int], most: int) -> Images:
     if tensor.get("name") != INPUT:
         raise Refusal(400, f"The input is called '{INPUT}', and not {_quoted(tensor.get('name'))}.")
     kind = tensor.get("datatype")
@@ -116,14 +111,14 @@ def _images(
         raise Refusal(400, f"{len(raw):,} bytes follow the JSON, and no tensor names them by binary_data_size.")
     if kind == "BYTES":
         pictures = [*_lengths(raw)] if binary is not None else _base64(tensor.get("data"))
-        if declared != (len(pictures),):
+        if declared not in ((len(pictures),), (len(pictures), 1)):
             raise Refusal(400, f"The shape {list(declared)} was named, and {len(pictures)} pictures were sent.")
-        return np.stack([decode(picture) for picture in pictures])
+        return pictures
     if declared[1:] != shape:
         raise Refusal(400, f"Images are (B, {', '.join(map(str, shape))}), and not {_quoted(list(declared))}.")
     array = np.frombuffer(raw, "<f4") if binary is not None and len(raw) % 4 == 0 else None
     if binary is None:
-        array = _numbers(tensor.get("data"))
+        array = _numbers(tensor.get("data"), math.prod(declared))
     if array is None or array.size != math.prod(declared):
         raise Refusal(400, f"{INPUT} of shape {list(declared)} are {math.prod(declared):,} numbers of FP32.")
     images: NDArray[np.float32] = array.astype(np.float32, copy=False).reshape(declared)
@@ -142,12 +137,21 @@ def _shape(value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _numbers(data: Any) -> NDArray[np.float32] | None:
-    """Numbers in a flat or nested list; None for anything else."""
+def _numbers(data: Any, count: int) -> NDArray[np.float32] | None:
+    """So many numbers in a flat or nested list; None for anything else, of which NumPy could make a huge array."""
+    for _ in range(DEEPEST):
+        if not isinstance(data, list) or len(data) > count:
+            return None
+        if not any(isinstance(one, list) for one in data):
+            break
+        if not all(isinstance(one, list) for one in data):
+            return None
+        data = [number for one in data for number in one]
+    if len(data) != count or not {type(number) for number in data} <= {int, float}:
+        return None
     try:
-        found = np.asarray(data)
-        return found.ravel().astype(np.float32) if found.dtype.kind in "iuf" else None
-    except (ValueError, TypeError, OverflowError, RecursionError):  # of lists that are ragged, or hold something else
+        return np.asarray(data, np.float32)
+    except OverflowError:  # whole numbers may have any size
         return None
 
 

@@ -158,21 +158,32 @@ def _joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 
 def verdict_of(folder: Path, audit: Path | None) -> Audited | None:
-    """The findings of an audit of a run; of an exported folder those that it holds. None where there are none."""
-    if (folder / MANIFEST).exists() and audit is None:
-        return read_manifest(folder).audited
+    """The findings of an audit of a run or an exported folder; without one those that the latter holds, if any.
+
+    Raises `StoreError` for the audit of another model.
+    """
+    manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
     if audit is None:
-        return None
-    return audited(report_of(Run.open(folder), audit), sha256(audit / "report.json"))
+        return manifest.audited if manifest else None
+    if manifest:
+        report = require_audit(audit, manifest.weights_sha256, manifest.responses, folder)
+    else:
+        report = report_of(Run.open(folder), audit)
+    return audited(report, sha256(audit / "report.json"))
 
 
 def report_of(run: Run, folder: Path) -> Report:
     """The report of an audit of this run; `StoreError` for that of another model."""
-    report = read_report(folder)
-    if run.digest not in [pair.victim_sha256 for pair in report.pairs]:
-        raise StoreError(f"{folder} is the audit of another model than {run.folder}.")
-    if report.pairs[0].responses != run.record.get("responses", []):
-        raise StoreError(f"{folder} is the audit of other responses than those of {run.folder}.")
+    return require_audit(folder, run.digest, list(map(_without_paths, run.record.get("responses", []))), run.folder)
+
+
+def require_audit(audit: Path, digest: str, responses: Sequence[str], what: Path) -> Report:
+    """The report of an audit of a model with these weights and responses; `StoreError` for that of another."""
+    report = read_report(audit)
+    if digest not in [pair.victim_sha256 for pair in report.pairs]:
+        raise StoreError(f"{audit} is the audit of another model than {what}.")
+    if list(map(_without_paths, report.pairs[0].responses)) != list(responses):
+        raise StoreError(f"{audit} is the audit of other responses than those of {what}.")
     return report
 
 
@@ -213,6 +224,7 @@ def _manifest(run: Run, shipped: Shipped, found: Compared, place: Path) -> Manif
         data=source.title,
         data_sha256=record["data_sha256"],
         identity=run.identity,
+        weights_sha256=run.digest,
         accuracy=record["metrics"]["validation_accuracy"],
         compared=found.images,
         tolerance=TOLERANCE,

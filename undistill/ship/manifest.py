@@ -56,6 +56,7 @@ class Manifest(Part):
     data_sha256: Text
     identity: Text
     """Hash of everything on which answers depend."""
+    weights_sha256: Text = ""
     accuracy: Share
     """On validation images."""
     compared: Count

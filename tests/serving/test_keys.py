@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from undistill.core.errors import SpecError, StoreError
+from undistill.core.errors import FileError, SpecError, StoreError
 from undistill.serving.keys import ANYBODY, Keys, keys_of
 from undistill.serving.refusals import Refusal
 
@@ -57,11 +57,11 @@ def test_only_hashes_of_keys_are_kept(keys: Keys) -> None:
 
 def test_a_budget_is_spent_to_the_last_image_and_no_further(keys: Keys) -> None:
     keys.add("alice", 10)
-    assert keys.charge("alice", images(8)).after == 8
+    assert keys.charge("alice", images(8)).billed == 8
     with pytest.raises(Refusal, match="2 of 10 images are left, and 3 were asked") as error:
         keys.charge("alice", images(3))
     assert error.value.status == 403
-    assert keys.charge("alice", images(2)).after == 10
+    assert keys.charge("alice", images(2)).billed == 10
     assert keys.accounts()[0].left == 0
 
 
@@ -71,7 +71,7 @@ def test_all_keys_together_have_a_budget_too(keys: Keys) -> None:
     keys.charge("alice", images(6), most_in_all=8)
     with pytest.raises(Refusal, match="all keys together"):
         keys.charge("bob", images(3), most_in_all=8)
-    assert keys.charge("bob", images(2), most_in_all=8).total_after == 8
+    assert keys.charge("bob", images(2), most_in_all=8).billed_in_all == 8
 
 
 def test_an_image_that_is_asked_again_is_billed_and_not_distinct(keys: Keys) -> None:
@@ -86,7 +86,8 @@ def test_an_image_that_is_asked_again_is_billed_and_not_distinct(keys: Keys) -> 
 def test_what_was_not_answered_is_not_billed(keys: Keys) -> None:
     keys.add("alice", 5)
     keys.refund(keys.charge("alice", images(5)))
-    assert keys.charge("alice", images(5)).after == 5
+    assert (keys.accounts()[0].billed, keys.accounts()[0].distinct) == (0, 0)
+    assert keys.charge("alice", images(5)).billed == 5
     assert (keys.accounts()[0].asked, keys.accounts()[0].unanswered) == (10, 5)
 
 
@@ -156,3 +157,18 @@ def test_keys_of_a_model_lie_beside_it(tmp_path: Path) -> None:
     assert keys_of(tmp_path / "gateway").path == tmp_path / "gateway" / "keys.sqlite"
     with pytest.raises(StoreError, match="no folder"):
         keys_of(tmp_path / "nothing")
+
+
+def test_who_was_let_in_without_a_key_is_asked_for_one_once_there_are_keys(keys: Keys) -> None:
+    name = keys.account(None)
+    keys.add("alice", 5)
+    with pytest.raises(Refusal, match="A key is needed"):
+        keys.charge(name, images(1))
+
+
+def test_a_link_in_the_place_of_the_file_is_refused(keys: Keys, tmp_path: Path) -> None:
+    keys.add("alice", 5)
+    (tmp_path / "stranger").mkdir()
+    (tmp_path / "stranger" / "keys.sqlite").symlink_to(keys.path)
+    with pytest.raises(FileError, match="is a link"):
+        Keys(tmp_path / "stranger" / "keys.sqlite").account(None)

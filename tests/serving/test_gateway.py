@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import RECIPE
-from tests.serving import post, running
-from tests.test_serving import asked, infer
+from tests.serving.server import asked, infer, post, running
 from undistill.api import export, protect
 from undistill.core.errors import StoreError, UndistillError, VictimError
 from undistill.data.views import to_float
