@@ -3,7 +3,7 @@
 Eight clients on the loopback interface ask a server in a process of its own, each with a key. Measured are images a
 second against a session of onnxruntime with the same batch size before and after, latency, memory of the server after
 a warm-up, and whether the ledger is that of the clients. Then a key with a small budget is asked by all clients at
-once, and at last the server is killed while it answers. Prints Markdown; what is wrong ends it.
+once, and at last the server is killed while it answers. Prints Markdown; an error or a miscount ends it.
 """
 
 import argparse

@@ -266,7 +266,7 @@ class Channel:
     def _refusal(self, status: int, path: str, answer: Message) -> str:
         said = legible(" ".join(answer.body[:300].decode(errors="replace").split()))
         where = f"{self.box.url}{path}"
-        if status in (401, 403):
+        if status == 401 or (status == 403 and not self._token):
             given = (
                 f"the token in {self.box.token} was refused" if self._token else f"put a token into {self.box.token}"
             )
