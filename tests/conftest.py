@@ -1,5 +1,6 @@
 """A toy world: three classes of 12 x 12 images and networks that train in well under a second."""
 
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -149,3 +150,18 @@ def alone(honest: Run, tmp_path_factory: pytest.TempPathFactory) -> Report:
     """An audit of the honest network without a twin, with one student of each kind."""
     out = tmp_path_factory.mktemp("alone")
     return audit(honest, out, honest="none", students=[STUDENT], seeds=1, recipe=RECIPE, device="cpu")
+
+
+@pytest.fixture
+def boxes() -> None:
+    """Operators of torchvision, which timm imports: its wheels are for CUDA, and fail beside a torch for CPUs."""
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        KEPT.append(library)
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+KEPT: list[torch.library.Library] = []  # what it defines goes with it

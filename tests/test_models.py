@@ -1,4 +1,3 @@
-import importlib
 import re
 import sys
 from pathlib import Path
@@ -338,21 +337,6 @@ def test_networks_of_timm_go_by_their_name() -> None:
     spec = Model.parse("timm:resnet18")
     assert (str(spec), spec) == ("timm:resnet18", Model.parse(str(spec)))
     assert spec.refers() == {}, "a library's network is not the user's code"
-
-
-@pytest.fixture
-def boxes() -> None:
-    """Operators of torchvision, which timm imports: its wheels are for CUDA, and fail beside a torch for CPUs."""
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        KEPT.append(library)
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
-KEPT: list[torch.library.Library] = []  # what it defines goes with it
 
 
 def test_timm_builds_normalised_networks(boxes: None) -> None:
