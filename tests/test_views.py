@@ -7,6 +7,7 @@ from scipy.stats import beta
 
 from undistill.core.errors import SpecError
 from undistill.data import Samples
+from undistill.data.batches import ViewDataset, grouped
 from undistill.data.views import Views, draw, philox
 
 EVERY = [
@@ -169,3 +170,25 @@ def test_draws_are_uniform_and_uncorrelated() -> None:
         assert abs(word.mean() - 0.5) < 0.01
         assert abs(word.var() - 1 / 12) < 0.005
     assert abs(torch.corrcoef(torch.stack([a, b, c, a.roll(1)])).triu(1)).max() < 0.03
+
+
+@pytest.mark.parametrize("views", [Views(flip=True, rotate=10, cutout=0.5), Views(mixup=1.0), Views(cutmix=1.0)])
+@pytest.mark.parametrize("held", [0, 20_000, 10**9])
+def test_an_epochs_views_are_the_same_bits_however_many_are_made_at_once(
+    views: Views, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("undistill.data.batches.HELD", held)
+    images = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    dataset = ViewDataset(Samples(images, torch.arange(50) % 4), views, 3, 4)
+    parts = torch.randperm(50, generator=torch.Generator().manual_seed(1)).tensor_split(7)
+    for part, (shown, labels) in zip(parts, dataset.shows(2, parts), strict=True):
+        alone = dataset.show(2, part)
+        assert torch.equal(shown, alone[0])
+        assert torch.equal(labels, alone[1])
+
+
+def test_parts_are_grouped_in_their_order_up_to_a_size() -> None:
+    parts = [torch.arange(size) for size in (3, 3, 5, 1, 9, 2)]
+    sizes = [[len(part) for part in group] for group in grouped(parts, 6)]
+    assert sizes == [[3, 3], [5, 1], [9], [2]]
+    assert list(grouped([], 6)) == []

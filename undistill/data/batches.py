@@ -5,11 +5,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+import torch
 from torch import Tensor
 
+from undistill.core.files import MIB
 from undistill.data.files import fetched
 from undistill.data.split import Samples
 from undistill.data.views import Mixture, Views, to_float
+
+SHARE = 1 / 16
+"""Of the free memory of a GPU, that views which are made at once may take."""
+HELD = 32 * MIB
+"""The same on a CPU, in bytes: more is out of its caches, and slower again."""
+GRIDS = 6  # grids of coordinates that are there at the same time
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,13 +34,43 @@ class ViewDataset:
         return self.views(self.samples, self.seed, epoch, index, self.num_classes)
 
     def shows(self, epoch: int, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """`show` of each part in turn; samples that do not lie in memory are read ahead by threads."""
-        return fetched(self.samples.images, partial(self.show, epoch), parts)
+        """`show` of each part in turn, made for many parts at once, since the work of one is mostly overhead.
+
+        Samples that do not lie in memory are read ahead by threads.
+        """
+        images = self.samples.images
+        if not isinstance(images, Tensor):
+            yield from fetched(images, partial(self.show, epoch), parts)
+            return
+        for group in grouped(parts, at_once(images)):
+            views, labels = self.show(epoch, torch.cat(group))
+            sizes = list(map(len, group))
+            yield from zip(views.split(sizes), labels.split(sizes), strict=True)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything on which a view depends, but for the epoch."""
         return hashlib.sha256(repr((self.samples.image_digest, str(self.views), self.seed)).encode()).hexdigest()
+
+
+def at_once(images: Tensor) -> int:
+    """How many views of such images are made together, within a stated share of the memory of their device."""
+    channels, height, width = images.shape[1:]
+    each = height * width * (GRIDS * 8 + 3 * channels)  # coordinates are whole numbers of 64 bits
+    room = SHARE * torch.cuda.mem_get_info(images.device)[0] if images.is_cuda else HELD
+    return max(int(room) // each, 1)
+
+
+def grouped(parts: Sequence[Tensor], most: int) -> Iterator[list[Tensor]]:
+    """Consecutive parts that have at most so many indices together; one that has more is alone."""
+    group: list[Tensor] = []
+    for part in parts:
+        if group and sum(map(len, group)) + len(part) > most:
+            yield group
+            group = []
+        group.append(part)
+    if group:
+        yield group
 
 
 @dataclass(frozen=True, eq=False)
