@@ -1,6 +1,7 @@
 """The plain loop that every benchmark is compared with: what public distillation code does.
 
-fp32, default layout, per-sample transforms in a DataLoader, the teacher run at every step, `.item()` at every step.
+fp32, default layout, per-sample transforms in a DataLoader, the teacher run at every step, `.item()` at every step. With
+a GPU, batches come from pinned memory.
 """
 
 import time
@@ -43,11 +44,14 @@ def train(
     workers: int,
 ) -> Iterator[float]:
     """Seconds of each step, its data included. `training`: normal, nasty (omega 0.04) or kd (alpha 0.9), T = 4."""
-    loader = DataLoader(Augmented(images, labels), batch, shuffle=True, num_workers=workers)
+    device = next(network.parameters()).device
+    pinned = device.type == "cuda"
+    loader = DataLoader(Augmented(images, labels), batch, shuffle=True, num_workers=workers, pin_memory=pinned)
     optimiser = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
     network.train()
     total, began = 0.0, time.perf_counter()
     for x, y in loader:
+        x, y = x.to(device, non_blocking=pinned), y.to(device, non_blocking=pinned)
         z = network(x)
         loss = F.cross_entropy(z, y)
         if teacher is not None:
