@@ -1,7 +1,7 @@
 """The plain loop that every benchmark is compared with: what public distillation code does.
 
-fp32, default layout, per-sample transforms in a DataLoader, the teacher run at every step, `.item()` at every step. With
-a GPU, batches come from pinned memory.
+fp32, default layout, per-sample transforms in a DataLoader, the teacher run at every step, `.item()` at every step.
+With a GPU, batches come from pinned memory.
 """
 
 import time
