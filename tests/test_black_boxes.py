@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from undistill.auditing.schema import Cell, Report
 from undistill.cli.commands import app
 from undistill.core.errors import SpecError, UndistillError, VictimError
 from undistill.data.views import to_float
-from undistill.runs.contact import Contact
+from undistill.models.adapter import NORMALISATIONS
+from undistill.runs.contact import LOOKED_AT, MOST_LOOKED, PROBES, Contact
 from undistill.runs.run import Run
 from undistill.victims.answer import Answer, Form
 from undistill.victims.black_box import BlackBox, Outputs, Reading, reading_of
@@ -347,7 +349,21 @@ def test_the_count_of_a_dry_run_holds(box, toy_file: Path, tmp_path: Path) -> No
     most = int(said.output.split("At most ")[1].split()[0].replace(",", ""))
     assert run_cli(*words).exit_code == 0
     reached = json.loads((tmp_path / "a" / "report.json").read_text())["pairs"][0]["reached"]
-    assert reached["bought"] <= most <= 1.5 * reached["bought"]
+    assert reached["bought"] <= most <= 1.2 * reached["bought"] + MOST_LOOKED
+
+
+def test_looking_asks_no_normalisation_twice_and_bills_what_was_answered(
+    code: str, toy_file: Path, tmp_path: Path
+) -> None:
+    """A model that knows none of these images is tried in every usual way, as a dry run has said."""
+    with np.load(toy_file) as held:
+        arrays = dict(held)
+    arrays["images"] = np.random.default_rng(0).integers(0, 256, arrays["images"].shape, np.uint8)
+    np.savez(tmp_path / "noise.npz", **arrays)
+    contact = Contact.make(f"Function('{code}:predict')", str(tmp_path / "noise.npz"), tmp_path / "bought")
+    asked = contact.purchases.billed - 2 * PROBES
+    assert asked <= MOST_LOOKED - 4 * PROBES
+    assert asked == LOOKED_AT * (1 + len([one for one in NORMALISATIONS.values() if len(one.mean) in (0, 1)]))
 
 
 @pytest.mark.slow

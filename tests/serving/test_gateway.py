@@ -30,6 +30,11 @@ def onnx(honest: Run, tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"Onnx('{folder / 'model.onnx'}')"
 
 
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("undistill.victims.http.PAUSE", 0.01)
+
+
 @pytest.fixture
 def upstream(honest: Run, tmp_path: Path) -> Iterator[str]:
     """The address of a server of ours, with the bare network behind it."""
@@ -120,7 +125,18 @@ def test_another_request_does_not_take_its_folder(onnx: str, toy_file: Path, tmp
 
 def test_a_changed_table_is_not_served(onnx: str, toy_file: Path, tmp_path: Path) -> None:
     of_upstream(onnx, ["Sealed(levels=2)"], str(toy_file), tmp_path / "gateway")
-    path = tmp_path / "gateway" / "response.safetensors"
+    path = tmp_path / "gateway" / "gateway" / "response.safetensors"
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
     with pytest.raises(StoreError, match="not the file"):
         of_upstream(onnx, ["Sealed(levels=2)"], str(toy_file), tmp_path / "gateway")
+
+
+def test_an_upstream_that_is_down_leaves_no_trace_of_another_request(toy_file: Path, onnx: str, tmp_path: Path) -> None:
+    with pytest.raises(VictimError, match="cannot be reached"):
+        of_upstream("Http('http://127.0.0.1:1')", ["Rounding()"], str(toy_file), tmp_path / "state")
+    of_upstream(onnx, ["Sealed(levels=2)"], str(toy_file), tmp_path / "state")
+
+
+def test_an_audit_of_a_run_is_none_of_a_gateway(onnx: str, folder: Path, toy_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="not of this gateway"):
+        of_upstream(onnx, ["Rounding()"], str(toy_file), tmp_path / "state", folder)

@@ -157,6 +157,10 @@ def test_keys_of_a_model_lie_beside_it(tmp_path: Path) -> None:
     assert keys_of(tmp_path / "gateway").path == tmp_path / "gateway" / "keys.sqlite"
     with pytest.raises(StoreError, match="no folder"):
         keys_of(tmp_path / "nothing")
+    (tmp_path / "audit").mkdir()
+    (tmp_path / "audit" / "report.json").write_text("{}")
+    with pytest.raises(StoreError, match=r"it holds report\.json"):
+        keys_of(tmp_path / "audit")
 
 
 def test_who_was_let_in_without_a_key_is_asked_for_one_once_there_are_keys(keys: Keys) -> None:

@@ -259,6 +259,9 @@ def test_what_cannot_be_served_is_said(sealed: Run, honest: Run, tmp_path: Path,
         serve(sealed.folder, port=taken.getsockname()[1])
     with pytest.raises(SpecError, match="exported folder"):
         serve(exported, model="net.py:make")
+    for named in ("Sealed(levels=4)", "Rounding()"):
+        with pytest.raises(SpecError, match="nothing is protected anew"):
+            serve(sealed.folder, defences=[named])
     torch_alone = export(sealed, tmp_path / "torch", format="torch")
     with pytest.raises(StoreError, match="may run code"):
         of_export(torch_alone)

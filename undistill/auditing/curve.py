@@ -121,20 +121,26 @@ def queries_within(report: Report) -> dict[str, int]:
 
 
 def price_of_a_copy(report: Report) -> str:
-    """How many queries buy a copy within 5 and within 2 points of the victim, by the best thief at each budget."""
+    """How many queries buy a copy within each of `GAPS` of the victim, by the best thief at each budget."""
     best: dict[int, list[Cell]] = {}
     for line in lines(report.curve):
         for queries, cells in line.cells.items() if line.side == "victim" else ():
             if queries not in best or _validated(cells) > _validated(best[queries]):
                 best[queries] = cells
-    said = []
-    for gap in GAPS[1:]:
+    counts: list[tuple[float, int | None]] = []
+    for gap in GAPS:
         wanted = report.victim.accuracy - gap
         enough = [n for n, cells in best.items() if statistics.fmean(cell.accuracy for cell in cells) >= wanted]
-        bought = f"{min(enough):,} queries buy" if enough else f"not even {max(best):,} queries buy"
-        said.append(f"{bought} a copy within {100 * gap:.0f} points of the protected model")
+        if counts and enough and counts[-1][1] == min(enough):  # which is the nearer copy for as many
+            counts.pop()
+        counts.append((gap, min(enough, default=None)))
         if not enough:
             break
+    said = [
+        f"{f'{count:,} queries buy' if count else f'not even {max(best):,} queries buy'} a copy within {100 * gap:.0f} "
+        "points of the protected model"
+        for gap, count in counts
+    ]
     text = "; ".join(said)
     return f"{text[0].upper()}{text[1:]}."
 

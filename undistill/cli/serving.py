@@ -98,7 +98,7 @@ def add(
         str | None, typer.Option(help="The most images; 'none' is without end.", show_default="by the audit's curve")
     ] = None,
     audit: Annotated[Path | None, typer.Option(help="An audit of the model, whose curve sizes the budget.")] = None,
-    days: Annotated[float | None, typer.Option(min=0, max=LONGEST, help="After which it expires.")] = None,
+    days: Annotated[float | None, typer.Option(min=0.001, max=LONGEST, help="After which it expires.")] = None,
 ) -> None:
     """Make a key. It is shown once; only its hash is kept."""
     from undistill.serving.keys import keys_of
@@ -117,7 +117,7 @@ def list_(what: Place) -> None:
 
     accounts = keys_of(what).accounts(everybody=True)
     if not accounts:
-        say("There are no keys. A server on this machine's own address answers everybody.")
+        say("There are no keys. A server answers programs of this machine alone.")
         return
     say(f"{'name':<20} {'state':<8} {'budget':>11} {'billed':>11} {'distinct':>11}  ends")
     for one in accounts:

@@ -10,7 +10,7 @@ from undistill.cli.options import Code, DataDir, OwnDefence, say
 
 def export(
     run: Annotated[Path, typer.Argument(help="The run folder of the model.")],
-    to: Annotated[Path, typer.Option(help="The new folder.")],
+    to: Annotated[Path, typer.Option(help="The new folder; the same export gets another --audit.")],
     format_: Annotated[
         str, typer.Option("--format", help="onnx, torch (which take the one or the other to run), or all.")
     ] = "all",

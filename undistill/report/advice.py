@@ -77,7 +77,7 @@ GLOSSARY = {
     "scratch": "Training on true labels alone, without anybody's answers.",
     "top answer": "The class to which the model gives the highest probability.",
     "distillation": "Training a network to give the same probabilities as another one.",
-    "best thief": "The thief with the most accurate copy, by whatever means.",
+    "best thief": "The thief whose copy was the most accurate on validation images, by whatever means.",
     "worst case": "The thief whom answers took furthest beyond what labels alone give, chosen by validation images.",
     "seed": "The number from which all randomness of a training is drawn; other seeds show the spread by luck.",
     "floor": "A student that no such protection can stop, beside which others are read.",

@@ -20,7 +20,7 @@ from undistill.core.unshown import LOG_ZERO
 from undistill.data.arrays import Images, stored
 from undistill.data.split import Data, Samples
 from undistill.data.views import to_float
-from undistill.models.adapter import Adapter
+from undistill.models.adapter import NORMALISATIONS, Adapter
 from undistill.runs.folder import Record, claim
 from undistill.runs.preprocessing import better_way, named_order
 from undistill.runs.run import read_data
@@ -35,7 +35,7 @@ from undistill.victims.purchases import Purchases
 PROBES = 8  # images that are asked twice, and again by later commands before they buy
 SAME = 1e-3  # largest difference of probabilities that rounding explains
 LOOKED_AT = 64  # images by which it is seen whether the classifier is one of these images
-MOST_LOOKED = 4 * PROBES + LOOKED_AT
+MOST_LOOKED = 4 * PROBES + LOOKED_AT * (1 + len(NORMALISATIONS))
 """Answers that are bought at most to look at a black box, and to recognise it."""
 
 
@@ -229,12 +229,17 @@ class Contact:
         ask = self._connected()
         plain = Reading(found.kind, found.form, tuple(range(data.num_classes)))
 
-        def answers(adapter: Adapter) -> Tensor:
-            self.purchases.bill("billed", len(images))
+        @cache
+        def normalised(mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
             try:
-                tried = plain(ask(adapter.normalised(images))).filled
+                tried = plain(ask(Adapter(mean=mean, std=std).normalised(images))).filled
             except VictimError:  # such as of a server that takes nothing but pictures
                 return torch.zeros(len(images), data.num_classes)
+            self.purchases.bill("billed", len(images))
+            return tried
+
+        def answers(adapter: Adapter) -> Tensor:
+            tried = normalised(adapter.mean, adapter.std)
             return tried[:, adapter.order] if adapter.order else tried
 
         adapter = self.spec.adapter.model_copy(update={"order": found.order})

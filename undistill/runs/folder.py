@@ -135,7 +135,7 @@ def _take(folder: Path, request: Record) -> FileLock:
             field, there, asked = difference(held, request)
             raise StoreError(
                 f"{folder} holds another run ({field} is {there!s:.300} there, {asked!s:.300} was asked). "
-                "Choose another --out, or remove that folder."
+                "Name another folder, or remove that one."
             )
         elif read_json(path) != request:
             write_json(path, request)  # in the words of today

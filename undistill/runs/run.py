@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from undistill.core.code import is_code, is_current
-from undistill.core.errors import StoreError
+from undistill.core.errors import SpecError, StoreError
 from undistill.core.files import require_plain, sha256
 from undistill.core.identity import fingerprint, source_sha256
 from undistill.core.spec import Spec
@@ -150,6 +150,17 @@ class Run:
     def adapter(self) -> Adapter:
         """How its network is asked."""
         return Adapter.parse(self.record.get("adapter", str(Adapter())))
+
+    def trust(self, defences: Sequence[str | Defence]) -> None:
+        """Let code of the user's own behind defences of this run be executed; `SpecError` for any other defence."""
+        known = [text.rpartition("/")[2] for text in self.record.get("defences", ())]
+        for named in defences:
+            defence = Defence.from_user(named)
+            if str(defence).rpartition("/")[2] not in known:
+                raise SpecError(
+                    f"{self.folder} is not protected by {defence}, and here nothing is protected anew: "
+                    f"undistill protect {self.folder} --defence ... makes a run that is."
+                )
 
     def _defence(self, text: str) -> Defence:
         spec = Defence.parse(text)

@@ -240,7 +240,10 @@ class Server:
     async def _picture(self, request: Request) -> AsyncIterator[bytes]:
         kind = kind_of(request)
         if kind and kind not in ("multipart/form-data", "application/octet-stream") and not kind.startswith("image/"):
-            raise Refusal(415, "Send a picture as the body (image/png, ...), or as a file of a form.")
+            ways = (
+                "(curl -H 'Content-Type: image/png' --data-binary @x.png), or as a file of a form (curl -F file=@x.png)"
+            )
+            raise Refusal(415, f"Send a picture as the body, with its type {ways}.")
         async with self._body(request) as body:
             yield await file_of_form(request, body) if kind == "multipart/form-data" else body
 
@@ -259,7 +262,7 @@ class Server:
 
     async def _no_such_place(self, request: Request, error: HTTPException) -> Response:
         if error.status_code == 405:
-            return complaint(405, "This place takes another method (GET or POST).", **(error.headers or {}))
+            return complaint(405, "This place takes POST to ask, and GET to look.", **(error.headers or {}))
         known = f"/v2/models/{self.name}, /v2/models/{self.name}/infer, /predict, /v2/health/ready, /metrics"
         return complaint(error.status_code, f"Nothing is there. There are: {known}.")
 

@@ -1,12 +1,13 @@
-"""A gateway: responses before a model that stays where it is, and as it is.
+"""A gateway: responses before a model that stays where it is, and as it is. In the folder of its server lie:
 
-request.json           what was named: the model, the data, the responses
-upstream/              what is known of the model, and the answers by which the responses were calibrated
-response.safetensors   the calibrated responses
-gateway.json           written last: the hash of the responses
+upstream/                      what is known of the model, and the answers by which the responses were calibrated
+gateway/request.json           what was named: the model, the data, the responses
+gateway/response.safetensors   the calibrated responses
+gateway/gateway.json           written last: the hash of the responses
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,12 +24,10 @@ from undistill.data.split import Data
 from undistill.data.views import to_float
 from undistill.defences.defence import Defence, ResponseDefence
 from undistill.models.weights import largest_weights, load_weights
-from undistill.report.page import read_report
 from undistill.runs.contact import Contact
-from undistill.runs.folder import claim
-from undistill.serving.served import Served, predict_of, width_of
+from undistill.runs.folder import Record, claim
+from undistill.serving.served import Served, findings_of_gateway, predict_of, width_of
 from undistill.ship.graph import Shipped
-from undistill.ship.manifest import Audited, audited
 from undistill.training.fit import Fit
 from undistill.training.recipe import Recipe
 from undistill.victims.answer import Answer, Form
@@ -82,14 +81,15 @@ def of_upstream(
     found = [_response_of(one) for one in defences]
     if not found:
         raise SpecError("A gateway needs a response, such as --defence 'Sealed(levels=4)'.")
-    planned = Contact.planned(spec, data, folder / "upstream")
+    upstream, folder = folder / "upstream", folder / "gateway"
+    planned = Contact.planned(spec, data, upstream)
     if not planned.spec.any_image:
         raise SpecError(f"{planned.spec} answers recorded images alone; a gateway needs a model that answers any.")
     refers = {name: sha for one in found for name, sha in one.refers().items()}
     named = {name: planned.record[name] for name in ("model", "data", "data_sha256")}
     request = {"command": "gateway", **named, "defences": list(map(str, found)), "refers": refers}
-    with claim(folder, request):
-        contact = Contact.make(spec, data, folder / "upstream")
+    with _prepared(folder, request):
+        contact = Contact.make(spec, data, upstream)
         victim, images = contact.victim(), contact.data()
         if victim.verify:  # the model that was calibrated is the one that will answer
             victim.verify()
@@ -110,16 +110,22 @@ def of_upstream(
         predict=predict_of(shipped),
         reading=Source.parse(contact.record["data"]).reading,
         identity=fingerprint(contact.identity, request, sealed),
-        audited=None if audit is None else _findings(audit, images.num_classes),
+        audited=None if audit is None else findings_of_gateway(audit, images.num_classes),
         workers=contact.spec.workers,
     )
 
 
-def _findings(audit: Path, num_classes: int) -> Audited:
-    report = read_report(audit)
-    if report.classes != num_classes:
-        raise StoreError(f"{audit} is the audit of a model with {report.classes} classes, and not of this one.")
-    return audited(report, sha256(audit / "report.json"))
+@contextmanager
+def _prepared(folder: Path, request: Record) -> Iterator[None]:
+    """Claim the folder; where nothing was finished in it, another request may have it afterwards."""
+    with claim(folder, request):
+        try:
+            yield
+        except BaseException:
+            if not (folder / "gateway.json").exists():
+                (folder / "request.json").unlink(missing_ok=True)
+                (folder / "response.safetensors").unlink(missing_ok=True)
+            raise
 
 
 def _response_of(named: str | Defence) -> ResponseDefence:

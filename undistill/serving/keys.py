@@ -262,9 +262,21 @@ class Keys:
 def keys_of(folder: Path) -> Keys:
     """The keys of a run or an exported folder, which lie beside it; or those in a folder of keys itself."""
     if not folder.is_dir():
-        raise StoreError(f"There is no folder {folder}. That of a gateway that did not run yet has to be made first.")
-    model = any((folder / name).exists() for name in ("run.json", "manifest.json"))
-    return Keys((beside(folder) if model else folder) / KEYS)
+        raise StoreError(f"There is no folder {folder}. For a gateway that did not run yet, make it: mkdir {folder}")
+    if any((folder / name).exists() for name in ("run.json", "manifest.json")):
+        return Keys(beside(folder) / KEYS)
+    require_state(folder)
+    return Keys(folder / KEYS)
+
+
+def require_state(folder: Path) -> None:
+    """Raise `StoreError` for a folder that holds anything else than keys and what a gateway knows."""
+    held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if held and not {KEYS, "gateway", "upstream"} & set(held):
+        raise StoreError(
+            f"{folder} is neither a run, nor an exported folder, nor one of keys: it holds {sorted(held)[0]}. Name the "
+            "model, or an empty folder."
+        )
 
 
 def beside(folder: Path) -> Path:

@@ -64,8 +64,7 @@ def of_run(
 ) -> Served:
     """The network of a run with its responses, run by torch."""
     run = Run.open(folder)
-    for defence in defences:
-        Defence.from_user(defence)
+    run.trust(defences)
     chosen = pick_device(device)
     network = run.network(None if model is None else Model.from_user(model)).to(chosen)
     shipped = Shipped.of(network, torch.rand(2, *run.shape, generator=torch.Generator().manual_seed(0)).to(chosen))
@@ -152,7 +151,17 @@ def findings_for(folder: Path, audit: Path | None) -> Audited | None:
     """The findings of an audit of a run, an exported folder, or, where it is neither, of the gateway that keeps it."""
     if is_export(folder) or (folder / "run.json").exists():
         return verdict_of(folder, audit)
-    return None if audit is None else audited(read_report(audit), sha256(audit / "report.json"))
+    return None if audit is None else findings_of_gateway(audit)
+
+
+def findings_of_gateway(audit: Path, num_classes: int | None = None) -> Audited:
+    """The findings of an audit of a gateway; `StoreError` for that of a run, or of a model with other classes."""
+    report = read_report(audit)
+    if report.pairs[0].reached is None:
+        raise StoreError(f"{audit} is the audit of a run, and not of this gateway; audit its address: Http('...').")
+    if num_classes not in (None, report.classes):
+        raise StoreError(f"{audit} is the audit of a model with {report.classes} classes, and not of this one.")
+    return audited(report, sha256(audit / "report.json"))
 
 
 def is_export(folder: Path) -> bool:

@@ -18,7 +18,7 @@ from undistill.data.arrays import Images
 from undistill.defences.defence import Defence
 from undistill.models.model import Model
 from undistill.serving.gateway import of_upstream
-from undistill.serving.keys import KEYS, Keys, beside
+from undistill.serving.keys import KEYS, Keys, beside, require_state
 from undistill.serving.limits import USUAL, Limits
 from undistill.serving.served import Served, is_export, of_export, of_run
 
@@ -88,7 +88,7 @@ def serve(
             raise SpecError("--model is for a run; a model behind a gateway is not opened.")
         if device != "auto":
             raise SpecError("--device is for a run; a model behind a gateway runs where it is.")
-        served = of_upstream(upstream, defences, data, place / "gateway", None if audit is None else Path(audit))
+        served = of_upstream(upstream, defences, data, place, None if audit is None else Path(audit))
     else:
         assert what is not None
         if data is not None:
@@ -219,9 +219,12 @@ def require_address(webhook: str | None) -> None:
 
 def state_of(what: str | Path | None, upstream: str | None, state: str | Path | None) -> Path:
     """The folder of keys and counts."""
-    if (what is None) == (upstream is None):
+    if what is not None and upstream is not None:
+        raise SpecError(f"Either {what} is served, or the model that --upstream names; leave out one of them.")
+    if what is None and upstream is None:
         raise SpecError("Name what is served: a run, an exported folder, or a model elsewhere with --upstream.")
     if state is not None:
+        require_state(Path(state))
         return Path(state)
     if what is None:
         raise SpecError("A gateway needs a folder for keys and counts: --state DIR.")

@@ -62,8 +62,7 @@ def export(
     if format not in FORMATS:
         raise SpecError(unknown("format", format, FORMATS))
     run, to = run if isinstance(run, Run) else Run.open(run), Path(to)
-    for defence in defences:
-        Defence.from_user(defence)
+    run.trust(defences)
     network = run.network(None if model is None else Model.from_user(model))
     require_graph(network)
     verdict = None if audit is None else audited(report_of(run, Path(audit)), sha256(Path(audit) / "report.json"))

@@ -10,6 +10,7 @@ from undistill.auditing.schema import Count, NotNegative, Number, Part, Report, 
 from undistill.core.errors import StoreError
 from undistill.core.files import parse_json, read_text, sha256
 from undistill.data.pictures import Shaping
+from undistill.report.decision import decide
 
 MANIFEST = "manifest.json"
 
@@ -17,6 +18,8 @@ MANIFEST = "manifest.json"
 class Audited(Part):
     """Findings of an audit of the model."""
 
+    decision: Text = ""
+    """Ship, ship with limits, or do not ship."""
     sentence: Text
     made: Text
     suite: Text
@@ -92,6 +95,7 @@ def audited(report: Report, digest: str) -> Audited:
     thief = ("victim", report.verdict.best_attack, report.verdict.best_student)
     best = [cell for cell in report.cells if cell.column == thief]
     return Audited(
+        decision=decide(report).choice,
         sentence=report.verdict.sentence,
         made=report.made,
         suite=report.suite,
