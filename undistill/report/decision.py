@@ -114,7 +114,9 @@ def _always(report: Report) -> list[str]:
     """Limits that hold however bad the copies are."""
     found = []
     if not adapts(report):
-        found.append("Only plain thieves were tried: audit it with such as adapt (--suite standard-1 or thorough-1).")
+        found.append(
+            "Only plain thieves were tried: audit it with attacks that adapt (--suite standard-1 or thorough-1)."
+        )
     if any(pair.responses for pair in report.pairs):
         found.append("Give answers and never the file: whoever has it strips what changes answers alone.")
     return found

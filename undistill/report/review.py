@@ -88,7 +88,7 @@ def _extraction(report: Report) -> tuple[Status, str, str]:
         return "met", f"{len(tried)} attacks were tried, tuned, some of them made against defences.", "thieves"
     return (
         "partly",
-        f"{len(tried)} attacks were tried; standard-1 and thorough-1 try such as adapt and tune.",
+        f"{len(tried)} attacks were tried; standard-1 and thorough-1 try some that adapt and tune.",
         "thieves",
     )
 
