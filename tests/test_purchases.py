@@ -49,7 +49,7 @@ def test_more_keys_than_one_statement_takes(tmp_path: Path) -> None:
 def test_a_damaged_ledger_is_named(spoil, tmp_path: Path) -> None:
     ledger = Purchases(tmp_path / "p.sqlite", 2)
     ledger.add(["a"], torch.zeros(1, 2))
-    ledger._database.close()
+    ledger._file._connection.close()
     spoil(ledger.path)
     with pytest.raises(StoreError, match=r"p\.sqlite .*--ledger"):
         Purchases(ledger.path, 2).find(["a"])

@@ -1,4 +1,4 @@
-"""What a security review asks for: fields of an audit, and controls by their ids. Also written as controls.json."""
+"""Fields of an audit for a security review, and controls by their ids. Also written as controls.json."""
 
 from collections.abc import Callable
 from statistics import fmean
@@ -130,7 +130,7 @@ CATALOGUE: dict[tuple[str, str, str], Judge] = {
 
 
 def fields(report: Report) -> Fields:
-    """What a review asks of an audit, in groups; None is not known or not assessed."""
+    """Fields of an audit for a review, in groups; None is not known or not assessed."""
     thief = students_of(report.cells)[best_thief(report)]
     first, pair = next(iter(thief.values())), report.pairs[0]
     asked = [cell for cell in report.cells if cell.queries]

@@ -162,7 +162,7 @@ class Server:
         return {"class": names[0], "probabilities": dict(zip(names, p[places].tolist(), strict=True))}
 
     async def _account(self, request: Request) -> str:
-        """Who asks; before anything else of a request is read."""
+        """The account of whoever asks, looked up before anything else of a request is read."""
         name: str = await self._in_ledger(self.keys.account, token_of(request))
         if name == ANYBODY and not (self.anybody or is_of_this_machine(request)):
             raise Refusal(401, "Without keys, only programs of this machine are answered; its owner can make one.")

@@ -5,16 +5,14 @@ import hmac
 import re
 import secrets
 import sqlite3
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from undistill.core.database import Database
 from undistill.core.errors import SpecError, StoreError, unknown
-from undistill.core.files import require_plain
 from undistill.serving.refusals import Refusal
 
 KEYS = "keys.sqlite"
@@ -22,7 +20,6 @@ ANYBODY = "anybody"
 """The account of all who ask without a key, where none is needed."""
 NEEDED = "A key is needed: send it as 'Authorization: Bearer KEY'."
 DAY = 86_400.0  # seconds
-SECONDS = 30.0  # that a process waits for another's transaction
 NAME = re.compile(r"[\w.@-]{1,64}")
 TABLES = (
     "CREATE TABLE IF NOT EXISTS salt (value BLOB NOT NULL)",
@@ -30,6 +27,7 @@ TABLES = (
     " asked INTEGER NOT NULL DEFAULT 0, unanswered INTEGER NOT NULL DEFAULT 0, different INTEGER NOT NULL DEFAULT 0,"
     " made REAL NOT NULL, ends REAL, revoked REAL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS images (name TEXT, hash BLOB, PRIMARY KEY (name, hash)) WITHOUT ROWID",
+    "INSERT INTO salt SELECT randomblob(32) WHERE NOT EXISTS (SELECT 1 FROM salt)",
     "CREATE TABLE IF NOT EXISTS passed (name TEXT, point TEXT, PRIMARY KEY (name, point)) WITHOUT ROWID",
 )
 
@@ -89,7 +87,7 @@ class Keys:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._one_thread = threading.RLock()
+        self._file = Database(path, TABLES, journal="WAL", otherwise="--state")
 
     def add(self, name: str, budget: int | None, days: float | None = None) -> str:
         """The token of a new key, which is shown this once; `SpecError` for a name that is taken or cannot be one.
@@ -105,7 +103,7 @@ class Keys:
             raise SpecError(f"There is a key '{name}' already; what it asked is on record, so take another name.")
         public, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
         now = time.time()
-        with self._transaction() as database:
+        with self._file.transaction() as database:
             database.execute(
                 "INSERT INTO accounts (name, id, hash, budget, made, ends) VALUES (?, ?, ?, ?, ?, ?)",
                 (name, public, _hash(secret), budget, now, None if days is None else now + DAY * days),
@@ -117,7 +115,7 @@ class Keys:
         names = [account.name for account in self.accounts()]
         if name not in names:
             raise SpecError(unknown("key", name, names) if names else f"There are no keys in {self.path}.")
-        with self._transaction() as database:
+        with self._file.transaction() as database:
             database.execute("UPDATE accounts SET revoked = coalesce(revoked, ?) WHERE name = ?", (time.time(), name))
 
     def accounts(self, *, everybody: bool = False) -> list[Account]:
@@ -125,8 +123,8 @@ class Keys:
         if not self.path.exists():
             return []
         query = f"SELECT {FIELDS} FROM accounts ORDER BY name"
-        with self._one_thread, self._guarded():
-            found = [Account(*row) for row in self._database.execute(query)]
+        with self._file.reading() as database:
+            found = [Account(*row) for row in database.execute(query)]
         return [account for account in found if everybody or account.name != ANYBODY]
 
     def account(self, token: str | None) -> str:
@@ -134,14 +132,14 @@ class Keys:
 
         Without any key in the file everybody may ask.
         """
-        with self._one_thread, self._guarded():
-            if not _has_keys(self._database):
+        with self._file.reading() as database:
+            if not _has_keys(database):
                 return ANYBODY
             if not token:
                 raise Refusal(401, NEEDED)
             public, _, secret = token.partition(".") if token.isascii() else ("", "", "")
             query = f"SELECT hash, {FIELDS} FROM accounts WHERE id = ?"
-            row = self._database.execute(query, (public,)).fetchone()
+            row = database.execute(query, (public,)).fetchone()
         known, given = row[0] if row else bytes(32), _hash(secret)
         if not hmac.compare_digest(known, given) or not row:
             raise Refusal(401, "This key is not known here.")
@@ -152,8 +150,8 @@ class Keys:
 
     def require_left(self, name: str, count: int, most_in_all: int | None = None) -> None:
         """Raise `Refusal` where that many images would pass a budget; nothing is counted, and `charge` decides."""
-        with self._one_thread, self._guarded():
-            self._require_left(self._database, name, count, most_in_all)
+        with self._file.reading() as database:
+            self._require_left(database, name, count, most_in_all)
 
     def charge(self, name: str, images: Sequence[bytes], most_in_all: int | None = None) -> Charge:
         """Count images on the account of `name` before they are answered; on the disk when this returns.
@@ -166,7 +164,7 @@ class Keys:
             most_in_all: the budget of all keys together.
         """
         hashes = {hashlib.blake2b(image, digest_size=16, key=self._salt).digest() for image in images}
-        with self._transaction() as database:
+        with self._file.transaction() as database:
             if name == ANYBODY:
                 database.execute("INSERT OR IGNORE INTO accounts (name, made) VALUES (?, ?)", (ANYBODY, time.time()))
             billed, total = self._require_left(database, name, len(images), most_in_all)
@@ -180,7 +178,7 @@ class Keys:
 
     def refund(self, charge: Charge) -> None:
         """Take images off the bill that were counted, and not answered."""
-        with self._transaction() as database:
+        with self._file.transaction() as database:
             database.execute(
                 "UPDATE accounts SET unanswered = unanswered + ?, different = different - ? WHERE name = ?",
                 (charge.images, len(charge.new), charge.name),
@@ -190,7 +188,7 @@ class Keys:
 
     def pass_by(self, name: str, point: str) -> bool:
         """Note that an account passed a point; whether that is for the first time."""
-        with self._transaction() as database:
+        with self._file.transaction() as database:
             return bool(database.execute("INSERT OR IGNORE INTO passed VALUES (?, ?)", (name, point)).rowcount)
 
     def _require_left(
@@ -211,8 +209,8 @@ class Keys:
     @property
     def billed(self) -> int:
         """Images that were answered to all keys together."""
-        with self._one_thread, self._guarded():
-            return self._billed_in_all(self._database)
+        with self._file.reading() as database:
+            return self._billed_in_all(database)
 
     @staticmethod
     def _billed_in_all(database: sqlite3.Connection) -> int:
@@ -221,42 +219,8 @@ class Keys:
     @cached_property
     def _salt(self) -> bytes:
         """A secret by which images are hashed, so that nobody can look for an image of his own among the hashes."""
-        with self._one_thread, self._guarded():
-            return bytes(self._database.execute("SELECT value FROM salt").fetchone()[0])
-
-    @cached_property
-    def _database(self) -> sqlite3.Connection:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        require_plain(self.path.parent)
-        with self._guarded():
-            database = sqlite3.connect(self.path, timeout=SECONDS, isolation_level=None, check_same_thread=False)
-            self.path.chmod(0o600)
-            for setting in ("trusted_schema = OFF", "journal_mode = WAL", "synchronous = FULL"):
-                database.execute(f"PRAGMA {setting}")
-            for table in TABLES:
-                database.execute(table)
-            database.execute(
-                "INSERT INTO salt SELECT ? WHERE NOT EXISTS (SELECT 1 FROM salt)", (secrets.token_bytes(32),)
-            )
-        return database
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._one_thread, self._guarded():
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._database
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
-
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise StoreError(f"{self.path} cannot be used ({error}); restore it, or name another --state.") from None
+        with self._file.reading() as database:
+            return bytes(database.execute("SELECT value FROM salt").fetchone()[0])
 
 
 def keys_of(folder: Path) -> Keys:

@@ -1,20 +1,18 @@
 """`Purchases`: answers that were bought of a black box, one row for each, in a file of SQLite."""
 
 import sqlite3
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from undistill.core.database import Database
 from undistill.core.errors import StoreError
 from undistill.core.files import locked
 
-SECONDS = 60.0  # that a process waits for another's transaction
 ASKED_AT_ONCE = 500  # keys of one SELECT
 TABLES = (
     "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, served BLOB NOT NULL) WITHOUT ROWID",
@@ -30,39 +28,28 @@ class Purchases:
 
     def __init__(self, path: Path, classes: int) -> None:
         self.path, self.classes = path, classes
-        self._one_thread = threading.RLock()
+        self._file = Database(path, TABLES, journal="DELETE", otherwise="--ledger")
 
     def __reduce__(self) -> tuple[type["Purchases"], tuple[Path, int]]:
         """Another process opens the file anew."""
         return Purchases, (self.path, self.classes)
-
-    @cached_property
-    def _database(self) -> sqlite3.Connection:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._guarded():
-            database = sqlite3.connect(self.path, timeout=SECONDS, isolation_level=None, check_same_thread=False)
-            for setting in ("trusted_schema = OFF", "journal_mode = DELETE", "synchronous = FULL"):
-                database.execute(f"PRAGMA {setting}")
-            for table in TABLES:
-                database.execute(table)
-        return database
 
     def find(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """The answers (K,) that were bought under these keys."""
         found: dict[str, Tensor] = {}
         if not self.path.exists():
             return found
-        with self._guarded():
+        with self._file.reading() as database:
             for first in range(0, len(keys), ASKED_AT_ONCE):
                 some = keys[first : first + ASKED_AT_ONCE]
                 query = f"SELECT key, served FROM answers WHERE key IN ({','.join('?' * len(some))})"
-                found |= {key: self._read(served) for key, served in self._database.execute(query, some)}
+                found |= {key: self._read(served) for key, served in database.execute(query, some)}
         return found
 
     def add(self, keys: Sequence[str], served: Tensor) -> None:
         """Keep answers (N, K) that were just billed; they are on the disk when this returns."""
         rows = zip(keys, served.to(torch.float32).cpu().numpy(), strict=True)
-        with self._transaction() as database:
+        with self._file.transaction() as database:
             database.executemany(
                 "INSERT OR REPLACE INTO answers VALUES (?, ?)", [(key, row.tobytes()) for key, row in rows]
             )
@@ -70,15 +57,15 @@ class Purchases:
 
     def bill(self, name: str, count: int) -> None:
         """Count images that were asked and whose answers are not kept, under a `name` such as 'billed' or 'lost'."""
-        with self._transaction() as database:
+        with self._file.transaction() as database:
             self._count(database, name, count)
 
     def number(self, name: str) -> int:
         """How many images were counted under that name."""
         if not self.path.exists():
             return 0
-        with self._guarded():
-            row = self._database.execute("SELECT number FROM counts WHERE name = ?", (name,)).fetchone()
+        with self._file.reading() as database:
+            row = database.execute("SELECT number FROM counts WHERE name = ?", (name,)).fetchone()
         return int(row[0]) if row else 0
 
     @property
@@ -91,8 +78,8 @@ class Purchases:
         """Answers that are kept: one for each image, or for each asking where answers vary."""
         if not self.path.exists():
             return 0
-        with self._guarded():
-            return int(self._database.execute("SELECT count(*) FROM answers").fetchone()[0])
+        with self._file.reading() as database:
+            return int(database.execute("SELECT count(*) FROM answers").fetchone()[0])
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -106,24 +93,6 @@ class Purchases:
             "INSERT INTO counts VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET number = number + excluded.number",
             (name, number),
         )
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._one_thread, self._guarded():
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._database
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
-
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise StoreError(f"{self.path} cannot be used ({error}); restore it, or name another --ledger.") from None
 
     def _read(self, served: object) -> Tensor:
         if isinstance(served, bytes) and len(served) == 4 * self.classes:
