@@ -200,7 +200,7 @@ def test_a_newcomers_attack_is_one_file(victim: Run, folder: Path, tmp_path: Pat
     assert {cell.side for cell in rows} == {"victim", "honest"}
     assert rows[0].queries > 0
     plan = plan_audit(victim, attacks=[text], students=[STUDENT], seeds=1, device="cpu")
-    search = Search.of(next(job for job in plan.searched if str(job.attack) == text), Tuning(trials=4))
+    search = Search.of(next(job for job in plan.searched if str(job.attack) == text), Tuning(trials=16))
     assert {job.attack.scale for job in search.ask()} > {0.2}, "its search space is searched"
     assert Attack.parse(text) == Attack.parse(str(Attack.parse(text)))
     done = set((folder / "cells").glob("*.json"))
