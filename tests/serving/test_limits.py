@@ -1,4 +1,4 @@
-"""What a server does when it is asked too much, or fails: nobody is billed for nothing, and nothing is uncounted."""
+"""A server that is asked too much, or fails, bills nobody for nothing and leaves no answer uncounted."""
 
 import base64
 import json

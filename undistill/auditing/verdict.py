@@ -62,7 +62,7 @@ class Judge:
 
     @classmethod
     def of(cls, report: Report) -> "Judge":
-        """Of the students of a report, whose single answers it does not hold."""
+        """A judge of the students of a report, which holds no single answers of theirs."""
         return cls(report.cells, report.trials, report.pairs[0].test_images)
 
     @cached_property

@@ -52,7 +52,7 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """What is done inside is done as a whole, or not at all; no other process writes meanwhile."""
+        """Do all that is inside or nothing of it, while no other process writes."""
         with self.reading() as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:

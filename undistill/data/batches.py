@@ -14,7 +14,7 @@ from undistill.data.split import Samples
 from undistill.data.views import Mixture, Views, to_float
 
 SHARE = 1 / 16
-"""Of the free memory of a GPU, that views which are made at once may take."""
+"""Largest share of a GPU's free memory for views that are made at once."""
 HELD = 32 * MIB
 """The same on a CPU, in bytes: more is out of its caches, and slower again."""
 GRIDS = 6  # grids of coordinates that are there at the same time

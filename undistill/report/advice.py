@@ -15,7 +15,7 @@ from undistill.report.decision import FEW
 
 
 def advice(report: Report) -> dict[str, str]:
-    """What follows the decision, by heading: the model, whether its protection was seen to work, what is open."""
+    """Texts below the decision, by heading: the model, whether its protection was seen to work, what is open."""
     return {
         "Protected": _what(report),
         "Does it work?": _works(report),

@@ -18,7 +18,7 @@ DOUBTS = ("selected_on_test", "no_gain_from_honest", "diverged", "student_at_cha
 
 
 class Decision(NamedTuple):
-    """What the owner of a model, or whoever answers for it, is told first."""
+    """The first half page of a report, for whoever decides about the model."""
 
     choice: Choice
     why: list[str]

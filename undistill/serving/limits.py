@@ -9,7 +9,7 @@ JSON = 24  # bytes of a number that is written out
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may be, and how much may be under way."""
+    """Largest size of one request, and of all that are under way."""
 
     images: int = 64
     """Images of a request, and of a batch."""

@@ -1,4 +1,4 @@
-"""What a server tells its owner: metrics, a log of one JSON object a line, and events. Never an image or an answer."""
+"""Metrics, a log of one JSON object a line, and events, for the owner of a server; never an image or an answer."""
 
 import json
 import logging
