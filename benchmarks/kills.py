@@ -25,7 +25,7 @@ import numpy as np
 TEACHER, STUDENT = "ConvNet(width=4)", "ConvNet(width=2)"
 SET = ["--set=recipe.epochs=30", "--set=recipe.batch_size=8"]
 # A checkpoint after every epoch, so that there is always something to go on from.
-PROGRAM = "from undistill.training import fit; fit.CHECKPOINT_SECONDS = 0.0; from undistill.cli import app; app()"
+PROGRAM = "from undistill.training import loop; loop.CHECKPOINT_SECONDS = 0.0; from undistill.cli import app; app()"
 GRACE = 5.0  # seconds in which workers, and Python's own resource tracker, notice that their parent is gone
 ENDINGS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
 COMMANDS = {

@@ -18,7 +18,7 @@ import torch
 from undistill import Model, Recipe, Run, Settings, TrainSettings, protect, train
 from undistill.attacks.distillation.soft_labels import SoftLabels
 from undistill.attacks.labels.scratch import Scratch
-from undistill.auditing.cell import Students
+from undistill.auditing.students import Students
 from undistill.core.seeds import derive
 from undistill.data import Digits
 from undistill.training.fit import Fit

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from undistill.api import audit
-from undistill.auditing.cell import Students
 from undistill.auditing.schema import Report
+from undistill.auditing.students import Students
 from undistill.data import Data, Npz
 from undistill.data.official import VARIABLE
 from undistill.models import Model

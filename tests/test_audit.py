@@ -104,7 +104,7 @@ def test_a_stopped_audit_ends_with_the_same_cells(victim: Run, report: Report, t
             raise KeyboardInterrupt
         return ask(oracle, batch)
 
-    monkeypatch.setattr("undistill.training.fit.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("undistill.training.loop.CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(Oracle, "__call__", stops)
     with pytest.raises(KeyboardInterrupt):
         run_audit(victim, tmp_path / "a")

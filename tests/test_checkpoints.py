@@ -21,7 +21,7 @@ from undistill.core.tensors import write_tensors
 from undistill.data import Data
 from undistill.data.batches import Batch
 from undistill.models import Model
-from undistill.training import fit as fit_module
+from undistill.training import loop as loop_module
 from undistill.training.fit import Fit
 from undistill.training.recipe import Recipe
 
@@ -32,7 +32,7 @@ def test_a_stopped_run_ends_with_the_same_bits(
     toy: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str, optimiser: str
 ) -> None:
     recipe = Recipe(epochs=6, batch_size=16, schedule=schedule, optimiser=optimiser, ema=0.9, selection="best")
-    monkeypatch.setattr(fit_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(loop_module, "CHECKPOINT_SECONDS", 0.0)
     steps = 0
 
     def stops(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:

@@ -174,7 +174,7 @@ def test_same_seed_same_bits_even_of_a_stopped_attack(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Generators, banks and images that an attack made are part of what is kept."""
-    monkeypatch.setattr("undistill.training.fit.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("undistill.training.loop.CHECKPOINT_SECONDS", 0.0)
 
     def go(progress: Progress) -> nn.Module:
         oracle = Oracle(honest.network(), attack.needs)

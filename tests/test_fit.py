@@ -200,7 +200,7 @@ def test_many_validation_images_do_not_slow_a_training_on_few(
     first, second = (Model.parse(STUDENT).build(toy.shape, 3, 0) for _ in range(2))
     epochs = run(first, None)
     assert epochs == [*range(2, 205, 2), 205]
-    monkeypatch.setattr("undistill.training.fit.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("undistill.training.loop.CHECKPOINT_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
         run(second, tmp_path, stop=111)
     again = Model.parse(STUDENT).build(toy.shape, 3, 0)

@@ -21,7 +21,7 @@ from undistill.training.recipe import Recipe
 RECIPE = Recipe(epochs=20, batch_size=8)
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 # A checkpoint after every epoch, so that a kill lands between two of them.
-PROGRAM = "from undistill.training import fit; fit.CHECKPOINT_SECONDS = 0.0; from undistill.cli import app; app()"
+PROGRAM = "from undistill.training import loop; loop.CHECKPOINT_SECONDS = 0.0; from undistill.cli import app; app()"
 
 
 def start(*words: object, stderr: int = subprocess.DEVNULL, session: bool = False) -> subprocess.Popen[bytes]:

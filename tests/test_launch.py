@@ -154,7 +154,7 @@ def test_a_fault_in_native_code_is_named_and_the_exact_engine_tried(
     (sheet,) = place.glob("*.png")
     assert [path.stem for path in place.glob("*.json")] == [sheet.stem], "found by the cell's name"
     assert not list(place.glob("*/")), "finished cells leave no folder behind"
-    order = Order.of(*job("none"), place, 1)
+    order = Order.of(job("none"), place, 1)
     again = Pool()._again(order, Death(-signal.SIGABRT), lost=1)
     assert again == replace(order, exact=True)
     with pytest.raises(

@@ -184,7 +184,7 @@ def test_the_record_is_that_of_the_models_own_training(toy: Data, honest: Run, t
 def test_a_killed_training_at_a_price_ends_with_the_same_bits(honest: Run, tmp_path: Path, monkeypatch) -> None:
     """Killed in its third training."""
     monkeypatch.setattr("undistill.defences.price.accuracy_lost", lambda after, before, labels: (-0.01, 1e-3))
-    monkeypatch.setattr("undistill.training.fit.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("undistill.training.loop.CHECKPOINT_SECONDS", 0.0)
     settings = Settings(recipe=RECIPE)
     whole = protect(honest, "Nasty(price=2)", tmp_path / "whole", settings=settings, device="cpu")
     plain, rounds = Loop.one_round, iter(range(1000))

@@ -170,7 +170,11 @@ class Distillation(QueryAttack):
 
     def run(self, oracle: Oracle, fresh: Fresh, data: Split, fit: Fit) -> nn.Module:
         ask = self.asking(oracle, data)
-        return fit(fresh(), data, lambda student, batch: self.objective(student, batch, ask(batch)))
+
+        def objective(student: nn.Module, batch: Batch) -> Terms:
+            return self.objective(student, batch, ask(batch))
+
+        return fit(fresh(), data, objective, capturable=True)
 
 
 def bought_once(attack: Attack) -> Attack:

@@ -20,6 +20,7 @@ from undistill.attacks.data_free.synthesis import without_images
 from undistill.auditing.pair import VictimPair
 from undistill.auditing.predictions import predicted, written
 from undistill.auditing.schema import Cell, Side, Threat, Trial
+from undistill.auditing.students import Students
 from undistill.core.errors import BudgetExceeded, NonFinite, SpecError, Unsuitable
 from undistill.core.files import read_json, seal, unseal, write_json
 from undistill.core.identity import fingerprint, program_sha256, source_sha256
@@ -155,7 +156,7 @@ class Job:
         return self.recipe
 
     @property
-    def _students(self) -> "Students":
+    def _students(self) -> Students:
         return Students(self.student, self.pair.data.shape, self.pair.data.num_classes, self.seed)
 
     @property
@@ -215,10 +216,11 @@ class Job:
         """Path of the picture of images that the attack makes, if it makes any."""
         return cells / f"{self.key}.png"
 
-    def run(self, cells: Path, progress: Progress, *, exact: bool = False) -> Result:
+    def run(self, cells: Path, progress: Progress, *, exact: bool = False, suspends: bool = False) -> Result:
         """The result from its file, or trained and written there; a stopped training goes on.
 
-        `exact` does it with exact compute settings and in a folder of its own: the settings asked for crashed.
+        `exact` does it with exact compute settings and in a folder of its own: the settings asked for crashed. With
+        `suspends`, a training is not done: `Suspended` is raised with its loop.
         """
         file, folders = cells / f"{self.key}.json", [cells / self.key, cells / f"{self.key}-exact"]
         if result := read_result(file, self):
@@ -228,28 +230,33 @@ class Job:
             pair = replace(self.pair, options=replace(self.pair.options, compute=EXACT))
             asked = replace(self, pair=pair, recipe=self.recipe.model_copy(update={"compute": EXACT}))
         folder.mkdir(parents=True, exist_ok=True)
-        result = asked._result(asked._attack(folder, self.sheet(cells), cells.parent / "autotune", progress))
+        fit = asked._fit(folder, self.sheet(cells), cells.parent / "autotune", progress, suspends)
+        result = asked._result(asked._attack(fit))
         write_json(file, seal(result.model_dump()))
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         return result
 
-    def _attack(self, folder: Path, sheet: Path, trials: Path, progress: Progress) -> "Outcome":
-        """The student that the thief trains; None where there is none, since training diverged or the budget ended."""
-        pair, needs = self.pair, self.attack.needs
-        oracle = Oracle(pair.victims[self.side], needs, self.budget if needs else None, told=self._told, name=self.key)
-        fit = Fit(
+    def _fit(self, folder: Path, sheet: Path, trials: Path, progress: Progress, suspends: bool) -> Fit:
+        """What trains the student, views of the same images in every cell."""
+        return Fit(
             self.schedule,
             derive(self.seed, "student"),
-            pair.options.device,
+            self.pair.options.device,
             folder,
             progress,
             self.name,
             view_seed=derive(0, "views"),
             trials=trials,
             sheet=sheet,
-            carried=(oracle,),
+            suspends=suspends,
         )
+
+    def _attack(self, fit: Fit) -> "Outcome":
+        """The student that the thief trains; None where there is none, since training diverged or the budget ended."""
+        pair, needs = self.pair, self.attack.needs
+        oracle = Oracle(pair.victims[self.side], needs, self.budget if needs else None, told=self._told, name=self.key)
+        fit.carried = (oracle,)
         try:
             with seeded(derive(self.seed, "attack")):
                 student = self.attack.run(oracle, self._students, self.data, fit)
@@ -344,23 +351,6 @@ class TrialJob(Job):
             seconds=outcome.fit.seconds,
             diverged=outcome.diverged,
         )
-
-
-@dataclass(frozen=True)
-class Students:
-    """New students for one cell: `Fresh` of an attack."""
-
-    model: Model
-    shape: tuple[int, int, int]
-    num_classes: int
-    seed: int
-
-    def __call__(self, number: int = 0) -> nn.Module:
-        role = f"student {number}" if number else "student"
-        return self.model.build(self.shape, self.num_classes, derive(self.seed, role))
-
-    def stages(self, network: nn.Module) -> Sequence[nn.Module]:
-        return self.model.stages(network)
 
 
 def relisted(result: Result, job: Job) -> Result:

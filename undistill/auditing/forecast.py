@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from undistill.attacks.adaptive.query_smoothing import QuerySmoothing
 from undistill.attacks.attack import Buying, QueryAttack, ThiefData
 from undistill.attacks.labels.fix_match import FixMatch
-from undistill.auditing.cell import Job, Students
+from undistill.auditing.cell import Job
 from undistill.auditing.curve import curve_jobs
 from undistill.auditing.launchers import unfinished
 from undistill.auditing.plan import Plan
+from undistill.auditing.students import Students
 from undistill.auditing.tuning import trial_of
 from undistill.core.progress import duration
 from undistill.core.seeds import derive

@@ -1,6 +1,7 @@
 """`Launcher`: where the cells of an audit are done. Every launcher gives the same cells."""
 
 import logging
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -21,6 +22,7 @@ import torch
 from pydantic import Field, PrivateAttr
 
 from undistill.auditing.cell import Job, Result, relisted
+from undistill.auditing.together import grouped, run_together
 from undistill.auditing.worker import serve
 from undistill.core import code
 from undistill.core.child import death, is_native_fault
@@ -45,6 +47,10 @@ def unfinished(jobs: Sequence[Job], cells: Path) -> set[str]:
 class Launcher(Spec):
     """Lost workers' cells are done again; a cell that fails ends the audit, and finished cells are kept."""
 
+    quiet = ("stacked",)
+    stacked: int = Field(1, ge=1, le=4096)
+    """Most students of one kind that are trained in the same steps. Above 1, results are equal up to rounding only."""
+
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Inside, what `run` has started stays for the next run."""
@@ -54,19 +60,26 @@ class Launcher(Spec):
     def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Any]:
         """The cell of every job, in the jobs' order; `cells` is a folder that all processes share."""
 
+    def _orders(self, jobs: Sequence[Job], cells: Path, threads: int, workers: int = 1) -> dict[str, "Order"]:
+        """What `workers` are told to do, by the key of the first cell of each order."""
+        share = max(math.ceil(len({job.key for job in jobs}) / workers), 1)  # so that none of them is idle
+        groups = grouped(jobs, min(self.stacked, share))
+        return {group[0].key: Order.of(group, cells, threads) for group in groups}
+
 
 class Serial(Launcher):
     """In this process, one after the other."""
 
     def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Any]:
-        todo, done = unfinished(jobs, cells), []
-        with progress.task("audit", len(jobs), done=len(jobs) - len(todo)) as task:
-            for job in jobs:
-                done.append(job.run(cells, progress))
-                if job.key in todo:
-                    todo.remove(job.key)
-                    task.advance()
-        return done
+        new, done = unfinished(jobs, cells), dict[str, Result]()
+        groups = grouped(jobs, self.stacked)
+        with progress.task("audit", sum(map(len, groups)), done=sum(map(len, groups)) - len(new)) as task:
+            for group in groups:
+                for job, result in run_together(group, cells, progress):
+                    done[job.key] = result
+                    if job.key in new:
+                        task.advance()
+        return [relisted(done[job.key], job) for job in jobs]
 
 
 class Pool(Launcher):
@@ -92,26 +105,26 @@ class Pool(Launcher):
         if (crew := self._crew) is None:
             with self.ready():
                 return self.run(jobs, cells, progress)
-        orders = {job.key: Order.of(job, cells, self._threads()) for job in jobs}
-        todo = deque(orders)
+        orders = self._orders(jobs, cells, self._threads(), self.workers)
+        todo, every = deque(orders), {job.key for job in jobs}
         done: dict[str, Result] = {}
         lost = 0  # deaths without a cell in between
         with (
-            progress.task("audit", len(orders), done=len(orders) - len(new)) as task,
+            progress.task("audit", len(every), done=len(every) - len(new)) as task,
             Board(progress, cells) as board,
         ):
-            while len(done) < len(orders):
+            while len(done) < len(every):
                 crew.assign(todo, orders)
-                for key, result in crew.finished(POLL):
-                    if isinstance(result, Death):
+                for key, results in crew.finished(POLL):
+                    if isinstance(results, Death):
                         lost += 1
-                        orders[key] = self._again(orders[key], result, lost)
+                        orders[key] = self._again(orders[key], results, lost)
                         todo.appendleft(key)
                         continue
-                    if isinstance(result, Exception):
-                        raise result
-                    done[key], lost = result, 0
-                    if key in new:
+                    if isinstance(results, Exception):
+                        raise results
+                    done, lost = done | results, 0
+                    for _ in new & results.keys():
                         task.advance()
                 board.look()
         return [relisted(done[job.key], job) for job in jobs]
@@ -200,8 +213,8 @@ class Crew:
             with suppress(OSError):  # one that died meanwhile is noticed by `finished`
                 worker.pipe.send(orders[worker.key])
 
-    def finished(self, seconds: float) -> Iterator[tuple[str, Result | Exception | Death]]:
-        """Results that workers send within `seconds`, by key."""
+    def finished(self, seconds: float) -> Iterator[tuple[str, dict[str, Result] | Exception | Death]]:
+        """What workers send within `seconds`, by the key of the order."""
         busy: dict[Any, Worker] = {worker.pipe: worker for worker in self._workers if worker and worker.key}
         for pipe in multiprocessing.connection.wait(list(busy), seconds):
             worker = busy[pipe]
@@ -230,7 +243,7 @@ def _interrupts_blocked() -> Iterator[None]:
 
 @dataclass
 class Worker:
-    """A process, our end of the pipe to it, and the key of the cell that it does now, if any."""
+    """A process, our end of the pipe to it, and the key of the order that it does now, if any."""
 
     process: Any
     pipe: Connection
@@ -257,23 +270,27 @@ class Ray(Launcher):
             )
         ray = self._connect()
         remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=PATIENCE)(perform)
-        orders = {job.key: Order.of(job, cells, max(int(self.cpus), 1)) for job in jobs}
+        every = {job.key for job in jobs}
+        orders = self._orders(jobs, cells, max(int(self.cpus), 1))
         done: dict[str, Result] = {}
-        known = len(orders) - len(new)
         try:
-            with progress.task("audit", len(orders), done=known) as task, Board(progress, cells) as board:
+            with (
+                progress.task("audit", len(every), done=len(every) - len(new)) as task,
+                Board(progress, cells) as board,
+            ):
                 todo = {remote.remote(order): key for key, order in orders.items()}
                 while todo:
                     finished, _ = ray.wait(list(todo), timeout=POLL)
                     for future in finished:
                         key = todo.pop(future)
                         try:
-                            done[key] = self._result(ray, future)
+                            results = self._result(ray, future)
                         except ray.exceptions.WorkerCrashedError as error:
                             orders[key] = self._again(orders[key], error)
                             todo[remote.remote(orders[key])] = key
                         else:
-                            if key in new:
+                            done |= results
+                            for _ in new & results.keys():
                                 task.advance()
                     board.look()
         finally:
@@ -296,16 +313,16 @@ class Ray(Launcher):
             ) from None
         return ray
 
-    def _result(self, ray: Any, future: Any) -> Result:
+    def _result(self, ray: Any, future: Any) -> dict[str, Result]:
         try:
-            cell: Result = ray.get(future)
+            cells: dict[str, Result] = ray.get(future)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except ray.exceptions.WorkerCrashedError:
             raise
         except ray.exceptions.RayError as error:
             raise LaunchError(f"A cell was lost ({_short(error)}). Finished cells are kept.") from None
-        return cell
+        return cells
 
     def _again(self, order: "Order", error: Exception) -> "Order":
         """Ray does not say by which signal a worker died: exact compute settings are tried before giving up."""
@@ -329,9 +346,9 @@ def _require_listening(address: str) -> None:
 
 @dataclass(frozen=True)
 class Order:
-    """Order to a worker: a job as bytes, to be read only after its code has been trusted."""
+    """Order to a worker: jobs as bytes, to be read only after their code has been trusted."""
 
-    job: bytes
+    jobs: bytes
     cells: Path
     threads: int
     cwd: Path
@@ -341,12 +358,15 @@ class Order:
     """Use exact compute settings, whatever the job asks for."""
 
     @classmethod
-    def of(cls, job: Job, cells: Path, threads: int) -> "Order":
-        return cls(pickle.dumps(job), cells.resolve(), threads, Path.cwd(), data_dir(), tuple(code.trusted()))
+    def of(cls, jobs: Sequence[Job], cells: Path, threads: int) -> "Order":
+        return cls(pickle.dumps(list(jobs)), cells.resolve(), threads, Path.cwd(), data_dir(), tuple(code.trusted()))
 
 
-def perform(order: Order, number: int | None = None) -> Result:
-    """Do a cell in this worker; what it says of its progress lies beside it. `number` picks one of the GPUs."""
+def perform(order: Order, number: int | None = None) -> dict[str, Result]:
+    """The cells of an order by key, done in this worker, whose progress lies beside the first of them.
+
+    `number` picks one of the GPUs.
+    """
     if number is not None and (count := torch.cuda.device_count()):
         torch.cuda.set_device(number % count)
     os.chdir(order.cwd)
@@ -355,5 +375,6 @@ def perform(order: Order, number: int | None = None) -> Result:
     keep_freed_memory()
     for reference in order.trusted:
         code.trust(reference)
-    job: Job = pickle.loads(order.job)
-    return job.run(order.cells, Reporter(order.cells / job.key), exact=order.exact)
+    jobs: list[Job] = pickle.loads(order.jobs)
+    progress = Reporter(order.cells / jobs[0].key)
+    return {job.key: result for job, result in run_together(jobs, order.cells, progress, exact=order.exact)}

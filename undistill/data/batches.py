@@ -11,7 +11,7 @@ from torch import Tensor
 from undistill.core.files import MIB
 from undistill.data.files import fetched
 from undistill.data.split import Samples
-from undistill.data.views import Mixture, Views, to_float
+from undistill.data.views import Mixture, Views, mixed_labels, to_float
 
 SHARE = 1 / 16
 """Largest share of a GPU's free memory for views that are made at once."""
@@ -32,6 +32,11 @@ class ViewDataset:
     def show(self, epoch: int, index: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 views (B, C, H, W) of the samples `index` (B,) in `epoch`, and their labels, see `Views`."""
         return self.views(self.samples, self.seed, epoch, index, self.num_classes)
+
+    def labels(self, epoch: int, index: Tensor) -> Tensor:
+        """The labels that `show` gives, without the views."""
+        mixture = self.views.mixture(self.samples, self.seed, epoch, index)
+        return mixed_labels(self.samples, index, mixture, self.num_classes)
 
     def shows(self, epoch: int, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """`show` of each part in turn, made for many parts at once, since the work of one is mostly overhead.

@@ -89,16 +89,14 @@ class Views(Spec):
     ) -> tuple[Tensor, Tensor]:
         """uint8 views (B, C, H, W) of the samples `index` (B,), and their labels (B,), mixed: shares (B, K)."""
         epoch = self.shown(epoch)
-        images, labels = self._alone(samples, seed, epoch, index), samples.labels[index]
-        mixture = self.mixture(samples, seed, epoch, index)
+        images, mixture = self._alone(samples, seed, epoch, index), self.mixture(samples, seed, epoch, index)
+        labels = mixed_labels(samples, index, mixture, num_classes)
         if mixture is None:
             return images, labels
         others = self._alone(samples, seed, epoch, mixture.partner)
         if mixture.box is None:
-            mixed = _blend(images, others, mixture.kept)
-        else:
-            mixed = torch.where(mixture.box, others, images)
-        return mixed, _shares(labels, samples.labels[mixture.partner], mixture.share, num_classes)
+            return _blend(images, others, mixture.kept), labels
+        return torch.where(mixture.box, others, images), labels
 
     def mixture(self, samples: Samples, seed: int, epoch: int, index: Tensor) -> Mixture | None:
         """The mixture of each sample `index` (B,) in `epoch`; None unless views are mixed."""
@@ -129,6 +127,14 @@ class Views(Spec):
         side = torch.full_like(index, round(self.cutout * min(height, width)))
         y, x, *_ = draw(seed, epoch, index, block=1)
         return images * ~_box((height, width), y % height, x % width, side, side)
+
+
+def mixed_labels(samples: Samples, index: Tensor, mixture: Mixture | None, num_classes: int) -> Tensor:
+    """Labels (B,) of the samples `index` (B,); shares (B, K) where they are mixed."""
+    labels = samples.labels[index]
+    if mixture is None:
+        return labels
+    return _shares(labels, samples.labels[mixture.partner], mixture.share, num_classes)
 
 
 def to_float(images: Tensor) -> Tensor:

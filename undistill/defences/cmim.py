@@ -39,4 +39,4 @@ class CMIM(Defence):
             information = torch.stack(apart).mean()
             return {"ce": cross_entropy(logits, batch.labels), "information": Weighted(information, self.weight)}
 
-        return fit(fresh(), data, objective)
+        return fit(fresh(), data, objective, capturable=True)

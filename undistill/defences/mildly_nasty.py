@@ -39,4 +39,4 @@ class MildlyNasty(Defence):
             divergence = undermining(logits, reference(batch), self.T)
             return {"ce": cross_entropy(logits, batch.labels), "undermining": Weighted(divergence, self.omega)}
 
-        return fit(network, data, objective)
+        return fit(network, data, objective, capturable=True)

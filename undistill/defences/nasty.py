@@ -85,7 +85,8 @@ class Nasty(Defence):
 
             epochs = math.ceil((warm_start or 1) * fit.recipe.epochs)
             choose = self.price is None  # what is lost is measured on the images by which an epoch would be chosen
-            return fit(network, data, objective, epochs=epochs, choose=choose, bounds={"undermining": rounding})
+            bounds = {"undermining": rounding}
+            return fit(network, data, objective, epochs=epochs, choose=choose, bounds=bounds, capturable=True)
 
         if self.price:
             network = at_price(self.price, current, data, fit, lambda omega: train(omega, SHARE))

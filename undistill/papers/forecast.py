@@ -7,8 +7,8 @@ from functools import cache, partial
 from torch import Tensor, nn
 
 from undistill.attacks.attack import ThiefData
-from undistill.auditing.cell import Students
 from undistill.auditing.forecast import Forecast, count, seconds_of
+from undistill.auditing.students import Students
 from undistill.data.batches import Batch
 from undistill.data.split import Split
 from undistill.models.model import Model, frozen

@@ -93,7 +93,7 @@ def train(
     with together(chosen, request), claim(Path(out), request) as place, Progress.of(progress) as shown:
         if not place.finished:
             fit = Fit(settings.recipe, seed, chosen, place.folder, shown, "honest teacher")
-            network = fit(network, loaded.split, objective)
+            network = fit(network, loaded.split, objective, capturable=True)
             record = record_of(request, loaded, fit, network, str(weights or spec)) | {"pretrained": pretrained}
             place.finish(network, record, other, loaded.validation)
     return Run.open(out)

@@ -20,9 +20,11 @@ class ClassMeans:
         labels: (B,), or shares (B, K), by which an answer counts for several classes.
         """
         if epoch != self.epoch:
-            self.sums, self.counts, self.epoch = torch.zeros_like(self.sums), torch.zeros_like(self.counts), epoch
+            self.epoch = epoch
+            self.sums.zero_()
+            self.counts.zero_()
         shares = labels if labels.ndim == 2 else torch.zeros_like(log_p).scatter(1, labels[:, None], 1.0)
         with torch.autocast(log_p.device.type, enabled=False):  # products would be bf16
-            self.sums = self.sums + distributed.all_reduce(shares.T @ log_p.exp())
-            self.counts = self.counts + distributed.all_reduce(shares.sum(0)[:, None])
+            self.sums += distributed.all_reduce(shares.T @ log_p.exp())
+            self.counts += distributed.all_reduce(shares.sum(0)[:, None])
             return (shares @ (self.sums / self.counts.clamp_min(1e-12))).clamp_min(1e-30).log()

@@ -1,6 +1,5 @@
 """The one training loop. What is trained for what is the objective's business, not the loop's."""
 
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,9 +24,13 @@ from undistill.training.objectives import Objective
 from undistill.training.optimisers import Extra
 from undistill.training.recipe import Recipe
 
-log = logging.getLogger(__name__)
 
-CHECKPOINT_SECONDS = 2.0
+class Suspended(Exception):
+    """A training that waits to be done together with others; run again, it goes on from its checkpoint."""
+
+    def __init__(self, loop: Loop) -> None:
+        super().__init__("This training is done by somebody else.")
+        self.loop = loop
 
 
 @dataclass
@@ -68,6 +71,8 @@ class Fit:
     found: dict[str, float] = field(default_factory=dict)
     """Numbers that a defence found by itself, such as the weight of a term; for the run's record."""
     calls: int = 0
+    suspends: bool = False
+    """Raise `Suspended` with the loop of a training that has not ended yet, instead of going on with it."""
 
     def answers(self, network: nn.Module) -> RememberedAnswers:
         """`network`, frozen: it answers each view of this training once, unless its answers vary."""
@@ -119,6 +124,7 @@ class Fit:
         choose: bool = True,
         aside: bool = False,
         bounds: Mapping[str, float] | None = None,
+        capturable: bool = False,
     ) -> nn.Module:
         """Train `network` in place on `data`, and return it with the chosen weights, in eval mode.
 
@@ -134,6 +140,8 @@ class Fit:
             choose: False keeps the last epoch whatever the recipe says, for whoever has no validation images.
             aside: True for a network that is not the run's own: its time counts, and its epochs are not in the record.
             bounds: terms that by theory cannot exceed a value; one beyond it is made of rounding errors.
+            capturable: True for an objective whose steps can be recorded on a GPU: what it keeps from one step of an
+                epoch to the next, if anything, lies in tensors that it changes in place, and it asks no host.
 
         Raises `NonFinite`, naming epoch and term, as soon as a term, a weight or an answer is not finite.
         """
@@ -151,29 +159,33 @@ class Fit:
             epochs=epochs,
             chooses=choose and data.is_labelled and self.recipe.selection == "best",
             bounds=bounds or {},
+            checkpoint=self.folder / f"checkpoint-{self.calls}.pt" if self.folder else None,
+            capturable=capturable,
         )
-        checkpoint = self.folder / f"checkpoint-{self.calls}.pt" if self.folder else None
         self.calls += 1
-        self.computed.append(str(loop.compute))
-        loop.restore(checkpoint)
-        saved = time.monotonic()
-        with self.progress.task(self.name, loop.epochs, done=loop.epoch) as task:
-            while loop.epoch < loop.epochs:
-                metrics = loop.one_round()
-                if self.watch:
-                    self.watch(loop.current.eval())
-                last = loop.epoch == loop.epochs
-                if checkpoint and (last or time.monotonic() - saved >= CHECKPOINT_SECONDS):
-                    loop.save(checkpoint)
-                    saved = time.monotonic()
-                note = f"loss {metrics['loss']:.3f} · validation {metrics['validation_accuracy']:.1%}"
-                task.reach(loop.epoch, note)
+        loop.restore()
+        if self.suspends and loop.epoch < loop.epochs:
+            raise Suspended(loop)
+        try:
+            self._train(loop)
+        finally:
+            self.computed.append(loop.manner)
         if aside:
             self.asides.append(sum(epoch["seconds"] for epoch in loop.history))
         else:
             self.history += loop.history
             self._write_history()
         return loop.result()
+
+    def _train(self, loop: Loop) -> None:
+        with self.progress.task(self.name, loop.epochs, done=loop.epoch) as task:
+            while loop.epoch < loop.epochs:
+                metrics = loop.one_round()
+                if self.watch:
+                    self.watch(loop.current.eval())
+                loop.save()
+                note = f"loss {metrics['loss']:.3f} · validation {metrics['validation_accuracy']:.1%}"
+                task.reach(loop.epoch, note)
 
     def choose(self, history: Sequence[dict[str, float]]) -> None:
         """Record of several trainings `history` alone, that of the one whose network is the result."""

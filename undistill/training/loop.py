@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -19,6 +20,7 @@ from undistill.data.batches import Batch, ViewDataset
 from undistill.data.split import Split
 from undistill.data.views import to_float
 from undistill.training.autotune import autotune
+from undistill.training.captured import Steps
 from undistill.training.metrics import accuracy, evaluate, nll
 from undistill.training.objectives import Objective, Weighted
 from undistill.training.optimisers import Average, Extra, build_trained, tensors_of
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CHECKPOINT_SECONDS = 2.0
+MEMBERS = "members"  # in the metrics of an epoch: how many networks were trained in the same steps
+CAPTURED = "captured"  # in the metrics of an epoch on a GPU: 1 if its steps were recorded as a graph, else 0
 LEAST_ROUNDS = 100  # of training and measuring, unless there are fewer epochs
 
 
@@ -52,9 +57,12 @@ class Loop:
         epochs: int,
         chooses: bool,
         bounds: Mapping[str, float],
+        checkpoint: Path | None,
+        capturable: bool,
     ) -> None:
         self.fit, self.recipe, self.epochs, self.objective, self.bounds = fit, fit.recipe, epochs, objective, bounds
-        self.carried, self.chooses = carried, chooses
+        self.carried, self.chooses, self.checkpoint = carried, chooses, checkpoint
+        self.capturable = capturable
         self.network = network.to(fit.device)
         self.extra = [one.module.to(fit.device) for one in extra]
         self.train, self.validation = data.train.to(fit.device), data.validation.to(fit.device)
@@ -82,6 +90,12 @@ class Loop:
         self.best: dict[str, Tensor] | None = None
         # measuring on many images is not to take longer than learning from few
         self.per_round = min(math.ceil(len(self.validation) / len(self.train)), max(epochs // LEAST_ROUNDS, 1))
+        self.steps = Steps(self._step, [trained.optimiser for trained in self.trained], self.why_eager)
+        self._scale = 1.0
+        """By what a loss is multiplied, so that the sum over processes is right."""
+        self.names: list[str] = []
+        """Names of the terms, as of the latest step."""
+        self._saved = time.monotonic()
         self.epoch = 0
         self.history: list[dict[str, float]] = []
 
@@ -107,29 +121,50 @@ class Loop:
         return math.ceil(len(self.train) / self.batches)
 
     @property
+    def manner(self) -> str:
+        """How the steps were computed, for the record: the settings, and with how many other networks together."""
+        most = round(max((past.get(MEMBERS, 0) for past in self.history), default=0))
+        stacked = f" in a stack of {most}" if most else ""
+        if self.fit.device.type != "cuda":
+            return f"{self.compute}{stacked}"
+        captured = any(past.get(CAPTURED) for past in self.history)
+        return f"{self.compute}{stacked}, " + ("captured" if captured else f"eager: {self.steps.why or 'few steps'}")
+
+    @property
     def current(self) -> nn.Module:
         return self.average.module if self.average else self.network
 
     def one_round(self) -> dict[str, float]:
         """Train for an epoch, or for several where training images are fewer than validation images, and measure."""
         began = time.perf_counter()
+        for epoch in self.begin_round():
+            self.epoch = epoch
+            with seeded(epoch_seed(self.fit.seed, epoch)), self.compute.backend():
+                metrics = self._train_epoch()
+        return self.end_round(metrics, time.perf_counter() - began)
+
+    def begin_round(self) -> range:
+        """Turn to training; the epochs of this round."""
         for module in (self.called, *self.extra):
             module.train()
-        first, last = self.epoch, min(self.epoch + self.per_round, self.epochs) - 1
-        for self.epoch in range(first, last + 1):
-            with seeded(epoch_seed(self.fit.seed, self.epoch)), self.compute.backend():
-                metrics = self._train_epoch()
+        return range(self.epoch, min(self.epoch + self.per_round, self.epochs))
+
+    def end_round(self, metrics: dict[str, float], seconds: float) -> dict[str, float]:
+        """Measure the network after a round whose training took `seconds`; all metrics of the round."""
+        began = time.perf_counter()
         for module in (self.network, *self.extra):
             self._require_finite(module.state_dict(), "the weights after it")
         logits = self._validate()
         labels = self.validation.labels.to(logits.device)
         self.epoch += 1
+        if self.fit.device.type == "cuda":
+            metrics[CAPTURED] = float(self.steps.is_recorded)
         metrics |= {
             "epoch": self.epoch,
             "lr": float(self.trained[0].schedule.get_last_lr()[0]),
             "validation_accuracy": accuracy(logits, labels),
             "validation_nll": nll(logits, labels),
-            "seconds": time.perf_counter() - began,
+            "seconds": seconds + time.perf_counter() - began,
         }
         if self.chooses and metrics["validation_accuracy"] > max(
             (past["validation_accuracy"] for past in self.history), default=-1.0
@@ -139,25 +174,44 @@ class Loop:
         return metrics
 
     def _train_epoch(self) -> dict[str, float]:
-        """One pass over the training images; its terms are gathered on the device and read at the end."""
-        order = torch.randperm(len(self.train)).to(self.train.labels.device)
-        whole = order.tensor_split(self.batches)
+        """One pass over the training images."""
+        whole = self.order()
         parts = [distributed.shard(index) for index in whole]
         if distributed.world() > 1:  # else all processes would drop out the same units
             torch.manual_seed(torch.initial_seed() ^ distributed.rank())
-        rows = []
-        for index, size, (views, labels) in zip(
-            parts, map(len, whole), self.dataset.shows(self.epoch, parts), strict=True
-        ):
-            images = self.compute.laid_out(to_float(views.to(self.fit.device, non_blocking=True)))
-            labels = labels.to(self.fit.device, non_blocking=True)
-            batch = Batch.of(self.dataset, self.epoch, index, images, labels)
-            terms = self._step(batch, distributed.loss_scale(len(index), size))
-            rows.append(torch.stack(list(terms.values())) * (len(index) / len(self.train)))
-        steps = distributed.all_reduce(torch.stack(rows)).cpu().double()
+        rows, left = [], Counter(map(len, parts))
+        self.steps.new_epoch()
+        for index, size, shown in zip(parts, map(len, whole), self.dataset.shows(self.epoch, parts), strict=True):
+            self._scale = distributed.loss_scale(len(index), size)
+            left[len(index)] -= 1
+            views, labels = (part.to(self.fit.device, non_blocking=True) for part in shown)
+            rows.append(self.steps(views, labels, index, left=left[len(index)]))
+        return self.metrics_of(torch.stack(rows))
+
+    @property
+    def why_eager(self) -> str:
+        """Why no step can be recorded; empty where one may be."""
+        reasons = {
+            "not on a GPU": self.fit.device.type != "cuda",
+            "in several processes": distributed.world() > 1,
+            "compiled": self.compute.compile,
+            "its objective is not said to be capturable": not self.capturable,
+        }
+        return next((why for why, holds in reasons.items() if holds), "")
+
+    def order(self) -> tuple[Tensor, ...]:
+        """Indices of the images of each batch, drawn from torch's generator."""
+        return torch.randperm(len(self.train)).to(self.train.labels.device).tensor_split(self.batches)
+
+    def metrics_of(self, rows: Tensor) -> dict[str, float]:
+        """The mean of each term over an epoch, from what every step added to it: `rows` (steps, terms).
+
+        They are read from the device here, once. `NonFinite` where one is not finite, or a mean is above its bound.
+        """
+        steps = distributed.all_reduce(rows).cpu().double()
         broken = (~steps.isfinite()).any(1)
-        self._require_finite(dict(zip(terms, steps[broken.int().argmax()], strict=True)), "the term")
-        metrics = dict(zip(terms, steps.sum(0).tolist(), strict=True))
+        self._require_finite(dict(zip(self.names, steps[broken.int().argmax()], strict=True)), "the term")
+        metrics = dict(zip(self.names, steps.sum(0).tolist(), strict=True))
         for name, bound in self.bounds.items():
             if metrics[name] > bound:
                 raise NonFinite(
@@ -173,25 +227,40 @@ class Loop:
         except NonFinite as error:
             raise self._stopped(f"on validation images: {error}") from None
 
-    def _step(self, batch: Batch, scale: float) -> dict[str, Tensor]:
-        """Every term and their sum, detached."""
+    def _step(self, views: Tensor, labels: Tensor, index: Tensor) -> Tensor:
         if self.compute.compile and self.fit.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
+        images = self.compute.laid_out(to_float(views))
+        loss, row = self.loss(self.called, Batch.of(self.dataset, self.epoch, index, images, labels))
+        self.zero_grad()
+        (loss * self._scale).backward()
+        self.update()
+        return row
+
+    def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, and what its terms and itself add to their means over the epoch, (terms,)."""
         with self.compute.autocast(self.fit.device):
-            terms = self.objective(self.called, batch)
+            terms = self.objective(network, batch)
         values = {name: term.value if isinstance(term, Weighted) else term for name, term in terms.items()}
         weights = [term.weight if isinstance(term, Weighted) else 1.0 for term in terms.values()]
         weighted = [value.float() * weight for value, weight in zip(values.values(), weights, strict=True)]
         loss = torch.stack(weighted).sum()
+        self.names = [*values, "loss"]
+        row = torch.stack([value.detach().float() for value in (*values.values(), loss)])
+        return loss, row * (len(batch.images) / len(self.train))
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
         for trained in self.trained:
             trained.optimiser.zero_grad()
-        (loss * scale).backward()
+
+    def update(self) -> None:
+        """One step of every optimiser, along the gradients that are there."""
         for trained in self.trained:
             trained.clip(self.recipe.clip)
             trained.step()
         if self.average:
             self.average.update(self.network)
-        return {name: value.detach().float() for name, value in (values | {"loss": loss}).items()}
 
     def _require_finite(self, values: Mapping[str, Tensor], what: str) -> None:
         for name, value in values.items():
@@ -247,11 +316,16 @@ class Loop:
             16 * sum(tensor.nbytes for module in (self.network, *self.extra) for tensor in tensors_of(module)) + LARGEST
         )
 
-    def save(self, path: Path) -> None:
-        write_tensors(path, self.state_dict(), self._largest)
+    def save(self) -> None:
+        """Write a checkpoint after the last epoch, and where the latest is some seconds old."""
+        due = self.epoch == self.epochs or time.monotonic() - self._saved >= CHECKPOINT_SECONDS
+        if self.checkpoint and due:
+            write_tensors(self.checkpoint, self.state_dict(), self._largest)
+            self._saved = time.monotonic()
 
-    def restore(self, path: Path | None) -> None:
-        """Go on from a checkpoint, if there is one that this training wrote; else begin."""
+    def restore(self) -> None:
+        """Go on from the checkpoint, if there is one that this training wrote; else begin."""
+        path = self.checkpoint
         state = read_tensors(path, self.fit.device, self._largest) if path else None
         if not distributed.all_true(state is not None) or state is None:
             return

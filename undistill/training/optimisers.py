@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import (
 
 from undistill.core.errors import ModelError
 from undistill.core.tensors import same_form
+from undistill.training.captured import each_step
 from undistill.training.recipe import Recipe
 
 ADAM_LR = 1e-3
@@ -60,7 +61,7 @@ class Trained:
 
     def step(self) -> None:
         self.optimiser.step()
-        self.schedule.step()
+        each_step(self.schedule.step)
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimiser": self.optimiser.state_dict(), "schedule": self.schedule.state_dict()}

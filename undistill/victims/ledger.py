@@ -50,7 +50,7 @@ class Ledger:
         if name not in self._seen:
             self._seen[name] = torch.zeros(count, dtype=torch.bool, device=index.device)
         mask = self._seen[name] = self._seen[name].to(index.device)
-        mask[index] = True
+        mask.index_fill_(0, index, True)
 
     def knows(self, name: str) -> bool:
         """Whether some of the inputs that are known as `name` were asked."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from undistill.core.errors import AccessDenied
 from undistill.data.batches import Batch
 from undistill.data.split import Samples
+from undistill.training.captured import each_step
 from undistill.victims.answer import Answer
 from undistill.victims.ledger import Ledger
 from undistill.victims.protected import responses_of
@@ -52,10 +53,10 @@ class Oracle:
         """
         self._require(Access.QUERY, "asked the victim")
         at = self._place()
-        self.ledger.bill(len(batch.images))
-        shown = batch.shown
+        count, shown = len(batch.images), batch.shown
+        each_step(lambda: self.ledger.bill(count))
         if shown is None:
-            self.ledger.note_unknown(len(batch.images))
+            each_step(lambda: self.ledger.note_unknown(count))
         else:
             epoch = shown.dataset.views.shown(shown.epoch)
             self.ledger.note(f"{shown.dataset.digest}/{epoch}", len(shown.dataset.samples), shown.index)

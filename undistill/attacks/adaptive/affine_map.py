@@ -49,7 +49,8 @@ class AffineMap(QueryAttack):
                 "map": cross_entropy(mapped, batch.labels),
             }
 
-        return fit(fresh(), data, objective, extra=[Extra(affine, "adam", lr_scale=self.speed, decay=0.0)])
+        extra = [Extra(affine, "adam", lr_scale=self.speed, decay=0.0)]
+        return fit(fresh(), data, objective, extra=extra, capturable=True)
 
 
 class Affine(nn.Module):

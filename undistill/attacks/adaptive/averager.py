@@ -32,4 +32,4 @@ class Averager(QueryAttack):
             soft, ce = distillation(target, logits, self.T), cross_entropy(logits, batch.labels)
             return {"soft": Weighted(soft, self.alpha), "ce": Weighted(ce, 1 - self.alpha)}
 
-        return fit(fresh(), data, objective)
+        return fit(fresh(), data, objective, capturable=True)

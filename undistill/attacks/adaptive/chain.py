@@ -38,11 +38,11 @@ class Chain(QueryAttack):
             answers = torch.stack([teacher(batch).float().log_softmax(1) for teacher in teachers])
             return self._loss(student(batch.images), answers.logsumexp(0), batch.labels)  # logits need no 1/n
 
-        student = fit(fresh(), data, first)
+        student = fit(fresh(), data, first, capturable=True)
         teachers = []
         for number in range(1, self.n):
             teachers.append(fit.answers(student))
-            student = fit(fresh(number), data, later)
+            student = fit(fresh(number), data, later, capturable=True)
         return student
 
     def _loss(self, logits: Tensor, teacher: Tensor, labels: Tensor) -> Terms:

@@ -57,7 +57,8 @@ class MKD(QueryAttack):
             }
 
         scale = self.speed * fit.recipe.lr / ADAM_LR
-        return fit(fresh(), data, objective, extra=[Extra(matrices, "adam", lr_scale=scale, decay=0.0)])
+        extra = [Extra(matrices, "adam", lr_scale=scale, decay=0.0)]
+        return fit(fresh(), data, objective, extra=extra, capturable=True)
 
 
 class Markov(nn.Module):

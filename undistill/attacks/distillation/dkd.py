@@ -46,7 +46,7 @@ class DKD(QueryAttack):
                 "ce": cross_entropy(logits, batch.labels),
             }
 
-        return fit(fresh(), data, objective)
+        return fit(fresh(), data, objective, capturable=True)
 
 
 def decoupled(teacher: Tensor, student: Tensor, labels: Tensor, T: float) -> tuple[Tensor, Tensor]:

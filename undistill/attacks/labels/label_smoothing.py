@@ -23,4 +23,4 @@ class LabelSmoothing(Attack):
         def objective(network: nn.Module, batch: Batch) -> Terms:
             return {"ce": cross_entropy(network(batch.images), batch.labels, self.smoothing)}
 
-        return fit(fresh(), data, objective)
+        return fit(fresh(), data, objective, capturable=True)

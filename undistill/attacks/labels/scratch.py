@@ -20,4 +20,4 @@ class Scratch(Attack):
         def objective(network: nn.Module, batch: Batch) -> Terms:
             return {"ce": cross_entropy(network(batch.images), batch.labels)}
 
-        return fit(fresh(), data, objective)
+        return fit(fresh(), data, objective, capturable=True)

@@ -29,4 +29,4 @@ class Knockoff(Attack):
         def objective(student: nn.Module, batch: Batch) -> Terms:
             return {"soft": distillation(bought(batch).filled, student(batch.images), self.T)}
 
-        return fit(fresh(), data, objective)
+        return fit(fresh(), data, objective, capturable=True)

@@ -1,0 +1,275 @@
+"""Students that are trained in the same steps are those that are trained alone, up to rounding."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import RECIPE, STUDENT, TEACHER
+from tests.test_contracts import ATTACKS
+from tests.test_fit import CPU, plain
+from undistill.attacks import Attack
+from undistill.auditing.cell import Job, Outcome
+from undistill.auditing.launchers import Launcher, Pool, Serial
+from undistill.auditing.pair import VictimPair
+from undistill.auditing.schema import Cell
+from undistill.auditing.together import grouped
+from undistill.core.progress import Progress
+from undistill.data import Data
+from undistill.data.batches import Batch
+from undistill.data.views import Views
+from undistill.models import Model
+from undistill.runs.run import Run
+from undistill.training.fit import Fit, Suspended
+from undistill.training.loop import Loop
+from undistill.training.losses import cross_entropy
+from undistill.training.objectives import Objective, Weighted
+from undistill.training.recipe import Recipe
+from undistill.training.stack import Stack, Unstackable, kind
+
+SHORT = RECIPE.model_copy(update={"epochs": 3})
+
+
+def network(data: Data, seed: int = 0, model: str = STUDENT) -> nn.Module:
+    return Model.parse(model).build(data.shape, data.num_classes, seed)
+
+
+def suspended(fit: Fit, student: nn.Module, data: Data, objective: Objective) -> Loop:
+    fit.suspends = True
+    with pytest.raises(Suspended) as stop:
+        fit(student, data.split, objective)
+    return stop.value.loop
+
+
+def loop(data: Data, objective: Objective = plain, seed: int = 0, recipe: Recipe = SHORT, **parts: Any) -> Loop:
+    student = parts.pop("student", None) or network(data, seed)
+    return suspended(Fit(recipe, seed, CPU, view_seed=0, **parts), student, data, objective)
+
+
+def smoothed(share: float) -> Objective:
+    def objective(student: nn.Module, batch: Batch) -> Mapping[str, Tensor | Weighted]:
+        logits = student(batch.images)
+        return {"ce": cross_entropy(logits, batch.labels, share), "norm": Weighted(logits.square().mean(), share)}
+
+    return objective
+
+
+def close(one: nn.Module, other: nn.Module, allowed: float = 2e-3) -> bool:
+    own, its = one.state_dict(), other.state_dict()
+    return all(torch.allclose(own[name].double(), its[name].double(), rtol=allowed, atol=allowed) for name in own)
+
+
+@pytest.mark.parametrize("seeds", [(0, 0, 0), (0, 1, 2)], ids=["same order", "own orders"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        SHORT,
+        SHORT.model_copy(update={"ema": 0.9, "optimiser": "adamw", "lr": 0.01}),
+        SHORT.model_copy(update={"views": Views(mixup=1.0), "selection": "best"}),
+    ],
+    ids=["sgd", "adamw and averages", "mixed views"],
+)
+def test_each_is_trained_as_if_it_were_alone(toy: Data, seeds: tuple[int, ...], recipe: Recipe) -> None:
+    """Each with its own objective, learning rate and clipping."""
+    members = [
+        (seed, recipe.model_copy(update={"lr": recipe.lr * factor, "clip": clip}), smoothed(share))
+        for seed, factor, clip, share in zip(seeds, (1.0, 0.3, 1.0), (5.0, 5.0, 0.1), (0.0, 0.1, 0.3), strict=True)
+    ]
+    loops = [loop(toy, objective, seed, own) for seed, own, objective in members]
+    assert len({kind(one) for one in loops}) == 1
+    Stack(loops).train(Progress.silent())
+    for (seed, own, objective), one in zip(members, loops, strict=True):
+        fit = Fit(own, seed, CPU, view_seed=0)
+        alone = fit(network(toy, seed), toy.split, objective)
+        assert close(one.result(), alone)
+        for ours, theirs in zip(one.history, fit.history, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
+            assert ours["members"] == 3
+
+
+def test_a_stopped_stack_goes_on_alone_and_the_other_way_round(
+    toy: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoints are those of trainings that are done alone."""
+    monkeypatch.setattr("undistill.training.loop.CHECKPOINT_SECONDS", 0.0)
+    folders = [tmp_path / str(seed) for seed in range(2)]
+    for folder in folders:
+        folder.mkdir()
+    fits = [Fit(SHORT, seed, CPU, folder, view_seed=0) for seed, folder in enumerate(folders)]
+    Stack([suspended(fit, network(toy, fit.seed), toy, plain) for fit in fits]).one_round()
+    alone = [Fit(SHORT, seed, CPU, view_seed=0)(network(toy, seed), toy.split, plain) for seed in range(2)]
+    first = Fit(SHORT, 0, CPU, folders[0], view_seed=0)
+    assert close(first(network(toy), toy.split, plain), alone[0])
+    assert [row.get("members") for row in first.history] == [2, None, None]
+    assert first.computed[0].endswith(" in a stack of 2")
+    left = [loop(toy, seed=seed, folder=folders[seed]) for seed in range(2) if seed]
+    left += [loop(toy, seed=5)]
+    assert left[0].epoch == 1
+    assert kind(left[0]) != kind(left[1]), "one is an epoch behind"
+
+
+def noisy(student: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    return {"ce": cross_entropy(student(batch.images) + torch.rand(()), batch.labels)}
+
+
+def twice(student: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    return {"ce": cross_entropy(student(batch.images) + student(batch.images), batch.labels)}
+
+
+def elsewhere(student: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    return {"ce": cross_entropy(student(batch.images.flip(3)), batch.labels)}
+
+
+def broken(student: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    raise KeyError("nothing there")
+
+
+def exploding(student: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    return {"ce": cross_entropy(student(batch.images), batch.labels) * float("inf")}
+
+
+@pytest.mark.parametrize(
+    ("objective", "why"),
+    [
+        (noisy, "draws random numbers"),
+        (twice, "more than once"),
+        (elsewhere, "other images than the batch"),
+        (broken, "KeyError.*nothing there"),
+        (exploding, "term 'ce' is NaN or infinite"),
+    ],
+)
+def test_who_cannot_be_stacked_is_named_with_the_reason(toy: Data, objective: Objective, why: str) -> None:
+    one, other = loop(toy), loop(toy, objective)
+    with pytest.raises(Unstackable, match=why) as error:
+        Stack([one, other]).train(Progress.silent())
+    assert error.value.loops == [other]
+
+
+def test_an_objective_that_reaches_for_the_network_itself_is_done_alone(toy: Data) -> None:
+    student = network(toy)
+
+    def own(_: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        return {"ce": cross_entropy(student(batch.images), batch.labels)}
+
+    one, other = loop(toy), loop(toy, own, student=student)
+    with pytest.raises(Unstackable, match="differentiates the network by itself") as error:
+        Stack([one, other]).train(Progress.silent())
+    assert error.value.loops == [other]
+
+
+def test_networks_that_draw_or_are_watched_are_done_alone(toy: Data) -> None:
+    flat = toy.shape[1] * toy.shape[2]
+
+    def dropping() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(flat, toy.num_classes))
+
+    loops = [loop(toy, student=dropping()) for _ in range(2)]
+    with pytest.raises(Unstackable, match="random") as error:
+        Stack(loops).train(Progress.silent())
+    assert error.value.loops == loops
+    watched = network(toy)
+    watched.register_forward_hook(lambda *_: None)
+    assert kind(loop(toy, student=watched)) == ""
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"recipe": SHORT.model_copy(update={"epochs": 4})},
+        {"recipe": SHORT.model_copy(update={"batch_size": 8})},
+        {"recipe": SHORT.model_copy(update={"views": Views(crop=0)})},
+        {"model": TEACHER},
+    ],
+    ids=["epochs", "batches", "views", "network"],
+)
+def test_only_what_is_alike_is_stacked(toy: Data, other: dict[str, Any]) -> None:
+    model = other.pop("model", STUDENT)
+    assert kind(loop(toy)) == kind(loop(toy, seed=3, recipe=SHORT.model_copy(update={"lr": 0.01})))
+    assert kind(loop(toy)) != kind(loop(toy, student=network(toy, model=model), **other))
+
+
+def jobs(victim: Run, attacks: list[Attack], seeds: tuple[int, ...] = (0, 1), pool: str = "") -> list[Job]:
+    """Of two epochs: what is rounded otherwise grows with every step."""
+    pair, recipe = VictimPair.of(victim, None, seeds, None, pool=pool), RECIPE.model_copy(update={"epochs": 2})
+    student = Model.parse(STUDENT)
+    return [Job(pair, "victim", attack, student, seed, recipe) for attack in attacks for seed in seeds]
+
+
+@pytest.fixture
+def students_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Outcome]]:
+    """What the thieves of some jobs trained, by the names of their jobs."""
+
+    def run(launcher: Launcher, wanted: list[Job], cells: Path) -> dict[str, Outcome]:
+        outcomes: dict[str, Outcome] = {}
+        result = Job._result
+
+        def kept(job: Job, outcome: Outcome) -> Any:
+            outcomes[job.name] = outcome
+            return result(job, outcome)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Job, "_result", kept)
+            launcher.run(wanted, cells, Progress.silent())
+        return outcomes
+
+    return run
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=str)
+def test_every_attack_may_be_stacked(attack: Attack, victim: Run, pool: str, tmp_path: Path, students_of) -> None:
+    """With two seeds: the same students up to rounding and the same queries, whether or not it can be."""
+    wanted = jobs(victim, [attack], pool=pool)
+    alone = students_of(Serial(), wanted, tmp_path / "alone" / "cells")
+    stacked = students_of(Serial(stacked=4), wanted, tmp_path / "stacked" / "cells")
+    for name, one in alone.items():
+        assert (one.student is None) == (stacked[name].student is None)
+        if one.student and stacked[name].student:
+            assert close(one.student, stacked[name].student)
+        assert one.oracle.ledger.billed == stacked[name].oracle.ledger.billed
+        assert one.oracle.ledger.distinct == stacked[name].oracle.ledger.distinct
+        assert len(one.fit.history) == len(stacked[name].fit.history)
+    assert not list((tmp_path / "stacked" / "cells").glob("*/")), "finished cells leave no folder behind"
+
+
+def test_most_attacks_are_stacked(victim: Run, pool: str, tmp_path: Path, students_of) -> None:
+    """Those that are one loss, and each student of a chain."""
+    names = "Scratch", "LabelSmoothing", "HardLabels", "SoftLabels", "DKD", "DIST", "LSKD", "AffineMap", "MKD", "Chain"
+    attacks = [attack for attack in ATTACKS if type(attack).__name__ in names]
+    assert len(attacks) == len(names)
+    stacked = students_of(Serial(stacked=32), jobs(victim, attacks), tmp_path / "cells")
+    for name, outcome in stacked.items():
+        assert all(" in a stack of " in said for said in outcome.fit.computed), name
+
+
+def test_whoever_cannot_be_stacked_holds_nobody_up(
+    victim: Run, tmp_path: Path, students_of, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    attacks = [Attack.parse("PBayes(draws=2, rounds=1)"), Attack.parse("SoftLabels()")]
+    stacked = students_of(Serial(stacked=8), jobs(victim, attacks), tmp_path / "cells")
+    assert "PBayes on victim, seed 0: trained alone. The objective draws random numbers." in caplog.text
+    said = {name: outcome.fit.computed[-1] for name, outcome in stacked.items()}
+    assert "in a stack" in said["SoftLabels on victim, seed 0"]
+    assert "in a stack" not in said["PBayes on victim, seed 0"]
+
+
+def test_a_pool_stacks_too_and_keeps_every_worker_busy(victim: Run, tmp_path: Path) -> None:
+    wanted = jobs(victim, [Attack.parse("SoftLabels()"), Attack.parse("HardLabels()")])
+    assert len(Pool(workers=2, stacked=8)._orders(wanted, tmp_path, 1, 2)) == 2
+    found: list[Cell] = Pool(workers=2, threads=1, stacked=8).run(wanted, tmp_path / "cells", Progress.silent())
+    for job, cell in zip(wanted, found, strict=True):
+        assert (cell.attack, cell.seed) == (str(job.attack), job.seed)
+        assert cell.compute.endswith(" in a stack of 2")
+
+
+def test_jobs_are_grouped_by_student_and_by_as_many_as_asked(victim: Run) -> None:
+    wanted = jobs(victim, [Attack.parse("SoftLabels()"), Attack.parse("HardLabels()")], seeds=(0, 1, 2))
+    other = replace(wanted[0], student=Model.parse(TEACHER))
+    groups = grouped([wanted[0], other, *wanted, wanted[0]], 4)
+    assert [len(group) for group in groups] == [4, 2, 1]
+    assert [job for group in groups for job in group] == [*wanted, other]

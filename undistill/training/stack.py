@@ -1,0 +1,235 @@
+"""Students of one architecture, trained in the same steps: one forward and one backward pass for all of them.
+
+An audit trains many small networks on the same views, and the work of a small network's step is mostly overhead. Here
+their weights are stacked, and `torch.func.vmap` runs one program over all. Everything else is each one's own: its order
+of images, its objective, clipping, optimiser, schedule and checkpoint. A network ends with the weights that it has when
+it is trained alone, up to rounding.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from undistill.core import distributed
+from undistill.core.progress import Progress
+from undistill.core.seeds import epoch_seed, seeded
+from undistill.data.batches import Batch
+from undistill.data.views import to_float
+from undistill.training.captured import Steps
+from undistill.training.loop import MEMBERS, Loop
+
+PART = 512  # views that are made together
+TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
+"""By how much the largest logit may differ from that of the network alone, in the first step."""
+
+
+class Unstackable(Exception):
+    """Trainings that cannot go on together with others, and why."""
+
+    def __init__(self, loops: Sequence[Loop], why: str) -> None:
+        super().__init__(why)
+        self.loops = loops
+
+
+def kind(loop: Loop) -> str:
+    """The same text for trainings that can be stacked; empty for one that can only be done alone."""
+    network = loop.network
+    if distributed.world() > 1 or loop.compute.compile or not isinstance(loop.train.images, Tensor):
+        return ""
+    if any(module._forward_hooks or module._forward_pre_hooks for module in network.modules()):
+        return ""
+    weights = [(name, tuple(value.shape), value.dtype) for name, value in network.state_dict().items()]
+    trained = [parameter.requires_grad for parameter in network.parameters()]
+    plan = loop.compute, loop.epochs, loop.epoch, loop.per_round, loop.batches, loop.fit.device
+    return repr((str(network), weights, trained, loop.dataset.digest, len(loop.train), *map(str, plan)))
+
+
+class Stack:
+    """The loops of one `kind`, in lockstep. Each remains whole, and writes its own checkpoints."""
+
+    def __init__(self, loops: Sequence[Loop]) -> None:
+        self.loops = loops
+        self.first = loops[0]
+        self.program = deepcopy(self.first.network)
+        """The network into which vmap puts the weights of each."""
+        self.same_order = len({loop.fit.seed for loop in loops}) == 1
+        self._checks = False
+        """Whether a step is compared with those of the networks alone: the first of each epoch."""
+        self.weights: dict[str, Tensor] = {}
+        """Every parameter of all networks, (M, ...)."""
+        self.buffers: dict[str, Tensor] = {}
+        optimisers = [trained.optimiser for loop in loops for trained in loop.trained]
+        why = next(filter(None, (loop.why_eager for loop in loops)), "")
+        self._steps = Steps(self._step, optimisers, why)
+        for loop in loops:
+            loop.steps = self._steps
+
+    def train(self, progress: Progress) -> None:
+        """Train all of them to the end; `Unstackable` for one that must be trained alone."""
+        first, name = self.first, f"{len(self.loops)} students"
+        with progress.task(name, first.epochs, done=first.epoch) as task:
+            while first.epoch < first.epochs:
+                self.one_round()
+                reached = [loop.history[-1]["validation_accuracy"] for loop in self.loops]
+                task.reach(first.epoch, f"validation {min(reached):.1%} to {max(reached):.1%}")
+
+    def one_round(self) -> None:
+        began = time.perf_counter()
+        epochs, *_ = [loop.begin_round() for loop in self.loops]
+        self.program.train()
+        with self._stacked():
+            for epoch in epochs:
+                rows = self._train_epoch(epoch)
+        seconds = (time.perf_counter() - began) / len(self.loops)
+        for loop, own in zip(self.loops, rows, strict=True):
+            with alone_if_it_fails([loop]):
+                loop.end_round(loop.metrics_of(own) | {MEMBERS: float(len(self.loops))}, seconds)
+        for loop in self.loops:
+            loop.save()
+
+    @contextmanager
+    def _stacked(self) -> Iterator[None]:
+        """Inside, the parameters and buffers of all networks are rows of stacked ones."""
+        networks = [loop.network for loop in self.loops]
+        own = [{**dict(each.named_parameters()), **dict(each.named_buffers())} for each in networks]
+        before = [{name: value.data for name, value in each.items()} for each in own]
+        stacked = {name: torch.stack([each[name] for each in before]) for name in own[0]}
+        for number, each in enumerate(own):
+            for name, value in each.items():
+                value.data = stacked[name][number]
+        trained = {name for name, value in networks[0].named_parameters() if value.requires_grad}
+        self.weights = {name: value.requires_grad_() for name, value in stacked.items() if name in trained}
+        self.buffers = {name: value for name, value in stacked.items() if name not in trained}
+        try:
+            yield
+        finally:
+            for each, old in zip(own, before, strict=True):
+                for name, value in each.items():
+                    value.data = old[name].copy_(value.data)  # with the layout that it had
+
+    def _train_epoch(self, epoch: int) -> list[Tensor]:
+        """What the steps of one epoch add to each network's terms, (steps, terms)."""
+        self._epoch, self._views = epoch, self._views_of(epoch)
+        orders, rows = [], []
+        for loop in self.loops:
+            loop.epoch = epoch
+            with seeded(epoch_seed(loop.fit.seed, epoch)):
+                orders.append(loop.order())
+        batches = [torch.stack(parts) for parts in zip(*orders, strict=True)]
+        left = Counter(index.shape for index in batches)
+        self._steps.new_epoch()
+        with self.first.compute.backend():
+            for number, index in enumerate(batches):
+                self._checks = number == 0
+                left[index.shape] -= 1
+                rows.append(self._steps(index, left=left[index.shape]))
+        return list(torch.stack(rows).split([len(loop.names) for loop in self.loops], 1))
+
+    def _views_of(self, epoch: int) -> Tensor:
+        """uint8 views (N, C, H, W) of all images in this epoch."""
+        dataset = self.first.dataset
+        parts = [part.to(dataset.samples.labels.device) for part in dataset.samples.parts(PART)]
+        return torch.cat([views for views, _ in dataset.shows(epoch, parts)])
+
+    def _step(self, index: Tensor) -> Tensor:
+        """One step of every network, on its own batch of this epoch's views: those at its row of `index` (M, B)."""
+        images = to_float(self._views[index[:1] if self.same_order else index]).expand(len(index), -1, -1, -1, -1)
+        logits = self._forward(images)
+        if self._checks:
+            self._require_alike(images, logits)
+        rows, losses = [], []
+        for loop, own, shown, answers in zip(self.loops, index, images, logits, strict=True):
+            batch = Batch.of(loop.dataset, self._epoch, own, shown, loop.dataset.labels(self._epoch, own))
+            with alone_if_it_fails([loop]), undrawn(loop) if self._checks else nullcontext():
+                loss, row = loop.loss(Member(shown, answers), batch)
+            rows.append(row)
+            losses.append(loss)
+            loop.zero_grad()
+        for stacked in self.weights.values():
+            stacked.grad = None
+        torch.stack(losses).sum().backward()
+        for number, loop in enumerate(self.loops):
+            self._take_gradients(loop, number)
+            loop.update()
+        return torch.cat(rows)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        """Logits (M, B, K) of each network for its own images (M, B, C, H, W)."""
+        shared = self.same_order
+        each = vmap(self._call, (0, 0, None if shared else 0))
+        with alone_if_it_fails(self.loops), self.first.compute.autocast(images.device):
+            logits: Tensor = each(self.weights, self.buffers, images[0] if shared else images)
+        return logits
+
+    def _call(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        logits: Tensor = functional_call(self.program, (dict(weights), dict(buffers)), (images,))
+        return logits
+
+    @torch.no_grad()
+    def _require_alike(self, images: Tensor, logits: Tensor) -> None:
+        """`Unstackable` for a network that answers otherwise when it is called by itself."""
+        for number, loop in enumerate(self.loops):
+            weights = {name: value[number] for name, value in self.weights.items()}
+            buffers = {name: value[number].clone() for name, value in self.buffers.items()}
+            with loop.compute.autocast(images.device):
+                alone = self._call(weights, buffers, images[number]).float()
+            bound = TOLERANCE[loop.compute.precision] * alone.abs().max().clamp_min(1)
+            if not (alone - logits[number].float()).abs().max() <= bound:
+                raise Unstackable([loop], "Stacked weights give other answers.")
+
+    def _take_gradients(self, loop: Loop, number: int) -> None:
+        """Give a network its row of the gradients."""
+        for name, parameter in loop.network.named_parameters():
+            if parameter.grad is not None:
+                raise Unstackable([loop], "The objective differentiates the network by itself.")
+            if name in self.weights and (gradient := self.weights[name].grad) is not None:
+                parameter.grad = gradient[number]
+
+
+class Member(nn.Module):
+    """A network of a stack, as its objective calls it: the answers to the batch are there already."""
+
+    def __init__(self, images: Tensor, logits: Tensor) -> None:
+        super().__init__()
+        self._images: Tensor | None = images
+        self._logits = logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images is not self._images:
+            raise RuntimeError("The objective calls the network on other images than the batch, or more than once.")
+        self._images = None
+        return self._logits
+
+
+@contextmanager
+def alone_if_it_fails(loops: Sequence[Loop]) -> Iterator[None]:
+    """`Unstackable` instead of any error inside: alone, such a training goes on, or ends with its own error."""
+    try:
+        yield
+    except Unstackable:
+        raise
+    except Exception as error:
+        raise Unstackable(loops, f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def undrawn(loop: Loop) -> Iterator[None]:
+    """`Unstackable` where random numbers are drawn inside: the generator is at another place than alone."""
+    before = generator_states(loop.fit.device)
+    yield
+    if not torch.equal(before, generator_states(loop.fit.device)):
+        raise Unstackable([loop], "The objective draws random numbers.")
+
+
+def generator_states(device: torch.device) -> Tensor:
+    """The states of torch's generators for main memory and for `device`, in one tensor."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
