@@ -82,6 +82,7 @@ def operations(cases: list[Case]) -> float:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--scale", choices=["paper", "gpu"], default="paper")
     options.add_argument("--gpu", type=float, default=1e14, help="operations a second of a GPU, assumed")
     options.add_argument("--cores", type=float, default=3.9e11, help="of two cores; docs/benchmarks.md, ResNet-18")
     rates = options.parse_args()
@@ -89,7 +90,7 @@ def main() -> None:
     for name, experiment in EXPERIMENTS.items():
         if name == "fashion":
             continue
-        count = operations(experiment("paper"))
+        count = operations(experiment(rates.scale))
         print(f"| `{name}` | {count / 1e18:.2f} | {count / rates.gpu / 60:,.0f} | {count / rates.cores / 3600:,.0f} |")
 
 

@@ -14,6 +14,7 @@ from tests.conftest import RECIPE, STUDENT
 from undistill.core.errors import ModelError, SpecError
 from undistill.data import Data
 from undistill.data.batches import Batch
+from undistill.data.views import to_float
 from undistill.models import Model
 from undistill.training import autotune as trials
 from undistill.training import loop as loops
@@ -300,11 +301,11 @@ def test_no_step_waits_for_the_gpu(ema: float, toy: Data, monkeypatch: pytest.Mo
 
     step = loops.Loop._step
 
-    def watched(loop: loops.Loop, batch: Batch, scale: float) -> dict[str, Tensor]:
-        victim(batch)
+    def watched(loop: loops.Loop, views: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        victim(Batch.of(loop.dataset, loop.epoch, index, to_float(views), labels))
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return step(loop, batch, scale)
+            return step(loop, views, labels, index)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

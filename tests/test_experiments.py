@@ -18,7 +18,7 @@ EXISTING = [
     (name, scale)
     for name in EXPERIMENTS
     for scale in SCALES
-    if not (scale == "paper" and name == "fashion") and not (scale == "small" and name == "table3")
+    if not (scale in ("gpu", "paper") and name == "fashion") and not (scale == "small" and name == "table3")
 ]
 
 
@@ -66,7 +66,7 @@ def test_an_ablation_varies_what_its_rows_say(name: str, scale: Scale) -> None:
     assert len({case.name.partition(": ")[0] for case in cases}) >= (2 if name == "published-omegas" else 3)
 
 
-@pytest.mark.parametrize("scale", ["small", "paper"])
+@pytest.mark.parametrize("scale", ["small", "gpu", "paper"])
 @pytest.mark.parametrize("name", ["collapse", "nan"])
 def test_no_two_trainings_of_an_experiment_are_the_same(name: str, scale: Scale) -> None:
     cases = [replace(case, name="") for case in find(name)(scale)]
@@ -101,6 +101,19 @@ def test_paper_is_the_published_schedule() -> None:
         assert recipe.views == views
     cnn = setting("CIFAR-10", "paper").students["CNN"].recipe
     assert (cnn.epochs, cnn.optimiser, cnn.lr, cnn.weight_decay, cnn.drops) == (100, "adamw", 1e-3, 0, ())
+
+
+@pytest.mark.parametrize("data", ["CIFAR-10", "CIFAR-100", "Tiny-ImageNet"])
+def test_gpu_is_paper_with_one_teacher_and_a_short_schedule(data: str) -> None:
+    paper, gpu = setting(data, "paper"), setting(data, "gpu")
+    assert (gpu.data, gpu.omega, gpu.T, gpu.alpha, gpu.twins) == (paper.data, paper.omega, paper.T, 0.9, paper.twins)
+    assert {name: student.model for name, student in gpu.students.items()} == {
+        name: student.model for name, student in paper.students.items()
+    }
+    assert list(gpu.teachers) == ["ResNet-18"]
+    for recipe in (gpu.recipe, *(student.recipe for student in gpu.students.values())):
+        assert (recipe.epochs, recipe.schedule, recipe.selection) == (30, "one_cycle", "best")
+        assert recipe.views == paper.recipe.views
 
 
 # method.md, section 1: figures of the rows, then by columns

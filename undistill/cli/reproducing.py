@@ -26,7 +26,9 @@ log = logging.getLogger(__name__)
 
 def reproduce(
     name: Annotated[str, typer.Argument(help="An experiment, or 'list'.")] = "list",
-    scale: Annotated[str, typer.Option(help="smoke (digits), small (two cores) or paper (as published).")] = "small",
+    scale: Annotated[
+        str, typer.Option(help="smoke (digits), small (two cores), gpu (minutes on one), paper (as published).")
+    ] = "small",
     seeds: Annotated[int, typer.Option(min=1, max=MOST_SEEDS, help="Repetitions of everything.")] = 1,
     cells: Annotated[str, typer.Option(help="Only values whose name matches, such as '*CNN'.")] = "*",
     select_on_test: Annotated[

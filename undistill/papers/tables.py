@@ -17,6 +17,7 @@ HARDWARE = (
     "Minutes are those of one seed with nothing done yet; experiments in one folder share teachers, and are done one "
     "after another. 'small': one CPU core, the other busy with the like, measured, or estimated where it says 'about'; "
     "'--launcher pool --workers 2' uses both, and took 52 minutes for table1. "
+    "'gpu': as 'paper' in 30 epochs, with one teacher; not measured yet. "
     "'paper': a GPU with 10^14 operations a second, calculated by 'python -m benchmarks.paper'. What the paper reports "
     "is quoted second-hand and unverified."
 )
