@@ -1,9 +1,12 @@
 """Remembered answers: the same bits, asked once, trusted only if whole and of this very network."""
 
 import errno
+import threading
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from undistill.data import Data
 from undistill.data.batches import Batch, ViewDataset
 from undistill.data.views import Views, to_float
 from undistill.models import Model
+from undistill.training import answers as remembered
 from undistill.training.answers import AnswerStore, RememberedAnswers, _digest
 from undistill.training.compute import FAST, Compute
 from undistill.training.metrics import evaluate
@@ -350,3 +354,46 @@ def test_kept_answers_are_mapped_not_read(victim: nn.Module, stream: ViewDataset
     later = RememberedAnswers(victim, store=AnswerStore(tmp_path))
     assert len(later.epoch(stream, 0)) == len(stream.samples)
     assert str(next(tmp_path.glob("*/*.safetensors"))) in Path("/proc/self/maps").read_text()
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven images are answered together, and as many make a block."""
+    monkeypatch.setattr(remembered, "PART", 7)
+    monkeypatch.setattr(remembered, "LEAST", 7)
+
+
+def test_blocks_are_the_epoch_and_a_damaged_one_alone_is_made_again(
+    victim: nn.Module, stream: ViewDataset, tmp_path: Path, small_blocks: None
+) -> None:
+    whole = RememberedAnswers(victim, store=AnswerStore(limit=0)).epoch(stream, 0)
+    assert torch.equal(RememberedAnswers(victim, store=AnswerStore(tmp_path)).epoch(stream, 0), whole)
+    blocks = sorted(tmp_path.glob("*/*/00000.safetensors"))
+    assert 1 < len(blocks) <= remembered.BLOCKS
+    blocks[1].write_bytes(blocks[0].read_bytes())  # whole, but of other images
+    again = RememberedAnswers(victim, store=AnswerStore(tmp_path))
+    assert torch.equal(again.epoch(stream, 0), whole)
+    assert 0 < again.computed < len(whole)
+
+
+def test_processes_share_the_work_of_an_epoch(
+    victim: nn.Module, stream: ViewDataset, tmp_path: Path, small_blocks: None
+) -> None:
+    """While one makes a block, another makes those after it; both get the whole."""
+    expected = RememberedAnswers(victim, store=AnswerStore(limit=0)).epoch(stream, 0)
+    one, other = (RememberedAnswers(deepcopy(victim), store=AnswerStore(tmp_path)) for _ in range(2))
+    made, make = list[Tensor](), one._make
+
+    def slow(*work: Any) -> Tensor:
+        if not made:
+            thread.start()
+            time.sleep(0.3)
+        return make(*work)
+
+    thread = threading.Thread(target=lambda: made.append(other.epoch(stream, 0)))
+    one._make = slow  # type: ignore[method-assign]
+    assert torch.equal(one.epoch(stream, 0), expected)
+    thread.join()
+    assert torch.equal(made[0], expected)
+    assert one.computed + other.computed == len(expected), "nothing twice"
+    assert min(one.computed, other.computed) > 0

@@ -66,10 +66,13 @@ def sweep(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait for the lock file `path`, and hold it inside. What killed processes left beside it is swept away."""
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Wait for the lock file `path`, and hold it inside. What killed processes left beside it is swept away.
+
+    Without `wait`, filelock's `Timeout` is raised where another process holds it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path):
+    with FileLock(path, timeout=-1 if wait else 0):
         sweep(path.parent)
         yield
 

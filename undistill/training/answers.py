@@ -2,21 +2,25 @@
 
 A whole epoch of views is answered at once, in the order of the samples and in parts of fixed size. So
 an answer's bits depend neither on the order in which students ask nor on whether it was remembered.
-Where a folder is given, epochs are kept there as `KEY/EPOCH.safetensors` and found again by later
-commands; KEY names the weights, the code, the views and the compute settings.
+Where a folder is given, epochs are kept there and found again by later commands: as `KEY/EPOCH.safetensors`, or
+where there are many images in blocks, `KEY/BLOCK/EPOCH.safetensors`, which several processes share among them. KEY
+names the weights, the code, the views and the compute settings.
 """
 
 import contextlib
 import hashlib
 import inspect
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import cast
 
 import torch
+from filelock import Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -41,6 +45,8 @@ log = logging.getLogger(__name__)
 
 REMEMBER = 4.0  # GiB
 PART = 512  # images answered together
+BLOCKS = 16  # at most, of an epoch
+LEAST = 8 * PART  # images of a block, unless there are fewer
 TRIED = 64  # images of the trial that chooses the compute settings
 ASKED = 5  # times that a network is measured whose answers vary
 HELD = GIB // 4  # bytes of answers held in memory, beside those of the present epoch
@@ -95,14 +101,59 @@ class AnswerStore:
             data = save({"answers": answers}, _about(key, epoch, answers))
             write_atomically(self._path(key, epoch), lambda file: file.write(data))
 
+    def gather(self, key: str, epoch: int, shapes: Sequence[tuple[int, int]], make: Callable[[int], Tensor]) -> Tensor:
+        """The answers of one epoch: its blocks are found, or made by whichever processes need them, each by one.
+
+        `make` gives the answers of the block of that number; `shapes` are those of all blocks.
+        """
+        if len(shapes) == 1:
+            return cast(Tensor, self._block(key, epoch, shapes[0], partial(make, 0), wait=True))
+        blocks: dict[int, Tensor] = {}
+
+        def take(number: int, *, wait: bool) -> None:
+            block = self._block(f"{key}/{number:02d}", epoch, shapes[number], partial(make, number), wait=wait)
+            if block is not None:
+                blocks[number] = block
+
+        while missing := [number for number in range(len(shapes)) if number not in blocks]:
+            known = len(blocks)
+            for number in missing:
+                take(number, wait=False)
+            if len(blocks) == known:  # other processes make all that is missing
+                take(missing[0], wait=True)
+        return torch.cat([blocks[number] for number in range(len(shapes))])
+
+    def _block(
+        self, key: str, epoch: int, shape: tuple[int, int], make: Callable[[], Tensor], *, wait: bool
+    ) -> Tensor | None:
+        """The block, found or made; None while another process makes it, unless this one is to `wait` for that."""
+        if (found := self._find(key, epoch, shape)) is not None:
+            return found
+        with self._alone(key, wait) as mine:
+            if not mine:
+                return None
+            if (found := self._find(key, epoch, shape)) is not None:
+                return found
+            made = make()
+            self.save(key, epoch, made)
+        return made
+
+    def _find(self, key: str, epoch: int, shape: tuple[int, int]) -> Tensor | None:
+        found = self.load(key, epoch, shape)
+        return found if distributed.all_true(found is not None) else None
+
     @contextlib.contextmanager
-    def alone(self, key: str) -> Iterator[None]:
-        """Let one command compute answers of `key` while others that need them wait."""
+    def _alone(self, key: str, wait: bool) -> Iterator[bool]:
+        """Whether this process alone may make answers of `key` inside; without a disk that works, all may."""
+        mine = True
         with contextlib.ExitStack() as stack:
             if not self._trouble and distributed.rank() == 0:
                 with self.guard():
-                    stack.enter_context(locked(self._path(key, 0).with_name(".lock")))
-            yield
+                    try:
+                        stack.enter_context(locked(self._path(key, 0).with_name(".lock"), wait=wait))
+                    except Timeout:
+                        mine = False
+            yield mine
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
@@ -119,11 +170,12 @@ class AnswerStore:
 
     def _path(self, key: str, epoch: int) -> Path:
         assert self.folder is not None
-        return self.folder / key[:20] / f"{epoch:05d}.safetensors"
+        whole, _, block = key.partition("/")
+        return self.folder / whole[:20] / block / f"{epoch:05d}.safetensors"
 
     def _size(self) -> int:
         assert self.folder is not None
-        return sum(path.stat().st_size for path in self.folder.glob("*/*.safetensors"))
+        return sum(path.stat().st_size for path in self.folder.glob("**/*.safetensors"))
 
 
 def _about(key: str, epoch: int, answers: Tensor) -> dict[str, str]:
@@ -218,7 +270,8 @@ class RememberedAnswers:
 
     def once(self, dataset: ViewDataset) -> Tensor:
         """Logits (N, K) for the first epoch of views, computed now."""
-        return self._make(dataset, 0, self._choose(lambda: self._first(dataset, 0)))
+        compute = self._choose(lambda: self._first(dataset, 0))
+        return self._make(dataset, 0, compute, dataset.samples.parts(PART))
 
     def _first(self, dataset: ViewDataset, epoch: int) -> Tensor:
         """The first views, on which compute settings are tried."""
@@ -234,28 +287,20 @@ class RememberedAnswers:
     def _found_or_made(self, dataset: ViewDataset, epoch: int) -> Tensor:
         compute = self._choose(lambda: self._first(dataset, epoch))
         key = self._key(dataset, compute) if self.store.open else None
+        parts = dataset.samples.parts(PART)
         if not distributed.all_true(key is not None) or key is None:
-            return self._make(dataset, epoch, compute)
-        shape = (len(dataset.samples), dataset.num_classes)
-        if (found := self._find(key, epoch, shape)) is not None:
-            return found
-        with self.store.alone(key):
-            if (found := self._find(key, epoch, shape)) is not None:
-                return found
-            made = self._make(dataset, epoch, compute)
-            self.store.save(key, epoch, made)
-        return made
+            return self._make(dataset, epoch, compute, parts)
+        each = len(parts) if distributed.world() > 1 else max(math.ceil(len(parts) / BLOCKS), LEAST // PART)
+        blocks = [parts[first : first + each] for first in range(0, len(parts), each)]
+        shapes = [(sum(map(len, block)), dataset.num_classes) for block in blocks]
+        return self.store.gather(key, epoch, shapes, lambda number: self._make(dataset, epoch, compute, blocks[number]))
 
-    def _find(self, key: str, epoch: int, shape: tuple[int, int]) -> Tensor | None:
-        found = self.store.load(key, epoch, shape)
-        return found if distributed.all_true(found is not None) else None
-
-    def _make(self, dataset: ViewDataset, epoch: int, compute: Compute) -> Tensor:
+    def _make(self, dataset: ViewDataset, epoch: int, compute: Compute, parts: Sequence[Tensor]) -> Tensor:
         def answers(parts: Sequence[Tensor]) -> Iterator[Tensor]:
             for views, _ in dataset.shows(epoch, parts):
                 yield self._run(compute, to_float(views.to(self.device)))
 
-        return require_finite(distributed.in_turns(dataset.samples.parts(PART), answers), "views")
+        return require_finite(distributed.in_turns(parts, answers), "views")
 
     def _run(self, compute: Compute, images: Tensor) -> Tensor:
         self.computed += len(images)
@@ -268,7 +313,7 @@ class RememberedAnswers:
         if self._compute is None:
             folder = self.store.folder if self.store.open else None
             self._compute = autotune(self._asked, self.network, sample, steps=1, training=False, folder=folder)
-            self._ready = self._compute.prepare(self.network, training=False)
+            self._ready = self._compute.prepare(self.network)
         return self._compute
 
     def _key(self, dataset: ViewDataset, compute: Compute) -> str | None:

@@ -18,6 +18,7 @@ from undistill.core.errors import ModelError
 from undistill.core.files import locked, machine_key, read_json, seal, unseal, write_json
 from undistill.core.identity import fingerprint
 from undistill.core.seeds import seeded
+from undistill.training.captured import GraphMemory, Recorded
 from undistill.training.compute import EXACT, Compute, machine
 from undistill.training.losses import cross_entropy
 
@@ -123,9 +124,9 @@ class _Trial:
             if not why:
                 with seeded(0):
                     step = self._step(compute)
-                    # compiled code records its CUDA graphs in the steps after the first
-                    warm_up = [_timed(step) for _ in range(4 if compute.compile else 2)]
-                    if compute.compile or warm_up[-1] < FAR * best:
+                    step()
+                    step.record()
+                    if _timed(step) < FAR * best or compute.compile:
                         self.seconds[str(compute)] = statistics.median(_timed(step) for _ in range(3))
                     if compute.compile:  # tried after its eager twin, and not in a child, which would compile it again
                         why = self._difference(compute, step)
@@ -194,11 +195,21 @@ class _Step:
 
     def __init__(self, compute: Compute, network: nn.Module, images: Tensor, training: bool) -> None:
         self.compute, self.training, self.eager = compute, training, network.to(images.device).train(training)
-        self.network = compute.prepare(self.eager, training)
+        self.network = compute.prepare(self.eager)
         self.images = compute.laid_out(images)
+        self.recorded: Recorded | None = None
+
+    def record(self) -> None:
+        """On a GPU, replay the step from now on, as trainings do; where it cannot be recorded, it stays as it is."""
+        if self.training and self.images.is_cuda:
+            with contextlib.suppress(Exception):
+                self.recorded = Recorded(lambda: self._run()[1].detach(), [], [], GraphMemory())
 
     def __call__(self) -> None:
-        self._run()
+        if self.recorded:
+            self.recorded()
+        else:
+            self._run()
         if self.images.is_cuda:
             torch.cuda.synchronize(self.images.device)
 

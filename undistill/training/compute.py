@@ -27,25 +27,21 @@ class Compute(Spec):
     def exact(self) -> bool:
         return self == EXACT
 
-    def prepare(self, network: nn.Module, training: bool = True) -> nn.Module:
+    def prepare(self, network: nn.Module) -> nn.Module:
         """The module to call; `network` itself gets its weights in the layout."""
         self.lay_out(network)
-        return self.compiled(network, training)
+        return self.compiled(network)
 
     def lay_out(self, network: nn.Module) -> None:
         """Put the weights into the layout, in place."""
         network.to(memory_format=self._memory_format)  # type: ignore[call-overload]
 
-    def compiled(self, network: nn.Module, training: bool = True) -> nn.Module:
+    def compiled(self, network: nn.Module) -> nn.Module:
         """The module to call.
 
-        Compiled for static shapes: an epoch has at most two batch sizes, and CUDA graphs require it.
+        Compiled for static shapes: an epoch has at most two batch sizes, and steps are recorded as CUDA graphs.
         """
-        if not self.compile:
-            return network
-        on_cuda = any(parameter.is_cuda for parameter in network.parameters())
-        mode = "reduce-overhead" if on_cuda and training else None
-        compiled: nn.Module = torch.compile(network, mode=mode, dynamic=False)  # type: ignore[assignment]
+        compiled: nn.Module = torch.compile(network, dynamic=False) if self.compile else network  # type: ignore[assignment]
         return compiled
 
     def laid_out(self, images: Tensor) -> Tensor:

@@ -194,7 +194,6 @@ class Loop:
         reasons = {
             "not on a GPU": self.fit.device.type != "cuda",
             "in several processes": distributed.world() > 1,
-            "compiled": self.compute.compile,
             "its objective is not said to be capturable": not self.capturable,
         }
         return next((why for why, holds in reasons.items() if holds), "")
@@ -228,8 +227,6 @@ class Loop:
             raise self._stopped(f"on validation images: {error}") from None
 
     def _step(self, views: Tensor, labels: Tensor, index: Tensor) -> Tensor:
-        if self.compute.compile and self.fit.device.type == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()
         images = self.compute.laid_out(to_float(views))
         loss, row = self.loss(self.called, Batch.of(self.dataset, self.epoch, index, images, labels))
         self.zero_grad()
