@@ -37,7 +37,7 @@ from undistill.training.loop import Loop
 from undistill.training.losses import cross_entropy, distillation, undermining
 from undistill.training.objectives import Terms
 from undistill.training.recipe import Recipe
-from undistill.training.stack import Stack
+from undistill.training.stack import stack_of
 
 FAST = Compute(precision="bf16", layout="channels_last")
 IMAGES = 45_056  # of an epoch: CIFAR-10 without its validation images
@@ -119,7 +119,7 @@ def stacked(kind: str, model: str, batch: int, images: int, members: int) -> Fig
     """Several trainings in the same steps; `ms` is that of one step of all of them."""
     with memory() as peak:
         loops = [waiting(kind, model, batch, images, seed) for seed in range(members)]
-        Stack(loops).train(Progress.silent())
+        stack_of(loops).train(Progress.silent())
     steps = -(-images // batch)
     seconds = sum(loop.history[-1]["seconds"] for loop in loops)
     return {"ms": 1000 * seconds / steps, "members": members, "how": loops[0].manner, "mib": peak(), "steps": steps}

@@ -25,6 +25,22 @@ from undistill.training.fit import Fit
 from undistill.training.recipe import Recipe
 
 pytest_plugins = "pytester"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="cpu (default) hides a GPU from all tests and their processes; cuda shows it.",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anybody looks
+
+
 torch.set_num_threads(1)
 
 TEACHER = "ConvNet(width=4)"

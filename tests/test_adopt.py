@@ -109,8 +109,12 @@ def test_a_network_with_its_normalisation_and_order(world: Path, tmp_path: Path)
     assert all(torch.equal(kept[name], given[name]) for name in given)
 
 
-def test_what_is_lacking_is_named(world: Path, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
-    taken(world, tmp_path / "run")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_what_is_lacking_is_named(world: Path, tmp_path: Path, said: pytest.LogCaptureFixture, device: str) -> None:
+    taken(world, tmp_path / "run", device=device)
     assert "Accuracy is near chance" in said.text
     assert "With --preprocess imagenet --classes dog,cat,fox,eel it is" in said.text
 

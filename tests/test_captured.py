@@ -1,10 +1,12 @@
 """Steps that are recorded and replayed: what must happen at each of them, and that they are the steps there were."""
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from undistill.data import Data
 from undistill.data.batches import Batch
 from undistill.models import Model
 from undistill.training import captured
-from undistill.training.captured import LEAST, Steps, each_step, rates_on_device
+from undistill.training.captured import LEAST, Recording, Steps, each_step, is_recording, keep, rates_on_device
 from undistill.training.compute import EXACT, Compute
 from undistill.training.fit import Fit, Suspended
 from undistill.training.loop import Loop
@@ -28,7 +30,7 @@ from undistill.training.losses import cross_entropy, undermining
 from undistill.training.objectives import Objective
 from undistill.training.optimisers import Extra
 from undistill.training.recipe import Recipe
-from undistill.training.stack import Stack
+from undistill.training.stack import stack_of
 from undistill.victims.oracle import Access, Oracle
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -42,19 +44,29 @@ class Played:
 
     def __init__(self, step: Callable[..., Tensor], inputs: Sequence[Tensor], optimisers: object, memory: object):
         type(self).made += 1
-        self.acts: list[Callable[[], object]] = []
         self.step = step
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         return -self.step(*inputs)  # so that a test sees which ones were replayed
 
 
+class Memory:
+    mended = 0
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def mend(self) -> None:
+        type(self).mended += 1
+
+
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Steps]:
     monkeypatch.setattr(captured, "Recorded", Played)
-    monkeypatch.setattr(captured, "GraphMemory", lambda: object())
+    monkeypatch.setattr(captured, "GraphMemory", Memory)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
     monkeypatch.setattr(Played, "made", 0)
-    return partial(Steps, optimisers=[], why="")
+    return partial(Steps, optimisers=[], device=CPU, why="")
 
 
 def test_the_first_of_each_size_is_done_as_it_is_and_the_others_are_replayed(steps: Callable[..., Steps]) -> None:
@@ -82,11 +94,23 @@ def test_a_step_that_cannot_be_recorded_stays_as_it_is_and_says_why(
         raise RuntimeError("operation not permitted when stream is capturing\nand much more")
 
     monkeypatch.setattr(captured, "Recorded", refuse)
+    monkeypatch.setattr(Memory, "mended", 0)
     step = steps(lambda batch: batch.sum())
     assert [step(torch.ones(2), left=10).item() for _ in range(3)] == [2, 2, 2]
     assert step.why == "RuntimeError: operation not permitted when stream is capturing"
+    assert Memory.mended == 1
     step.new_epoch()
     assert step(torch.ones(2), left=10) == 2
+
+
+@pytest.mark.parametrize(
+    "draw", [random.random, np.random.random, lambda: torch.rand(1)], ids=["python", "numpy", "torch"]
+)
+def test_what_draws_in_main_memory_is_not_recorded(steps: Callable[..., Steps], draw: Callable[[], Any]) -> None:
+    """It would be drawn once, when the step is recorded."""
+    step = steps(lambda batch: batch.sum() + 0 * draw())
+    assert [step(torch.ones(2), left=10).item() for _ in range(2)] == [2, 2]
+    assert step.why == "random numbers are drawn in main memory"
 
 
 def test_a_cpu_and_an_objective_that_does_not_say_so_are_never_recorded(toy: Data) -> None:
@@ -100,35 +124,46 @@ def test_a_cpu_and_an_objective_that_does_not_say_so_are_never_recorded(toy: Dat
     assert why(capturable=True) == "not on a GPU"
 
 
+@contextmanager
+def recorded() -> Iterator[Recording]:
+    """Inside, a step is recorded, as far as anybody can tell."""
+    recording = Recording()
+    token = captured._recording.set(recording)
+    try:
+        yield recording
+    finally:
+        captured._recording.reset(token)
+
+
 def test_what_the_device_cannot_do_is_done_at_every_replay() -> None:
     done: list[int] = []
     each_step(lambda: done.append(1))
     assert done == [1]
-    acts: list[Callable[[], object]] = []
-    token = captured._acts.set(acts)
-    each_step(lambda: done.append(2))
-    captured._acts.reset(token)
+    with recorded() as recording:
+        each_step(lambda: done.append(2))
+        assert is_recording()
+        assert keep(done) is done
+    assert not is_recording()
+    assert recording.kept == [done]
     assert done == [1], "not while it is recorded"
     for _ in range(2):
-        acts[0]()
+        recording.acts[0]()
     assert done == [1, 2, 2]
 
 
 def test_a_budget_is_kept_by_replays_too(toy: Data) -> None:
     """The oracle bills at each of them, before the answer."""
     oracle = Oracle(Model.parse(TEACHER).build(toy.shape, 3, 0), Access.QUERY, budget=8)
-    acts: list[Callable[[], object]] = []
-    token = captured._acts.set(acts)
     images = torch.rand(4, *toy.shape)
-    oracle(Batch(images, torch.zeros(4, dtype=torch.long), torch.arange(4), 0))
-    captured._acts.reset(token)
+    with recorded() as recording:
+        oracle(Batch(images, torch.zeros(4, dtype=torch.long), torch.arange(4), 0))
     assert oracle.ledger.billed == 0
     for replay in range(2):
-        for act in acts:
+        for act in recording.acts:
             act()
         assert (oracle.ledger.billed, oracle.ledger.distinct) == (4 * (replay + 1),) * 2
     with pytest.raises(BudgetExceeded):
-        acts[0]()
+        recording.acts[0]()
 
 
 @pytest.mark.parametrize("kind", [SGD, AdamW])
@@ -167,7 +202,8 @@ LONG = RECIPE.model_copy(update={"epochs": 4, "batch_size": 6, "lr": 0.02})
 def objectives(data: Data) -> dict[str, tuple[Objective, list[Extra]]]:
     fit = Fit(LONG, 0, CUDA)
     honest = fit.answers(Model.parse(TEACHER).build(data.shape, data.num_classes, 7))
-    scale = nn.Linear(data.num_classes, data.num_classes)
+    with seeded(0):
+        scale = nn.Linear(data.num_classes, data.num_classes)
 
     def nasty(network: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         logits = network(batch.images)
@@ -191,7 +227,7 @@ def objectives(data: Data) -> dict[str, tuple[Objective, list[Extra]]]:
 @pytest.mark.parametrize("recipe", [LONG, LONG.model_copy(update={"ema": 0.9, "optimiser": "adamw", "lr": 0.01})])
 @pytest.mark.parametrize("name", ["normal", "nasty", "rising", "beside"])
 def test_recorded_steps_are_the_eager_ones(name: str, recipe: Recipe, toy: Data) -> None:
-    """After some fifty steps: weights within 1e-3, and the same learning rates."""
+    """After some fifty steps: weights within a thousandth, or a hundredth with Adam, which magnifies rounding."""
 
     def run() -> tuple[nn.Module, Fit]:
         objective, extra = objectives(toy)[name]
@@ -205,7 +241,7 @@ def test_recorded_steps_are_the_eager_ones(name: str, recipe: Recipe, toy: Data)
     assert fit.computed == [f"{EXACT}, captured"]
     assert other.computed == [f"{EXACT}, eager: few steps"]
     for one, two in zip(recorded.parameters(), expected.parameters(), strict=True):
-        assert torch.allclose(one, two, rtol=1e-3, atol=1e-3)
+        assert torch.allclose(one, two, rtol=1e-3, atol=1e-2 if recipe.optimiser == "adamw" else 1e-3)
     assert [row["lr"] for row in fit.history] == [row["lr"] for row in other.history]
     assert fit.history[-1]["loss"] == pytest.approx(other.history[-1]["loss"], rel=1e-2)
 
@@ -254,7 +290,7 @@ def test_a_recorded_stack_is_the_students_alone(precision: Any, toy: Data) -> No
         return stop.value.loop
 
     loops = [loop(seed) for seed in range(3)]
-    Stack(loops).train(Progress.silent())
+    stack_of(loops).train(Progress.silent())
     allowed = {"fp32": 1e-2, "bf16": 0.2}[precision]
     for seed, one in enumerate(loops):
         alone = Fit(recipe, seed, CUDA, view_seed=0)(network(toy, seed), toy.split, plain, capturable=True)

@@ -102,8 +102,8 @@ def test_fast_is_recorded_and_one_part_can_be_set_by_hand(toy_file: Path, tmp_pa
     }
     (compute,) = record["compute"]
     (trial,) = (json.loads(path.read_text()) for path in out.glob("autotune-*.json"))
-    assert trial["compute"] == compute
-    assert trial["seconds"][compute] == min(trial["seconds"].values())
+    assert compute.startswith(trial["compute"]), "and on a GPU whether steps were replayed"
+    assert trial["seconds"][trial["compute"]] == min(trial["seconds"].values())
 
 
 def test_remember_says_how_much_is_kept(honest: Run, tmp_path: Path) -> None:

@@ -299,7 +299,7 @@ def test_no_step_waits_for_the_gpu(ema: float, toy: Data, monkeypatch: pytest.Mo
     def objective(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"ce": cross_entropy(network(batch.images), victim(batch).softmax(1))}
 
-    step = loops.Loop._step
+    step = loops.Loop.step
 
     def watched(loop: loops.Loop, views: Tensor, labels: Tensor, index: Tensor) -> Tensor:
         victim(Batch.of(loop.dataset, loop.epoch, index, to_float(views), labels))
@@ -309,5 +309,5 @@ def test_no_step_waits_for_the_gpu(ema: float, toy: Data, monkeypatch: pytest.Mo
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(loops.Loop, "_step", watched)
+    monkeypatch.setattr(loops.Loop, "step", watched)
     Fit(RECIPE.model_copy(update={"epochs": 1, "ema": ema}), 0, torch.device("cuda"))(network(), toy, objective)

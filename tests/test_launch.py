@@ -195,7 +195,7 @@ ALONE = "--launcher", "pool", "--workers", 1
 
 
 def words(victim: Run, out: Path, *launcher: object) -> list[object]:
-    return ["audit", victim.folder, "--student", STUDENT, "--seeds", 1, "--out", out, *launcher]
+    return ["audit", victim.folder, "--student", STUDENT, "--seeds", 1, "--device", "cpu", "--out", out, *launcher]
 
 
 def report_of(out: Path) -> dict[str, object]:

@@ -30,7 +30,7 @@ from undistill.training.loop import Loop
 from undistill.training.losses import cross_entropy
 from undistill.training.objectives import Objective, Weighted
 from undistill.training.recipe import Recipe
-from undistill.training.stack import Stack, Unstackable, kind
+from undistill.training.stack import Branched, Unstackable, Vmapped, kind
 
 SHORT = RECIPE.model_copy(update={"epochs": 3})
 
@@ -82,7 +82,7 @@ def test_each_is_trained_as_if_it_were_alone(toy: Data, seeds: tuple[int, ...], 
     ]
     loops = [loop(toy, objective, seed, own) for seed, own, objective in members]
     assert len({kind(one) for one in loops}) == 1
-    Stack(loops).train(Progress.silent())
+    Vmapped(loops).train(Progress.silent())
     for (seed, own, objective), one in zip(members, loops, strict=True):
         fit = Fit(own, seed, CPU, view_seed=0)
         alone = fit(network(toy, seed), toy.split, objective)
@@ -101,7 +101,7 @@ def test_a_stopped_stack_goes_on_alone_and_the_other_way_round(
     for folder in folders:
         folder.mkdir()
     fits = [Fit(SHORT, seed, CPU, folder, view_seed=0) for seed, folder in enumerate(folders)]
-    Stack([suspended(fit, network(toy, fit.seed), toy, plain) for fit in fits]).one_round()
+    Vmapped([suspended(fit, network(toy, fit.seed), toy, plain) for fit in fits]).one_round()
     alone = [Fit(SHORT, seed, CPU, view_seed=0)(network(toy, seed), toy.split, plain) for seed in range(2)]
     first = Fit(SHORT, 0, CPU, folders[0], view_seed=0)
     assert close(first(network(toy), toy.split, plain), alone[0])
@@ -111,6 +111,22 @@ def test_a_stopped_stack_goes_on_alone_and_the_other_way_round(
     left += [loop(toy, seed=5)]
     assert left[0].epoch == 1
     assert kind(left[0]) != kind(left[1]), "one is an epoch behind"
+
+
+def test_branches_are_the_trainings_alone_to_the_bit(toy: Data) -> None:
+    """On a GPU each makes its own steps; here they are not recorded."""
+    loops = [loop(toy, smoothed(0.1), seed, SHORT) for seed in range(3)]
+    Branched(loops).train(Progress.silent())
+    for seed, one in enumerate(loops):
+        alone = Fit(SHORT, seed, CPU, view_seed=0)(network(toy, seed), toy.split, smoothed(0.1))
+        assert close(one.result(), alone, 0.0)
+
+
+def test_branches_that_draw_are_done_alone(toy: Data) -> None:
+    one, other = loop(toy), loop(toy, noisy)
+    with pytest.raises(Unstackable, match="draws random numbers") as error:
+        Branched([one, other]).train(Progress.silent())
+    assert error.value.loops == [other]
 
 
 def noisy(student: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -136,7 +152,7 @@ def exploding(student: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
 @pytest.mark.parametrize(
     ("objective", "why"),
     [
-        (noisy, "draws random numbers"),
+        (noisy, "draws random numbers in its steps"),
         (twice, "more than once"),
         (elsewhere, "other images than the batch"),
         (broken, "KeyError.*nothing there"),
@@ -146,7 +162,7 @@ def exploding(student: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
 def test_who_cannot_be_stacked_is_named_with_the_reason(toy: Data, objective: Objective, why: str) -> None:
     one, other = loop(toy), loop(toy, objective)
     with pytest.raises(Unstackable, match=why) as error:
-        Stack([one, other]).train(Progress.silent())
+        Vmapped([one, other]).train(Progress.silent())
     assert error.value.loops == [other]
 
 
@@ -158,7 +174,7 @@ def test_an_objective_that_reaches_for_the_network_itself_is_done_alone(toy: Dat
 
     one, other = loop(toy), loop(toy, own, student=student)
     with pytest.raises(Unstackable, match="differentiates the network by itself") as error:
-        Stack([one, other]).train(Progress.silent())
+        Vmapped([one, other]).train(Progress.silent())
     assert error.value.loops == [other]
 
 
@@ -170,7 +186,7 @@ def test_networks_that_draw_or_are_watched_are_done_alone(toy: Data) -> None:
 
     loops = [loop(toy, student=dropping()) for _ in range(2)]
     with pytest.raises(Unstackable, match="random") as error:
-        Stack(loops).train(Progress.silent())
+        Vmapped(loops).train(Progress.silent())
     assert error.value.loops == loops
     watched = network(toy)
     watched.register_forward_hook(lambda *_: None)
@@ -252,7 +268,7 @@ def test_whoever_cannot_be_stacked_holds_nobody_up(
     caplog.set_level(logging.INFO)
     attacks = [Attack.parse("PBayes(draws=2, rounds=1)"), Attack.parse("SoftLabels()")]
     stacked = students_of(Serial(stacked=8), jobs(victim, attacks), tmp_path / "cells")
-    assert "PBayes on victim, seed 0: trained alone. The objective draws random numbers." in caplog.text
+    assert "PBayes on victim, seed 0: trained alone. The training draws random numbers in its steps." in caplog.text
     said = {name: outcome.fit.computed[-1] for name, outcome in stacked.items()}
     assert "in a stack" in said["SoftLabels on victim, seed 0"]
     assert "in a stack" not in said["PBayes on victim, seed 0"]
@@ -273,3 +289,34 @@ def test_jobs_are_grouped_by_student_and_by_as_many_as_asked(victim: Run) -> Non
     groups = grouped([wanted[0], other, *wanted, wanted[0]], 4)
     assert [len(group) for group in groups] == [4, 2, 1]
     assert [job for group in groups for job in group] == [*wanted, other]
+
+
+@pytest.mark.parametrize(("alone", "together", "pays"), [(1.0, 0.5, True), (1.0, 0.95, False)])
+def test_auto_stacks_where_a_trial_says_that_it_pays(
+    victim: Run,
+    tmp_path: Path,
+    students_of,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    alone: float,
+    together: float,
+    pays: bool,
+) -> None:
+    """Students are the same either way, up to rounding; the trial leaves them as they were."""
+    caplog.set_level(logging.INFO)
+
+    def timed(step: Callable[[], None]) -> float:
+        step()
+        return {"alone": alone, "together": together}[step.__name__]
+
+    monkeypatch.setattr("undistill.training.stack._timed", timed)
+    wanted = jobs(victim, [Attack.parse("SoftLabels()")])
+    launcher = Launcher.parse("Serial(stacked='auto')")
+    found = students_of(launcher, wanted, tmp_path / "a" / "cells")
+    assert all(("in a stack of 2" in one.fit.computed[0]) == pays for one in found.values())
+    assert ("takes 950.0 ms stacked and 1000.0 ms alone" in caplog.text) == (not pays)
+    expected = students_of(Serial(), wanted, tmp_path / "b" / "cells")
+    for name, one in expected.items():
+        assert one.student
+        assert found[name].student
+        assert close(one.student, found[name].student, 1e-2)

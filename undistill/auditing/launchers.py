@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 POLL = 0.5  # seconds between two looks at the workers
 STOP = 5.0  # seconds that a worker has to end
+MOST = 16  # students in the same steps, unless a number is named
 PATIENCE = 3  # how many workers may be lost in a row without a cell in between
 
 
@@ -48,8 +49,14 @@ class Launcher(Spec):
     """Lost workers' cells are done again; a cell that fails ends the audit, and finished cells are kept."""
 
     quiet = ("stacked",)
-    stacked: int = Field(1, ge=1, le=4096)
-    """Most students of one kind that are trained in the same steps. Above 1, results are equal up to rounding only."""
+    stacked: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = 1
+    """Most students of one kind that are trained in the same steps; `auto` are 16, where a trial shows that it pays.
+    Above 1, results are equal up to rounding only."""
+
+    @property
+    def most(self) -> int:
+        """Students in the same steps at most."""
+        return MOST if self.stacked == "auto" else self.stacked
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -63,8 +70,8 @@ class Launcher(Spec):
     def _orders(self, jobs: Sequence[Job], cells: Path, threads: int, workers: int = 1) -> dict[str, "Order"]:
         """What `workers` are told to do, by the key of the first cell of each order."""
         share = max(math.ceil(len({job.key for job in jobs}) / workers), 1)  # so that none of them is idle
-        groups = grouped(jobs, min(self.stacked, share))
-        return {group[0].key: Order.of(group, cells, threads) for group in groups}
+        groups, tries = grouped(jobs, min(self.most, share)), self.stacked == "auto"
+        return {group[0].key: Order.of(group, cells, threads, tries) for group in groups}
 
 
 class Serial(Launcher):
@@ -72,10 +79,10 @@ class Serial(Launcher):
 
     def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Any]:
         new, done = unfinished(jobs, cells), dict[str, Result]()
-        groups = grouped(jobs, self.stacked)
+        groups = grouped(jobs, self.most)
         with progress.task("audit", sum(map(len, groups)), done=sum(map(len, groups)) - len(new)) as task:
             for group in groups:
-                for job, result in run_together(group, cells, progress):
+                for job, result in run_together(group, cells, progress, tries=self.stacked == "auto"):
                     done[job.key] = result
                     if job.key in new:
                         task.advance()
@@ -354,12 +361,17 @@ class Order:
     cwd: Path
     data: Path
     trusted: tuple[str, ...]
+    tries: bool = False
+    """Whether students are stacked only where a trial shows that it pays."""
+    on_gpu: bool = False
     exact: bool = False
     """Use exact compute settings, whatever the job asks for."""
 
     @classmethod
-    def of(cls, jobs: Sequence[Job], cells: Path, threads: int) -> "Order":
-        return cls(pickle.dumps(list(jobs)), cells.resolve(), threads, Path.cwd(), data_dir(), tuple(code.trusted()))
+    def of(cls, jobs: Sequence[Job], cells: Path, threads: int, tries: bool = False) -> "Order":
+        on_gpu = jobs[0].pair.options.device.type == "cuda"
+        trusted = tuple(code.trusted())
+        return cls(pickle.dumps(list(jobs)), cells.resolve(), threads, Path.cwd(), data_dir(), trusted, tries, on_gpu)
 
 
 def perform(order: Order, number: int | None = None) -> dict[str, Result]:
@@ -367,8 +379,8 @@ def perform(order: Order, number: int | None = None) -> dict[str, Result]:
 
     `number` picks one of the GPUs.
     """
-    if number is not None and (count := torch.cuda.device_count()):
-        torch.cuda.set_device(number % count)
+    if number is not None and order.on_gpu:
+        torch.cuda.set_device(number % torch.cuda.device_count())
     os.chdir(order.cwd)
     os.environ[VARIABLE] = str(order.data)
     torch.set_num_threads(order.threads)
@@ -377,4 +389,5 @@ def perform(order: Order, number: int | None = None) -> dict[str, Result]:
         code.trust(reference)
     jobs: list[Job] = pickle.loads(order.jobs)
     progress = Reporter(order.cells / jobs[0].key)
-    return {job.key: result for job, result in run_together(jobs, order.cells, progress, exact=order.exact)}
+    done = run_together(jobs, order.cells, progress, exact=order.exact, tries=order.tries)
+    return {job.key: result for job, result in done}

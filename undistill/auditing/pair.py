@@ -20,7 +20,7 @@ from undistill.models.trial import varies
 from undistill.runs.contact import Contact
 from undistill.runs.run import Run, parent
 from undistill.training.answers import REMEMBER, AnswerStore, RememberedAnswers
-from undistill.training.compute import EXACT, Compute
+from undistill.training.compute import EXACT, Compute, own_device
 from undistill.victims.victim import NetworkVictim, Victim
 
 VALIDATION_SHARE = 0.1
@@ -88,7 +88,7 @@ class VictimPair:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process gets the runs, not what was loaded from them, and loads each pair once."""
-        return _loaded, (self.victim, self.honest, self.seeds, self.model, self.options, self.share, self.pool)
+        return _loaded, (self.options, self.victim, self.honest, self.seeds, self.model, self.share, self.pool)
 
     @cached_property
     def data(self) -> Data:
@@ -157,9 +157,20 @@ RECENT = 2
 _pairs: dict[tuple[object, ...], VictimPair] = {}
 
 
-def _loaded(victim: Run | Contact, honest: Run | None, *others: Any) -> VictimPair:
-    key = (*((run.folder, run.identity) if run else None for run in (victim, honest)), *others)
-    _pairs[key] = _pairs.pop(key) if key in _pairs else VictimPair(victim, honest, *others)  # the latest last
+def _loaded(
+    options: QueryOptions,
+    victim: Run | Contact,
+    honest: Run | None,
+    seeds: tuple[int, ...],
+    model: Model | None,
+    *others: Any,
+) -> VictimPair:
+    """The pair, on this process's own GPU where it was on one."""
+    options = replace(options, device=own_device(options.device))
+    runs = ((run.folder, run.identity) if run else None for run in (victim, honest))
+    key = (*runs, options, seeds, model, *others)
+    pair = _pairs.pop(key) if key in _pairs else VictimPair(victim, honest, seeds, model, options, *others)
+    _pairs[key] = pair  # the latest last
     while len(_pairs) > RECENT:
         del _pairs[next(iter(_pairs))]
     return _pairs[key]

@@ -8,7 +8,7 @@ from undistill.auditing.cell import Job, Result
 from undistill.core.progress import Progress
 from undistill.training.fit import Suspended
 from undistill.training.loop import Loop
-from undistill.training.stack import Stack, Unstackable, kind
+from undistill.training.stack import Unstackable, kind, stack_of
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +24,9 @@ def grouped(jobs: Sequence[Job], most: int) -> list[list[Job]]:
 
 
 def run_together(
-    jobs: Sequence[Job], cells: Path, progress: Progress, *, exact: bool = False
+    jobs: Sequence[Job], cells: Path, progress: Progress, *, exact: bool = False, tries: bool = False
 ) -> Iterator[tuple[Job, Result]]:
-    """Each job with its result, as soon as it is there.
+    """Each job with its result, as soon as it is there. With `tries`, students are stacked only where a trial says so.
 
     An attack runs until it trains a student, which is left to a stack; run again, it finds the student's checkpoint and
     goes on, like one that was killed. What cannot be stacked is trained alone.
@@ -40,10 +40,10 @@ def run_together(
             except Suspended as suspended:
                 waiting.append((job, suspended.loop))
         left = [job for job, _ in waiting]
-        alone |= _trained_alone(waiting, progress)
+        alone |= _trained_alone(waiting, progress, tries)
 
 
-def _trained_alone(waiting: Sequence[tuple[Job, Loop]], progress: Progress) -> set[str]:
+def _trained_alone(waiting: Sequence[tuple[Job, Loop]], progress: Progress, tries: bool) -> set[str]:
     """Train the students that wait, in stacks; keys of the jobs whose students must be trained alone."""
     alone: set[str] = set()
     kinds: dict[str, list[tuple[Job, Loop]]] = {}
@@ -52,10 +52,12 @@ def _trained_alone(waiting: Sequence[tuple[Job, Loop]], progress: Progress) -> s
     for text, alike in kinds.items():
         loops = [loop for _, loop in alike]
         try:
-            if text and len(loops) > 1:
-                Stack(loops).train(progress)
-            else:
-                alone |= {job.key for job, _ in alike}
+            if not text or len(loops) == 1:
+                raise Unstackable(loops, "There is no other student like it.")
+            stack = stack_of(loops)
+            if tries:
+                stack.require_gain()
+            stack.train(progress)
         except Unstackable as error:
             failed = {job.key: job for job, loop in alike if loop in error.loops}
             log.info("%s: trained alone. %s", ", ".join(job.name for job in failed.values()), error)

@@ -21,6 +21,7 @@ MODEL = "ConvNet(width=16)"
 STUDENT = "ConvNet(width=2)"
 DEFENCE = "Nasty(omega=0.03, T=4)"
 STUDENT_EPOCHS = 60
+TOGETHER = 10  # students of one pair, all in the same steps: a quarter faster on two cores
 REQUEST = {"command": "demo", "model": MODEL, "defences": [DEFENCE], "recipe": Recipe().model_dump(mode="json")}
 
 
@@ -31,7 +32,7 @@ def demo(out: Path, seeds: int, progress: Progress, device: str = "auto") -> Rep
     with claim(out, REQUEST):
         pairs = [pair(out / f"seed-{seed}", seed, progress, device) for seed in range(seeds)]
         plan = Plan.of(pairs, "quick-2", (), [STUDENT], Recipe(epochs=STUDENT_EPOCHS))
-        return perform(plan, out, Serial(), progress)
+        return perform(plan, out, Serial(stacked=TOGETHER), progress)
 
 
 def pair(folder: Path, seed: int, progress: Progress, device: str) -> VictimPair:

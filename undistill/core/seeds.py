@@ -20,7 +20,7 @@ def epoch_seed(seed: int, epoch: int) -> int:
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """torch's global generators start at `seed` inside, and go on outside as if nothing had been."""
-    devices = range(torch.cuda.device_count())
+    devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield

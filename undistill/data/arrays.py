@@ -32,12 +32,12 @@ def stored(data: Images, out: str | Path) -> Source:
     if isinstance(data, str | os.PathLike | Source):
         return Source.from_user(data if isinstance(data, Source) else os.fspath(data))
     if isinstance(data, Mapping):
-        arrays = {name: np.asarray(value) for name, value in data.items()}
+        arrays = {name: _array(value) for name, value in data.items()}
         if unknown := sorted(arrays.keys() - set(PARTS)):
             raise DataError(f"The arrays are called {', '.join(map(str, unknown))}; they must be {', '.join(PARTS)}.")
     elif isinstance(data, tuple):
         images, labels = data
-        arrays = {"images": np.asarray(images), "labels": np.asarray(labels)}
+        arrays = {"images": _array(images), "labels": _array(labels)}
     else:
         arrays = _read_all(data)
     arrays = {name: _levels(name, value) for name, value in arrays.items()}
@@ -115,4 +115,8 @@ def _pixels(image: Any) -> NDArray[Any]:
     """(C, H, W) of a tensor; (H, W) or (H, W, C) of anything else."""
     if isinstance(image, Image.Image):
         return np.asarray(opaque(image, "white"))
-    return image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+    return _array(image)
+
+
+def _array(values: Any) -> NDArray[Any]:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)

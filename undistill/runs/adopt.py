@@ -13,7 +13,7 @@ from undistill.data.arrays import Images, stored
 from undistill.data.split import Data
 from undistill.models.adapter import Adapter
 from undistill.models.model import Model
-from undistill.models.trial import require_whole
+from undistill.models.trial import device_of, require_whole
 from undistill.models.weights import fill, read_state, weights_sha256
 from undistill.runs.folder import claim, together
 from undistill.runs.preprocessing import adapter_of, answers_probabilities, better_way, named_order, order_of, some
@@ -131,7 +131,8 @@ def _advice(network: nn.Module, adapter: Adapter, data: Data) -> str:
     samples = some(data.train)
 
     def answers(tried: Adapter) -> Tensor:
-        return evaluate(tried.wrap(network, data.shape[0], data.num_classes), samples)
+        wrapped = tried.wrap(network, data.shape[0], data.num_classes).to(device_of(network))
+        return evaluate(wrapped, samples)
 
     best = better_way(answers, adapter, samples.labels, data.shape[0])
     if best is None:

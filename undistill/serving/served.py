@@ -24,7 +24,7 @@ from undistill.serving.batches import Outputs, Predict
 from undistill.ship.export import verdict_of
 from undistill.ship.graph import CLASSES, INPUT, PROBABILITIES, Shipped
 from undistill.ship.manifest import MANIFEST, Audited, audited, read_manifest
-from undistill.training.compute import pick_device
+from undistill.training.compute import EXACT, pick_device
 from undistill.victims.onnx import first_line, session_of
 
 
@@ -91,7 +91,7 @@ def predict_of(shipped: Shipped) -> Predict:
     device = device_of(shipped)
 
     def predict(images: NDArray[np.float32]) -> Outputs:
-        with torch.no_grad():
+        with torch.no_grad(), EXACT.active(device):
             found = shipped(torch.from_numpy(np.array(images)).to(device))
         return [one.cpu().numpy() for one in found]
 

@@ -38,6 +38,7 @@ from undistill.models.model import frozen
 from undistill.models.trial import agree, device_of
 from undistill.models.weights import bytes_of, weights_sha256
 from undistill.training.autotune import autotune
+from undistill.training.captured import keep
 from undistill.training.compute import EXACT, Compute, machine
 from undistill.training.losses import filled, require_finite
 
@@ -221,7 +222,7 @@ class RememberedAnswers:
             self.store = AnswerStore()
         if shown is None or not self.repeatable:
             return self.compute(batch.images)
-        whole = self.epoch(shown.dataset, shown.epoch)
+        whole = keep(self.epoch(shown.dataset, shown.epoch))
         return whole[shown.index.to(whole.device)].to(batch.images.device)
 
     @torch.no_grad()

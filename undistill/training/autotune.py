@@ -202,8 +202,11 @@ class _Step:
     def record(self) -> None:
         """On a GPU, replay the step from now on, as trainings do; where it cannot be recorded, it stays as it is."""
         if self.training and self.images.is_cuda:
-            with contextlib.suppress(Exception):
-                self.recorded = Recorded(lambda: self._run()[1].detach(), [], [], GraphMemory())
+            memory = GraphMemory(self.images.device)
+            try:
+                self.recorded = Recorded(lambda: self._run()[1].detach(), [], [], memory)
+            except Exception:  # whatever this network does that a graph cannot hold
+                memory.mend()
 
     def __call__(self) -> None:
         if self.recorded:

@@ -5,31 +5,58 @@ backward pass, clipping, optimisers and averages.
 """
 
 import logging
+import pickle
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 LEAST = 8  # steps of one size in an epoch below which none is recorded
 
 Step = Callable[..., Tensor]
 """One step of a training: from its inputs to what it adds to the record of the epoch, all on the device."""
 
-_acts: ContextVar[list[Callable[[], object]] | None] = ContextVar("acts", default=None)
+_recording: ContextVar["Recording | None"] = ContextVar("recording", default=None)
+
+
+class Recording:
+    """What must be known of a step while it is recorded."""
+
+    def __init__(self) -> None:
+        self.acts: list[Callable[[], object]] = []
+        """What is to be done at every replay."""
+        self.kept: list[object] = []
+        """What the graph reads and nobody else might keep."""
+
+
+def is_recording() -> bool:
+    """Whether what is launched now is recorded, and not done."""
+    return _recording.get() is not None
 
 
 def each_step(act: Callable[[], object]) -> None:
     """Do at each step what the device cannot: now, or before every replay of the step that is being recorded."""
-    acts = _acts.get()
-    if acts is None:
-        act()
+    if recording := _recording.get():
+        recording.acts.append(act)
     else:
-        acts.append(act)
+        act()
+
+
+def keep(thing: T) -> T:
+    """The same thing, which a step reads and which may be forgotten elsewhere: a graph does not keep what it reads."""
+    if recording := _recording.get():
+        recording.kept.append(thing)
+    return thing
 
 
 class Steps:
@@ -39,11 +66,11 @@ class Steps:
     weight that rises, is as it should be.
     """
 
-    def __init__(self, step: Step, optimisers: Sequence[Optimizer], why: str) -> None:
+    def __init__(self, step: Step, optimisers: Sequence[Optimizer], device: torch.device, why: str) -> None:
         self._step, self._optimisers = step, optimisers
         self.why = why
         """Why nothing is recorded; empty where it may be."""
-        self._memory = None if why else GraphMemory()
+        self._memory = None if why else GraphMemory(device)
         self._recorded: dict[torch.Size, Recorded] = {}
 
     @property
@@ -60,8 +87,15 @@ class Steps:
         recorded = self._recorded.get(inputs[0].shape)
         if recorded:
             return recorded(*inputs)
+        if not self._memory or self.why or left < LEAST:
+            return self._step(*inputs)
+        before = host_generators()
         row = self._step(*inputs)
-        if self._memory and not self.why and left >= LEAST:
+        if not all(given.is_cuda for given in inputs):
+            self._give_up("its images do not lie on the GPU")
+        elif before != host_generators():
+            self._give_up("random numbers are drawn in main memory")
+        else:
             self._record(inputs, self._memory)
         return row
 
@@ -69,8 +103,17 @@ class Steps:
         try:
             self._recorded[inputs[0].shape] = Recorded(self._step, inputs, self._optimisers, memory)
         except Exception as error:  # an objective can do anything that a graph cannot hold
-            self.why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            log.info("The steps of this training are not recorded as a CUDA graph. %s", self.why)
+            self._give_up(": ".join([type(error).__name__, *str(error).splitlines()[:1]]))
+            memory.mend()
+
+    def _give_up(self, why: str) -> None:
+        self.why = why
+        log.info("The steps of this training are not recorded as a CUDA graph: %s", why)
+
+
+def host_generators() -> bytes:
+    """Where the generators of random numbers of Python, NumPy and torch are, for main memory."""
+    return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()))
 
 
 class Recorded:
@@ -80,11 +123,11 @@ class Recorded:
         self, step: Step, inputs: Sequence[Tensor], optimisers: Sequence[Optimizer], memory: "GraphMemory"
     ) -> None:
         self._inputs = [given.clone() for given in inputs]
-        self._acts: list[Callable[[], object]] = []
+        self._recording = Recording()
         with ExitStack() as stack:
             self._rates = [stack.enter_context(rates_on_device(optimiser)) for optimiser in optimisers]
-            token = _acts.set(self._acts)
-            stack.callback(_acts.reset, token)
+            token = _recording.set(self._recording)
+            stack.callback(_recording.reset, token)
             self._graph = stack.enter_context(memory.recording())
             self._row = step(*self._inputs)
 
@@ -93,32 +136,38 @@ class Recorded:
             own.copy_(given, non_blocking=True)
         for rates in self._rates:
             rates.refresh()
-        for act in self._acts:
+        for act in self._recording.acts:
             act()
         self._graph.replay()
         return self._row.clone()
 
 
 class GraphMemory:
-    """Memory that the graphs of one training use in turn."""
+    """Memory that the graphs of one training use in turn, on one GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         with self.recording() as self._keeper:  # a pool without any graph is given up
-            torch.zeros(1, device="cuda")
+            torch.zeros(1, device=device)
 
     @contextmanager
     def recording(self) -> Iterator[torch.cuda.CUDAGraph]:
         """A graph of what is launched inside. Unlike torch's own recording, this one does not collect garbage."""
-        graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                yield graph
-            finally:
-                graph.capture_end()
-        current.wait_stream(stream)
+        with torch.cuda.device(self._device):
+            graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    yield graph
+                finally:
+                    graph.capture_end()
+            current.wait_stream(stream)
+
+    def mend(self) -> None:
+        """After a recording that failed: torch's generator waits for the end of one that succeeds."""
+        GraphMemory(self._device)
 
 
 class Rates:

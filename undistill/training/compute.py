@@ -92,6 +92,11 @@ def machine(device: torch.device) -> list[str]:
     return [cpu_capability(), f"{torch.get_num_threads()} threads"]
 
 
+def own_device(device: torch.device) -> torch.device:
+    """The present GPU of this process in the place of any GPU; other devices as they are."""
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep large blocks for the next step instead of returning them; saves their page faults.
 

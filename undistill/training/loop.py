@@ -90,7 +90,8 @@ class Loop:
         self.best: dict[str, Tensor] | None = None
         # measuring on many images is not to take longer than learning from few
         self.per_round = min(math.ceil(len(self.validation) / len(self.train)), max(epochs // LEAST_ROUNDS, 1))
-        self.steps = Steps(self._step, [trained.optimiser for trained in self.trained], self.why_eager)
+        optimisers = [trained.optimiser for trained in self.trained]
+        self.steps = Steps(self.step, optimisers, fit.device, self.why_eager)
         self._scale = 1.0
         """By what a loss is multiplied, so that the sum over processes is right."""
         self.names: list[str] = []
@@ -226,7 +227,8 @@ class Loop:
         except NonFinite as error:
             raise self._stopped(f"on validation images: {error}") from None
 
-    def _step(self, views: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+    def step(self, views: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        """One step on uint8 views (B, C, H, W); what it adds to the means of the terms over the epoch."""
         images = self.compute.laid_out(to_float(views))
         loss, row = self.loss(self.called, Batch.of(self.dataset, self.epoch, index, images, labels))
         self.zero_grad()

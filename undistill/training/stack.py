@@ -1,32 +1,37 @@
-"""Students of one architecture, trained in the same steps: one forward and one backward pass for all of them.
+"""Students of one architecture, trained in the same steps.
 
 An audit trains many small networks on the same views, and the work of a small network's step is mostly overhead. Here
-their weights are stacked, and `torch.func.vmap` runs one program over all. Everything else is each one's own: its order
-of images, its objective, clipping, optimiser, schedule and checkpoint. A network ends with the weights that it has when
-it is trained alone, up to rounding.
+their trainings go in lockstep, and each keeps what is its own: order of images, objective, clipping, optimiser,
+schedule, checkpoint. On a CPU their weights are stacked, and one program runs over all (`Vmapped`); on a GPU their
+steps are branches of one recorded graph, which run side by side (`Branched`). A network ends with the weights that it
+has when it is trained alone, up to rounding.
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call, stack_module_state, vmap
 
 from undistill.core import distributed
 from undistill.core.progress import Progress
 from undistill.core.seeds import epoch_seed, seeded
 from undistill.data.batches import Batch
 from undistill.data.views import to_float
-from undistill.training.captured import Steps
+from undistill.training.captured import Steps, is_recording
 from undistill.training.loop import MEMBERS, Loop
 
 PART = 512  # views that are made together
+STREAMS = 16  # branches of a graph that may run side by side
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
-"""By how much the largest logit may differ from that of the network alone, in the first step."""
+"""By how much the largest logit of a stacked network may differ from that of the network alone."""
+TRIED, GAIN = 3, 0.9
+"""Steps of a trial, and the largest share of the time alone that is a gain."""
 
 
 class Unstackable(Exception):
@@ -38,9 +43,11 @@ class Unstackable(Exception):
 
 
 def kind(loop: Loop) -> str:
-    """The same text for trainings that can be stacked; empty for one that can only be done alone."""
-    network = loop.network
-    if distributed.world() > 1 or loop.compute.compile or not isinstance(loop.train.images, Tensor):
+    """The same text for trainings that can go in lockstep; empty for one that can only be done alone."""
+    network, on_gpu = loop.network, loop.fit.device.type == "cuda"
+    if distributed.world() > 1 or not isinstance(loop.train.images, Tensor):
+        return ""
+    if loop.why_eager if on_gpu else loop.compute.compile:
         return ""
     if any(module._forward_hooks or module._forward_pre_hooks for module in network.modules()):
         return ""
@@ -50,28 +57,29 @@ def kind(loop: Loop) -> str:
     return repr((str(network), weights, trained, loop.dataset.digest, len(loop.train), *map(str, plan)))
 
 
-class Stack:
-    """The loops of one `kind`, in lockstep. Each remains whole, and writes its own checkpoints."""
+def stack_of(loops: Sequence[Loop]) -> "Stack":
+    """The stack of some loops of one `kind`, in the way of their device."""
+    return (Branched if loops[0].fit.device.type == "cuda" else Vmapped)(loops)
+
+
+class Stack(ABC):
+    """Loops of one `kind`, in lockstep. Each remains whole, and writes its own checkpoints."""
 
     def __init__(self, loops: Sequence[Loop]) -> None:
-        self.loops = loops
-        self.first = loops[0]
-        self.program = deepcopy(self.first.network)
-        """The network into which vmap puts the weights of each."""
-        self.same_order = len({loop.fit.seed for loop in loops}) == 1
-        self._checks = False
-        """Whether a step is compared with those of the networks alone: the first of each epoch."""
-        self.weights: dict[str, Tensor] = {}
-        """Every parameter of all networks, (M, ...)."""
-        self.buffers: dict[str, Tensor] = {}
+        self.loops, self.first = loops, loops[0]
+        self.epoch = 0
+        self.views = torch.empty(0)
+        """uint8 views (N, C, H, W) of all images in this epoch."""
+        self.checks = False
+        """Whether the next step is to find out what cannot be stacked: the first of each epoch."""
         optimisers = [trained.optimiser for loop in loops for trained in loop.trained]
         why = next(filter(None, (loop.why_eager for loop in loops)), "")
-        self._steps = Steps(self._step, optimisers, why)
+        self.steps = Steps(self._step, optimisers, self.first.fit.device, why)
         for loop in loops:
-            loop.steps = self._steps
+            loop.steps = self.steps
 
     def train(self, progress: Progress) -> None:
-        """Train all of them to the end; `Unstackable` for one that must be trained alone."""
+        """Train all of them to the end; `Unstackable` for those that must be trained alone."""
         first, name = self.first, f"{len(self.loops)} students"
         with progress.task(name, first.epochs, done=first.epoch) as task:
             while first.epoch < first.epochs:
@@ -82,8 +90,7 @@ class Stack:
     def one_round(self) -> None:
         began = time.perf_counter()
         epochs, *_ = [loop.begin_round() for loop in self.loops]
-        self.program.train()
-        with self._stacked():
+        with self._sharing():
             for epoch in epochs:
                 rows = self._train_epoch(epoch)
         seconds = (time.perf_counter() - began) / len(self.loops)
@@ -93,9 +100,118 @@ class Stack:
         for loop in self.loops:
             loop.save()
 
+    def _train_epoch(self, epoch: int) -> list[Tensor]:
+        """What the steps of one epoch add to each network's terms, (steps, terms)."""
+        self.epoch, self.views = epoch, self._views_of(epoch)
+        orders, rows = [], []
+        for loop in self.loops:
+            loop.epoch = epoch
+            with seeded(epoch_seed(loop.fit.seed, epoch)):
+                orders.append(loop.order())
+        batches = [torch.stack(parts) for parts in zip(*orders, strict=True)]
+        left = Counter(index.shape for index in batches)
+        self.steps.new_epoch()
+        self.checks = True
+        with self.first.compute.backend():
+            for index in batches:
+                left[index.shape] -= 1
+                rows.append(self.steps(index, left=left[index.shape]))
+        return list(torch.stack(rows).split([len(loop.names) for loop in self.loops], 1))
+
+    def _views_of(self, epoch: int) -> Tensor:
+        dataset = self.first.dataset
+        parts = [part.to(dataset.samples.labels.device) for part in dataset.samples.parts(PART)]
+        return torch.cat([views for views, _ in dataset.shows(epoch, parts)])
+
+    @abstractmethod
+    def require_gain(self) -> None:
+        """`Unstackable` where a short trial shows that these networks are as fast one after another."""
+
+    def _sharing(self) -> AbstractContextManager[None]:
+        """Holds what the networks share, during a round."""
+        return nullcontext()
+
+    def _step(self, index: Tensor) -> Tensor:
+        """One step of every network, on its own batch of this epoch's views: those at its row of `index` (M, B)."""
+        checks, self.checks = self.checks, False
+        return torch.cat(self._step_all(index, checks))
+
+    @abstractmethod
+    def _step_all(self, index: Tensor, checks: bool) -> list[Tensor]:
+        """What a step adds to each network's terms; it finds out what cannot be stacked where it is to check that."""
+
+
+class Branched(Stack):
+    """Each network makes its own step; while they are recorded, on streams that the graph joins again."""
+
+    def __init__(self, loops: Sequence[Loop]) -> None:
+        super().__init__(loops)
+        self._streams: dict[int, torch.cuda.Stream] = {}
+
+    def require_gain(self) -> None:
+        """Branches were always faster (docs/log/gpu.md)."""
+
+    def _step_all(self, index: Tensor, checks: bool) -> list[Tensor]:
+        rows = []
+        for number, (loop, own) in enumerate(zip(self.loops, index, strict=True)):
+            with self._branch(number), alone_if_it_fails([loop]), undrawn(loop) if checks else nullcontext():
+                rows.append(loop.step(self.views[own], loop.dataset.labels(self.epoch, own), own))
+        if is_recording():
+            for stream in self._streams.values():
+                torch.cuda.current_stream().wait_stream(stream)
+        return rows
+
     @contextmanager
-    def _stacked(self) -> Iterator[None]:
+    def _branch(self, number: int) -> Iterator[None]:
+        """Inside, while a step is recorded, kernels are launched on the stream of the network of that number."""
+        if not is_recording():
+            yield
+            return
+        stream = self._streams.setdefault(number % STREAMS, torch.cuda.Stream(self.first.fit.device))
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+
+
+class Vmapped(Stack):
+    """The weights of all networks are stacked, and one program runs over them (`torch.func.vmap`)."""
+
+    def __init__(self, loops: Sequence[Loop]) -> None:
+        super().__init__(loops)
+        self.program = deepcopy(self.first.network)
+        """The network into which vmap puts the weights of each."""
+        self.same_order = len({loop.fit.seed for loop in loops}) == 1
+        self.weights: dict[str, Tensor] = {}
+        """Every trained parameter of all networks, (M, ...)."""
+        self.buffers: dict[str, Tensor] = {}
+
+    def require_gain(self) -> None:
+        """`Unstackable` where a short trial shows that these networks are as fast one after another."""
+        index = torch.arange(self.first.size)
+        images = to_float(self.first.dataset.show(0, index)[0])
+        networks = [deepcopy(loop.network).train() for loop in self.loops]
+        weights, buffers = stack_module_state(networks)
+        each = vmap(self._call, (0, 0, None))
+
+        def alone() -> None:
+            for network in networks:
+                network(images).float().square().mean().backward()
+
+        def together() -> None:
+            each(weights, buffers, images).float().square().mean().backward()
+
+        self.program.train()
+        with alone_if_it_fails(self.loops), self.first.compute.backend(), self.first.compute.autocast(images.device):
+            one, other = (min(_timed(step) for _ in range(TRIED)) for step in (alone, together))
+        if other > GAIN * one:
+            raise Unstackable(
+                self.loops, f"Their step takes {1e3 * other:.1f} ms stacked and {1e3 * one:.1f} ms alone."
+            )
+
+    @contextmanager
+    def _sharing(self) -> Iterator[None]:
         """Inside, the parameters and buffers of all networks are rows of stacked ones."""
+        self.program.train()
         networks = [loop.network for loop in self.loops]
         own = [{**dict(each.named_parameters()), **dict(each.named_buffers())} for each in networks]
         before = [{name: value.data for name, value in each.items()} for each in own]
@@ -113,40 +229,15 @@ class Stack:
                 for name, value in each.items():
                     value.data = old[name].copy_(value.data)  # with the layout that it had
 
-    def _train_epoch(self, epoch: int) -> list[Tensor]:
-        """What the steps of one epoch add to each network's terms, (steps, terms)."""
-        self._epoch, self._views = epoch, self._views_of(epoch)
-        orders, rows = [], []
-        for loop in self.loops:
-            loop.epoch = epoch
-            with seeded(epoch_seed(loop.fit.seed, epoch)):
-                orders.append(loop.order())
-        batches = [torch.stack(parts) for parts in zip(*orders, strict=True)]
-        left = Counter(index.shape for index in batches)
-        self._steps.new_epoch()
-        with self.first.compute.backend():
-            for number, index in enumerate(batches):
-                self._checks = number == 0
-                left[index.shape] -= 1
-                rows.append(self._steps(index, left=left[index.shape]))
-        return list(torch.stack(rows).split([len(loop.names) for loop in self.loops], 1))
-
-    def _views_of(self, epoch: int) -> Tensor:
-        """uint8 views (N, C, H, W) of all images in this epoch."""
-        dataset = self.first.dataset
-        parts = [part.to(dataset.samples.labels.device) for part in dataset.samples.parts(PART)]
-        return torch.cat([views for views, _ in dataset.shows(epoch, parts)])
-
-    def _step(self, index: Tensor) -> Tensor:
-        """One step of every network, on its own batch of this epoch's views: those at its row of `index` (M, B)."""
-        images = to_float(self._views[index[:1] if self.same_order else index]).expand(len(index), -1, -1, -1, -1)
+    def _step_all(self, index: Tensor, checks: bool) -> list[Tensor]:
+        images = to_float(self.views[index[:1] if self.same_order else index]).expand(len(index), -1, -1, -1, -1)
         logits = self._forward(images)
-        if self._checks:
+        if checks:
             self._require_alike(images, logits)
         rows, losses = [], []
         for loop, own, shown, answers in zip(self.loops, index, images, logits, strict=True):
-            batch = Batch.of(loop.dataset, self._epoch, own, shown, loop.dataset.labels(self._epoch, own))
-            with alone_if_it_fails([loop]), undrawn(loop) if self._checks else nullcontext():
+            batch = Batch.of(loop.dataset, self.epoch, own, shown, loop.dataset.labels(self.epoch, own))
+            with alone_if_it_fails([loop]), undrawn(loop) if checks else nullcontext():
                 loss, row = loop.loss(Member(shown, answers), batch)
             rows.append(row)
             losses.append(loss)
@@ -157,7 +248,7 @@ class Stack:
         for number, loop in enumerate(self.loops):
             self._take_gradients(loop, number)
             loop.update()
-        return torch.cat(rows)
+        return rows
 
     def _forward(self, images: Tensor) -> Tensor:
         """Logits (M, B, K) of each network for its own images (M, B, C, H, W)."""
@@ -224,7 +315,7 @@ def undrawn(loop: Loop) -> Iterator[None]:
     before = generator_states(loop.fit.device)
     yield
     if not torch.equal(before, generator_states(loop.fit.device)):
-        raise Unstackable([loop], "The objective draws random numbers.")
+        raise Unstackable([loop], "The training draws random numbers in its steps.")
 
 
 def generator_states(device: torch.device) -> Tensor:
@@ -233,3 +324,9 @@ def generator_states(device: torch.device) -> Tensor:
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return torch.cat(states)
+
+
+def _timed(step: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began

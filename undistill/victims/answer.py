@@ -49,7 +49,9 @@ class Answer(NamedTuple):
     def joined(cls, answers: Sequence["Answer"]) -> "Answer":
         """Answers to several sets of inputs as one, in their order."""
         log_p, shown, whole = zip(*answers, strict=True)
-        return cls(torch.cat(log_p), torch.cat(shown), all(whole))
+        device = log_p[0].device  # some may have been kept in main memory
+        joined = [torch.cat([one.to(device) for one in part]) for part in (log_p, shown)]
+        return cls(joined[0], joined[1], all(whole))
 
     def to_served(self) -> Tensor:
         """Both in one tensor (B, K): log-probabilities, and `UNSHOWN` where nothing was served."""
