@@ -65,7 +65,8 @@ def write_page(rows: Sequence[Figures], environment: dict[str, str | int], page:
             rounds=len({row["round"] for row in rows}),
             gpu=""
             if "NVIDIA" in str(environment["device"])
-            else "No GPU was at hand: the CUDA path is covered by tests that skip without one.",
+            else "No GPU was at hand for it; what was measured on one is in [the log](log/gpu.md), and `python -m "
+            "benchmarks.gpu` measures more.",
             steps=_table(["training", "network", "plain", *columns], _steps(measured)),
             shares=_table(["network", "way", "step", "data", "GFLOP/s", "of the matrix rate"], _shares(measured)),
             images=audit["attackers_images"],

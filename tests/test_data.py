@@ -256,3 +256,18 @@ def test_leaky_shows_the_test_images_to_whoever_chooses(toy_file: Path) -> None:
         Source.parse(f"Leaky(of={str(toy_file)!r}, count=50)")
     with pytest.raises(SpecError, match="seed belongs to Leaky"):
         Source.parse("Leaky(of='Digits(seed=5)')")
+
+
+def test_images_are_held_and_hashed_once_on_each_device(toy: Data) -> None:
+    """However many students ask for them, with labels or without."""
+    there = torch.device("meta")
+    samples = Samples(toy.train.pixels, toy.train.labels)
+    moved = samples.to(there)
+    assert moved.images.device == there
+    assert samples.to(there) is moved
+    hidden = samples.unlabelled
+    assert hidden is samples.unlabelled
+    assert hidden.to(there).images is moved.images
+    assert hidden.to(there).labels.device == there
+    assert moved.image_digest == hidden.to(there).image_digest == samples.image_digest
+    assert hidden.digest != samples.digest

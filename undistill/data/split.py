@@ -23,6 +23,8 @@ class Samples:
 
     images: Tensor | ImageFiles
     labels: Tensor
+    same: "Samples | None" = field(default=None, repr=False, compare=False)
+    """Samples with the same images: these without their labels, or on another device, are held once and hashed once."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,19 +62,29 @@ class Samples:
     @cached_property
     def image_digest(self) -> bytes:
         """SHA-256 of every image, in order."""
+        if self.same is not None:
+            return self.same.image_digest
         images = self.images.cpu().numpy().tobytes() if isinstance(self.images, Tensor) else self.images.digest()
         return hashlib.sha256(images).digest()
 
-    @property
+    @cached_property
     def unlabelled(self) -> "Samples":
         """The same images without their labels: `NO_LABEL` stands for each."""
-        return Samples(self.images, torch.full_like(self.labels, NO_LABEL))
+        return Samples(self.images, torch.full_like(self.labels, NO_LABEL), self)
 
     def to(self, device: torch.device) -> "Samples":
-        """On the device; images that lie in files stay there, and so do their labels."""
+        """On the device, one copy for all who ask; images that lie in files stay there, and so do their labels."""
         if self.labels.device == device or not isinstance(self.images, Tensor):
             return self
-        return Samples(self.images.to(device), self.labels.to(device))
+        if self.same is not None and self.same.images is self.images:  # these without their labels
+            return self.same.to(device).unlabelled
+        if device not in self._copies:
+            self._copies[device] = Samples(self.images.to(device), self.labels.to(device), self)
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> "dict[torch.device, Samples]":
+        return {}
 
     def carve(self, share: float | int, seed: int) -> tuple["Samples", "Samples"]:
         """(rest, carved): a stratified random `share` (or whole number) of the samples, chosen by `seed`."""
