@@ -151,7 +151,7 @@ def data(images: int) -> Figures:
 def audit(launcher: Launcher, cells: int, images: int) -> Figures:
     """Students of one architecture, with several temperatures and seeds, against a ResNet-18."""
     with tempfile.TemporaryDirectory() as scratch:
-        run = victim(Path(scratch), TEACHER, images)
+        run = victim(Path(scratch) / "audit", TEACHER, images)
         recipe = Recipe(epochs=3, batch_size=128, compute=FAST, views=VIEWS)
         pair = VictimPair(run, run, (0,), options=QueryOptions(DEVICE, recipe.compute))
         student, temperatures = Model.parse("PlainCNN"), range(1, 9)

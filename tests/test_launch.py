@@ -20,7 +20,8 @@ from tests.conftest import NASTY, RECIPE, STUDENT, TEACHER
 from tests.test_kill import ENDINGS, ENVIRONMENT, finish, kill_when, start, wait_for
 from undistill.api import audit
 from undistill.auditing.cell import Job
-from undistill.auditing.launchers import Crew, Death, Launcher, Order, Pool, Ray, Serial
+from undistill.auditing.launchers import Crew, Death, Launcher, Pool, Ray, Serial
+from undistill.auditing.order import Order
 from undistill.auditing.measure import SIDES
 from undistill.auditing.pair import RECENT, VictimPair
 from undistill.auditing.plan import Plan

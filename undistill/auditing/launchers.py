@@ -4,8 +4,6 @@ import logging
 import math
 import multiprocessing
 import multiprocessing.connection
-import os
-import pickle
 import signal
 import socket
 from abc import abstractmethod
@@ -16,27 +14,26 @@ from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, field_validator
 
 from undistill.auditing.cell import Job, Result, relisted
+from undistill.auditing.order import Order, perform
 from undistill.auditing.together import grouped, run_together
 from undistill.auditing.worker import serve
-from undistill.core import code
 from undistill.core.child import death, is_native_fault
 from undistill.core.errors import LaunchError
-from undistill.core.progress import Board, Progress, Reporter
+from undistill.core.progress import Board, Progress
 from undistill.core.spec import Spec
-from undistill.data.official import VARIABLE, data_dir
-from undistill.training.compute import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
 POLL = 0.5  # seconds between two looks at the workers
 STOP = 5.0  # seconds that a worker has to end
 MOST = 16  # students in the same steps, unless a number is named
+MOST_STACKED = 4096
 PATIENCE = 3  # how many workers may be lost in a row without a cell in between
 
 
@@ -49,9 +46,16 @@ class Launcher(Spec):
     """Lost workers' cells are done again; a cell that fails ends the audit, and finished cells are kept."""
 
     quiet = ("stacked",)
-    stacked: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = 1
+    stacked: int | Literal["auto"] = 1
     """Most students of one kind that are trained in the same steps; `auto` are 16, where a trial shows that it pays.
     Above 1, results are equal up to rounding only."""
+
+    @field_validator("stacked", mode="before")
+    @classmethod
+    def _a_number_or_auto(cls, stacked: Any) -> Any:
+        if stacked != "auto" and not (type(stacked) is int and 1 <= stacked <= MOST_STACKED):
+            raise ValueError(f"it is a number of students from 1 to {MOST_STACKED}, or 'auto'")
+        return stacked
 
     @property
     def most(self) -> int:
@@ -75,7 +79,7 @@ class Launcher(Spec):
 
 
 class Serial(Launcher):
-    """In this process, one after the other."""
+    """In this process, one after the other; `stacked` students of one kind are trained in the same steps."""
 
     def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Any]:
         new, done = unfinished(jobs, cells), dict[str, Result]()
@@ -90,7 +94,10 @@ class Serial(Launcher):
 
 
 class Pool(Launcher):
-    """In `workers` processes on this machine, which share its cores; on GPUs, one for each in turn."""
+    """In `workers` processes on this machine, which share its cores; on GPUs, one for each in turn.
+
+    Each of them may train several students in the same steps, see `Serial`.
+    """
 
     workers: int = Field(2, ge=1, le=512)
     threads: int = Field(0, ge=0, le=1024)
@@ -349,45 +356,3 @@ def _require_listening(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdecimal():
         socket.create_connection((host, int(port)), timeout=10).close()
-
-
-@dataclass(frozen=True)
-class Order:
-    """Order to a worker: jobs as bytes, to be read only after their code has been trusted."""
-
-    jobs: bytes
-    cells: Path
-    threads: int
-    cwd: Path
-    data: Path
-    trusted: tuple[str, ...]
-    tries: bool = False
-    """Whether students are stacked only where a trial shows that it pays."""
-    on_gpu: bool = False
-    exact: bool = False
-    """Use exact compute settings, whatever the job asks for."""
-
-    @classmethod
-    def of(cls, jobs: Sequence[Job], cells: Path, threads: int, tries: bool = False) -> "Order":
-        on_gpu = jobs[0].pair.options.device.type == "cuda"
-        trusted = tuple(code.trusted())
-        return cls(pickle.dumps(list(jobs)), cells.resolve(), threads, Path.cwd(), data_dir(), trusted, tries, on_gpu)
-
-
-def perform(order: Order, number: int | None = None) -> dict[str, Result]:
-    """The cells of an order by key, done in this worker, whose progress lies beside the first of them.
-
-    `number` picks one of the GPUs.
-    """
-    if number is not None and order.on_gpu:
-        torch.cuda.set_device(number % torch.cuda.device_count())
-    os.chdir(order.cwd)
-    os.environ[VARIABLE] = str(order.data)
-    torch.set_num_threads(order.threads)
-    keep_freed_memory()
-    for reference in order.trusted:
-        code.trust(reference)
-    jobs: list[Job] = pickle.loads(order.jobs)
-    progress = Reporter(order.cells / jobs[0].key)
-    done = run_together(jobs, order.cells, progress, exact=order.exact, tries=order.tries)
-    return {job.key: result for job, result in done}

@@ -24,13 +24,13 @@ def serve(pipe: Connection, number: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if logging.lastResort:
         logging.lastResort.setFormatter(LegibleFormatter())
-    launch = import_module("undistill.auditing.launchers")
+    orders = import_module("undistill.auditing.order")
     while True:
         try:
             order = pipe.recv()
         except EOFError:
             return
-        pipe.send(_result(launch.perform, order, number))
+        pipe.send(_result(orders.perform, order, number))
 
 
 def _result(perform: Any, order: Any, number: int) -> Any:
