@@ -66,7 +66,7 @@ def measure_ours(
     began = time.perf_counter()
     done = launcher.run(jobs(pair, recipe, cells), folder / "cells", Progress.silent())
     seconds = time.perf_counter() - began
-    stored = sum(path.stat().st_size for path in (run.folder / "answers").glob("*/*.safetensors"))
+    stored = sum(path.stat().st_size for path in (run.folder / "answers").glob("**/*.safetensors"))
     return {
         "seconds": seconds,
         "queries": sum(cell.queries for cell in done),

@@ -6,6 +6,7 @@ classes. A step is an epoch's time by its number of steps, data and recording in
 
 import argparse
 import json
+import signal
 import statistics
 import tempfile
 import time
@@ -61,10 +62,13 @@ class Bench:
         if time.monotonic() + expected > self.ends:
             return
         began = time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, self.ends - began)
         try:
             found = measure()
         except Exception as error:
-            found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            found = {"error": ": ".join([type(error).__name__, *str(error).splitlines()[:1]])}
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         self.rows.append({"row": name, "took": round(time.monotonic() - began, 1)} | found)
         print(json.dumps(self.rows[-1]), flush=True)
         with self.log.open("a") as file:
@@ -201,6 +205,10 @@ def everything(bench: Bench) -> None:
         bench.row(f"stacked normal {model} 128 x 8", 25, lambda m=model: stacked("normal", m, 128, few, 8))
 
 
+def _time_is_up(*_: object) -> None:
+    raise TimeoutError("the minutes are over")
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--minutes", type=float, default=4.0)
@@ -208,6 +216,7 @@ def main() -> None:
     options.add_argument("--log", type=Path, default=Path("runs/gpu.jsonl"))
     chosen = options.parse_args()
     chosen.log.parent.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGALRM, _time_is_up)
     bench = Bench(chosen.log, time.monotonic() + 60 * chosen.minutes, chosen.images)
     bench.row("environment", 0, lambda: dict(environment(DEVICE)))
     everything(bench)

@@ -39,6 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anybody looks
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: there is no GPU here.")
 
 
 torch.set_num_threads(1)

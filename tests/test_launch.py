@@ -21,8 +21,8 @@ from tests.test_kill import ENDINGS, ENVIRONMENT, finish, kill_when, start, wait
 from undistill.api import audit
 from undistill.auditing.cell import Job
 from undistill.auditing.launchers import Crew, Death, Launcher, Pool, Ray, Serial
-from undistill.auditing.order import Order
 from undistill.auditing.measure import SIDES
+from undistill.auditing.order import Order
 from undistill.auditing.pair import RECENT, VictimPair
 from undistill.auditing.plan import Plan
 from undistill.auditing.schema import Side
@@ -138,6 +138,17 @@ def test_workers_that_always_die_end_it(victim: Run, tmp_path: Path, mine) -> No
     with pytest.raises(LaunchError, match=r"SIGKILL, .* lack of memory, 3 times in a row.*workers=1.*cells are kept"):
         cells(victim, tmp_path / "a", Pool(workers=1), mine("die"))
     assert list((tmp_path / "a" / "cells").glob("*.json"))
+
+
+def test_after_a_fault_the_cells_of_a_group_are_done_one_by_one(
+    victim: Run, tmp_path: Path, mine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The one whose settings crash is computed exactly, the others as they were asked for."""
+    recipe = RECIPE.model_copy(update={"compute": Compute(precision="bf16")})
+    wanted = list(reversed(jobs(victim, mine("crash in bf16"), recipe)))  # the one that crashes first
+    found = Pool(workers=1, stacked=8).run(wanted, tmp_path / "cells", Progress.silent())
+    assert "ended with SIGSEGV, a fault in native code; its cells are done again one by one" in caplog.text
+    assert [cell.compute == str(EXACT) for cell in found] == ["Marked" in job.name for job in wanted]
 
 
 def test_a_fault_in_native_code_is_named_and_the_exact_engine_tried(
@@ -329,6 +340,9 @@ def test_bad_launchers_are_explained(victim: Run, tmp_path: Path) -> None:
         audit(victim, tmp_path / "a", launcher="Pol")
     with pytest.raises(SpecError, match="workers = 0 is refused"):
         audit(victim, tmp_path / "a", launcher="Pool(workers=0)")
+    for wrong in ("0", "5000", "2.5", "'yes'"):
+        with pytest.raises(SpecError, match=r"stacked = .* a number of students from 1 to 4096, or 'auto'"):
+            audit(victim, tmp_path / "a", launcher=f"Serial(stacked={wrong})")
     assert not (tmp_path / "a").exists()
 
 

@@ -30,7 +30,7 @@ from undistill.training.loop import Loop
 from undistill.training.losses import cross_entropy
 from undistill.training.objectives import Objective, Weighted
 from undistill.training.recipe import Recipe
-from undistill.training.stack import Branched, Unstackable, Vmapped, kind
+from undistill.training.stack import Branched, Unstackable, Vmapped, kind, why_alone
 
 SHORT = RECIPE.model_copy(update={"epochs": 3})
 
@@ -141,6 +141,31 @@ def elsewhere(student: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     return {"ce": cross_entropy(student(batch.images.flip(3)), batch.labels)}
 
 
+def regularised(student: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    norm = sum(weight.square().sum() for weight in student.parameters())
+    return {"ce": cross_entropy(student(batch.images), batch.labels) + norm}
+
+
+def evaluating(student: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    return {"ce": cross_entropy(student.eval()(batch.images), batch.labels)}
+
+
+def dimming(student: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    logits = student(batch.images)
+    batch.images.mul_(0.5)
+    return {"ce": cross_entropy(logits, batch.labels)}
+
+
+def seldom(student: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    """Draws in the second batch of an epoch alone."""
+    seen.append(batch.epoch)
+    noise = torch.rand(()) if len(seen) == 2 else 0.0
+    return {"ce": cross_entropy(student(batch.images), batch.labels) + noise}
+
+
+seen: list[int] = []
+
+
 def broken(student: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     raise KeyError("nothing there")
 
@@ -155,6 +180,10 @@ def exploding(student: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         (noisy, "draws random numbers in its steps"),
         (twice, "more than once"),
         (elsewhere, "other images than the batch"),
+        (regularised, "reads 'parameters' of the network"),
+        (evaluating, "reads 'eval' of the network"),
+        (dimming, "changes its images"),
+        (seldom, "draws random numbers"),
         (broken, "KeyError.*nothing there"),
         (exploding, "term 'ce' is NaN or infinite"),
     ],
@@ -178,6 +207,46 @@ def test_an_objective_that_reaches_for_the_network_itself_is_done_alone(toy: Dat
     assert error.value.loops == [other]
 
 
+class Wired(nn.Module):
+    """Holds a tensor of its own that is neither parameter nor buffer."""
+
+    def __init__(self, inputs: int, seed: int) -> None:
+        super().__init__()
+        self.wiring = torch.randn(inputs, 8, generator=torch.Generator().manual_seed(seed))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.head(images.flatten(1) @ self.wiring)
+        return out
+
+
+def test_what_a_network_holds_beside_its_weights_is_not_taken_from_another(toy: Data) -> None:
+    loops = [loop(toy, student=Wired(144, seed)) for seed in range(2)]
+    with pytest.raises(Unstackable, match="other answers") as error:
+        Vmapped(loops).train(Progress.silent())
+    assert error.value.loops == [loops[1]]
+
+
+def test_members_of_a_stack_have_checkpoints_of_the_same_epoch(
+    toy: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a stopped one would not go on as a stack."""
+    now = 0.0
+    monkeypatch.setattr("undistill.training.loop.time.monotonic", lambda: now)
+    loops = []
+    for seed in range(3):
+        (tmp_path / str(seed)).mkdir()
+        loops.append(loop(toy, seed=seed, folder=tmp_path / str(seed)))
+        now += 0.7
+    stack = Vmapped(loops)
+    for _ in range(2):
+        now += 0.7
+        stack.one_round()
+    again = [loop(toy, seed=seed, folder=tmp_path / str(seed)) for seed in range(3)]
+    assert [one.epoch for one in again] == [1, 1, 1]
+    assert len({kind(one) for one in again}) == 1
+
+
 def test_networks_that_draw_or_are_watched_are_done_alone(toy: Data) -> None:
     flat = toy.shape[1] * toy.shape[2]
 
@@ -190,7 +259,7 @@ def test_networks_that_draw_or_are_watched_are_done_alone(toy: Data) -> None:
     assert error.value.loops == loops
     watched = network(toy)
     watched.register_forward_hook(lambda *_: None)
-    assert kind(loop(toy, student=watched)) == ""
+    assert why_alone(loop(toy, student=watched)) == "Its network has hooks."
 
 
 @pytest.mark.parametrize(
@@ -274,9 +343,54 @@ def test_whoever_cannot_be_stacked_holds_nobody_up(
     assert "in a stack" not in said["PBayes on victim, seed 0"]
 
 
+def test_a_student_whose_checkpoint_is_not_kept_is_trained_alone(
+    victim: Run, tmp_path: Path, students_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would wait for a stack again and again."""
+    save = Loop.save
+    monkeypatch.setattr(Loop, "save", lambda self: None if self.fit.suspends else save(self))
+    found = students_of(Serial(stacked=2), jobs(victim, [Attack.parse("SoftLabels()")]), tmp_path / "cells")
+    assert all("in a stack" not in one.fit.computed[0] for one in found.values())
+
+
+MINE = """
+from pydantic import PrivateAttr
+
+from undistill import Access, Attack
+
+
+class Greedy(Attack):
+    needs = Access.QUERY
+    _scale: float = PrivateAttr(0.0)
+
+    def run(self, oracle, fresh, data, fit):
+        self._scale = 1.0 + fit.seed % 7
+
+        def objective(network, batch):
+            return {"match": self._scale * (network(batch.images) - oracle(batch).log_p).square().mean()}
+
+        try:
+            return fit(fresh(), data, objective)
+        except Exception:
+            return fresh(1)
+"""
+
+
+def test_what_an_attack_of_the_users_own_keeps_or_catches_is_its_own(victim: Run, tmp_path: Path, students_of) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    wanted = jobs(victim, [Attack.from_user(f"{tmp_path / 'mine.py'}:Greedy()")])
+    alone = students_of(Serial(), wanted, tmp_path / "a" / "cells")
+    stacked = students_of(Serial(stacked=2), wanted, tmp_path / "b" / "cells")
+    for name, one in alone.items():
+        assert "in a stack of 2" in stacked[name].fit.computed[0]
+        assert one.student
+        assert stacked[name].student
+        assert close(one.student, stacked[name].student, 1e-2)
+
+
 def test_a_pool_stacks_too_and_keeps_every_worker_busy(victim: Run, tmp_path: Path) -> None:
     wanted = jobs(victim, [Attack.parse("SoftLabels()"), Attack.parse("HardLabels()")])
-    assert len(Pool(workers=2, stacked=8)._orders(wanted, tmp_path, 1, 2)) == 2
+    assert [len(group) for group in Pool(workers=2, stacked=8)._groups(wanted, 2).values()] == [2, 2]
     found: list[Cell] = Pool(workers=2, threads=1, stacked=8).run(wanted, tmp_path / "cells", Progress.silent())
     for job, cell in zip(wanted, found, strict=True):
         assert (cell.attack, cell.seed) == (str(job.attack), job.seed)

@@ -163,6 +163,8 @@ class Distillation(QueryAttack):
     """An attack that is one loss: a student imitates the answers to its batches."""
 
     listed = False
+    capturable: ClassVar[bool] = False
+    """Whether a GPU may replay steps of its objective, see `Fit`."""
 
     @abstractmethod
     def objective(self, student: nn.Module, batch: Batch, answer: Answer) -> Terms:
@@ -174,7 +176,7 @@ class Distillation(QueryAttack):
         def objective(student: nn.Module, batch: Batch) -> Terms:
             return self.objective(student, batch, ask(batch))
 
-        return fit(fresh(), data, objective, capturable=True)
+        return fit(fresh(), data, objective, capturable=self.capturable)
 
 
 def bought_once(attack: Attack) -> Attack:

@@ -259,7 +259,8 @@ class Job:
         fit.carried = (oracle,)
         try:
             with seeded(derive(self.seed, "attack")):
-                student = self.attack.run(oracle, self._students, self.data, fit)
+                attack = self.attack.model_copy()  # what it keeps to itself is not another cell's
+                student = attack.run(oracle, self._students, self.data, fit)
             student = returned(student, self.attack, pair.data.shape, pair.data.num_classes)
             return Outcome(student, evaluate(student, pair.attackers.validation).cpu(), fit, oracle)
         except (NonFinite, BudgetExceeded) as error:

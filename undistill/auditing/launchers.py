@@ -71,11 +71,13 @@ class Launcher(Spec):
     def run(self, jobs: Sequence[Job], cells: Path, progress: Progress) -> list[Any]:
         """The cell of every job, in the jobs' order; `cells` is a folder that all processes share."""
 
-    def _orders(self, jobs: Sequence[Job], cells: Path, threads: int, workers: int = 1) -> dict[str, "Order"]:
-        """What `workers` are told to do, by the key of the first cell of each order."""
+    def _groups(self, jobs: Sequence[Job], workers: int) -> dict[str, list[Job]]:
+        """What each of `workers` does at a time, by the key of the first cell of it."""
         share = max(math.ceil(len({job.key for job in jobs}) / workers), 1)  # so that none of them is idle
-        groups, tries = grouped(jobs, min(self.most, share)), self.stacked == "auto"
-        return {group[0].key: Order.of(group, cells, threads, tries) for group in groups}
+        return {group[0].key: group for group in grouped(jobs, min(self.most, share))}
+
+    def _order(self, group: Sequence[Job], cells: Path, threads: int) -> Order:
+        return Order.of(group, cells, threads, self.stacked == "auto")
 
 
 class Serial(Launcher):
@@ -119,7 +121,8 @@ class Pool(Launcher):
         if (crew := self._crew) is None:
             with self.ready():
                 return self.run(jobs, cells, progress)
-        orders = self._orders(jobs, cells, self._threads(), self.workers)
+        groups = self._groups(jobs, self.workers)
+        orders = {key: self._order(group, cells, self._threads()) for key, group in groups.items()}
         todo, every = deque(orders), {job.key for job in jobs}
         done: dict[str, Result] = {}
         lost = 0  # deaths without a cell in between
@@ -132,6 +135,13 @@ class Pool(Launcher):
                 for key, results in crew.finished(POLL):
                     if isinstance(results, Death):
                         lost += 1
+                        if len(groups[key]) > 1 and is_native_fault(results.exitcode):  # of one of them
+                            log.warning("A worker ended with %s; its cells are done again one by one.", results)
+                            alone = {job.key: self._order([job], cells, self._threads()) for job in groups[key]}
+                            groups |= {job.key: [job] for job in groups[key]}
+                            orders |= alone
+                            todo.extendleft(alone)
+                            continue
                         orders[key] = self._again(orders[key], results, lost)
                         todo.appendleft(key)
                         continue
@@ -284,8 +294,9 @@ class Ray(Launcher):
             )
         ray = self._connect()
         remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=PATIENCE)(perform)
-        every = {job.key for job in jobs}
-        orders = self._orders(jobs, cells, max(int(self.cpus), 1))
+        every, share = {job.key for job in jobs}, max(int(ray.cluster_resources().get("CPU", 1) / self.cpus), 1)
+        groups = self._groups(jobs, share)
+        orders = {key: self._order(group, cells, max(int(self.cpus), 1)) for key, group in groups.items()}
         done: dict[str, Result] = {}
         try:
             with (

@@ -40,7 +40,7 @@ class Order:
 
 
 def perform(order: Order, number: int | None = None) -> dict[str, Result]:
-    """The cells of an order by key, done in this worker, whose progress lies beside the first of them.
+    """The cells of an order by key, done in this worker, whose progress lies beside the first that is missing.
 
     `number` picks one of the GPUs.
     """
@@ -53,6 +53,7 @@ def perform(order: Order, number: int | None = None) -> dict[str, Result]:
     for reference in order.trusted:
         code.trust(reference)
     jobs: list[Job] = pickle.loads(order.jobs)
-    progress = Reporter(order.cells / jobs[0].key)
+    first = next((job for job in jobs if not (order.cells / f"{job.key}.json").exists()), jobs[0])
+    progress = Reporter(order.cells / first.key)
     done = run_together(jobs, order.cells, progress, exact=order.exact, tries=order.tries)
     return {job.key: result for job, result in done}

@@ -24,7 +24,7 @@ class Samples:
     images: Tensor | ImageFiles
     labels: Tensor
     same: "Samples | None" = field(default=None, repr=False, compare=False)
-    """Samples with the same images: these without their labels, or on another device, are held once and hashed once."""
+    """Samples with the same images and with labels, where these have none: images are held and hashed once."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,7 +67,7 @@ class Samples:
         images = self.images.cpu().numpy().tobytes() if isinstance(self.images, Tensor) else self.images.digest()
         return hashlib.sha256(images).digest()
 
-    @cached_property
+    @property
     def unlabelled(self) -> "Samples":
         """The same images without their labels: `NO_LABEL` stands for each."""
         return Samples(self.images, torch.full_like(self.labels, NO_LABEL), self)
@@ -76,10 +76,12 @@ class Samples:
         """On the device, one copy for all who ask; images that lie in files stay there, and so do their labels."""
         if self.labels.device == device or not isinstance(self.images, Tensor):
             return self
-        if self.same is not None and self.same.images is self.images:  # these without their labels
+        if self.same is not None:
             return self.same.to(device).unlabelled
         if device not in self._copies:
-            self._copies[device] = Samples(self.images.to(device), self.labels.to(device), self)
+            copy = Samples(self.images.to(device), self.labels.to(device))
+            vars(copy)["image_digest"] = self.image_digest
+            self._copies[device] = copy
         return self._copies[device]
 
     @cached_property

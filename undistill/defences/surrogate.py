@@ -60,7 +60,7 @@ class SurrogateDefence(ResponseDefence):
         def objective(surrogate: nn.Module, batch: Batch) -> Terms:
             return self.objective(surrogate(batch.images), batch.labels)
 
-        fit(network, data, objective, epochs=self.epochs, choose=False, aside=True, capturable=True)
+        fit(network, data, objective, epochs=self.epochs, choose=False, aside=True)
 
     def objective(self, logits: Tensor, labels: Tensor) -> Terms:
         """The terms of the surrogate's loss on its `logits` (B, K); by default it classifies."""

@@ -75,7 +75,7 @@ def _train(model: Model, data: Split, fit: Fit) -> nn.Module:
     def objective(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"ce": cross_entropy(network(batch.images), batch.labels)}
 
-    return fit(_initial(model, data, 0), data, objective)
+    return fit(_initial(model, data, 0), data, objective, capturable=True)
 
 
 def _protect(case: Case, data: Split, fit: Fit) -> nn.Module:

@@ -1,4 +1,4 @@
-"""How large an experiment is: `smoke` on digits, `small` for two cores, `gpu` for one of them, `paper` as published."""
+"""How large an experiment is: `smoke` on digits, `small` on two cores, `gpu` short on a GPU, `paper` as published."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

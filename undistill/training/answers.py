@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import logging
 import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from undistill.models.model import frozen
 from undistill.models.trial import agree, device_of
 from undistill.models.weights import bytes_of, weights_sha256
 from undistill.training.autotune import autotune
-from undistill.training.captured import keep
+from undistill.training.captured import is_recording, keep
 from undistill.training.compute import EXACT, Compute, machine
 from undistill.training.losses import filled, require_finite
 
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 REMEMBER = 4.0  # GiB
 PART = 512  # images answered together
 BLOCKS = 16  # at most, of an epoch
+COUNTED = 10.0  # seconds for which the size of a folder is known
 LEAST = 8 * PART  # images of a block, unless there are fewer
 TRIED = 64  # images of the trial that chooses the compute settings
 ASKED = 5  # times that a network is measured whose answers vary
@@ -63,6 +65,7 @@ class AnswerStore:
 
     def __post_init__(self) -> None:
         self._trouble = ""
+        self._counted, self._counted_at = 0, -math.inf
 
     @property
     def open(self) -> bool:
@@ -101,6 +104,7 @@ class AnswerStore:
                 return
             data = save({"answers": answers}, _about(key, epoch, answers))
             write_atomically(self._path(key, epoch), lambda file: file.write(data))
+            self._counted += len(data)
 
     def gather(self, key: str, epoch: int, shapes: Sequence[tuple[int, int]], make: Callable[[int], Tensor]) -> Tensor:
         """The answers of one epoch: its blocks are found, or made by whichever processes need them, each by one.
@@ -109,6 +113,9 @@ class AnswerStore:
         """
         if len(shapes) == 1:
             return cast(Tensor, self._block(key, epoch, shapes[0], partial(make, 0), wait=True))
+        whole = sum(rows for rows, _ in shapes), shapes[0][1]
+        if (found := self._find(key, epoch, whole)) is not None:  # which torchrun has left
+            return found
         blocks: dict[int, Tensor] = {}
 
         def take(number: int, *, wait: bool) -> None:
@@ -175,8 +182,12 @@ class AnswerStore:
         return self.folder / whole[:20] / block / f"{epoch:05d}.safetensors"
 
     def _size(self) -> int:
+        """Bytes of all files; what was counted a moment ago, and written since, is not counted again."""
         assert self.folder is not None
-        return sum(path.stat().st_size for path in self.folder.glob("**/*.safetensors"))
+        if time.monotonic() - self._counted_at > COUNTED:
+            self._counted = sum(path.stat().st_size for path in self.folder.glob("**/*.safetensors"))
+            self._counted_at = time.monotonic()
+        return self._counted
 
 
 def _about(key: str, epoch: int, answers: Tensor) -> dict[str, str]:
@@ -220,6 +231,8 @@ class RememberedAnswers:
         shown = batch.shown
         if self.repeatable is None and not self._repeats(batch.images[:4]):
             self.store = AnswerStore()
+        if not self.repeatable and is_recording():
+            raise RuntimeError("The answers of the network vary.")
         if shown is None or not self.repeatable:
             return self.compute(batch.images)
         whole = keep(self.epoch(shown.dataset, shown.epoch))

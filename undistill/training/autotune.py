@@ -18,7 +18,7 @@ from undistill.core.errors import ModelError
 from undistill.core.files import locked, machine_key, read_json, seal, unseal, write_json
 from undistill.core.identity import fingerprint
 from undistill.core.seeds import seeded
-from undistill.training.captured import GraphMemory, Recorded
+from undistill.training.captured import GraphMemory, Recorded, mend
 from undistill.training.compute import EXACT, Compute, machine
 from undistill.training.losses import cross_entropy
 
@@ -202,11 +202,11 @@ class _Step:
     def record(self) -> None:
         """On a GPU, replay the step from now on, as trainings do; where it cannot be recorded, it stays as it is."""
         if self.training and self.images.is_cuda:
-            memory = GraphMemory(self.images.device)
             try:
+                memory = GraphMemory(self.images.device)
                 self.recorded = Recorded(lambda: self._run()[1].detach(), [], [], memory)
             except Exception:  # whatever this network does that a graph cannot hold
-                memory.mend()
+                mend(self.images.device)
 
     def __call__(self) -> None:
         if self.recorded:

@@ -4,11 +4,12 @@ A step of a small network takes far longer to launch than to compute. The graph 
 backward pass, clipping, optimisers and averages.
 """
 
+import gc
 import logging
 import pickle
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -66,12 +67,25 @@ class Steps:
     weight that rises, is as it should be.
     """
 
-    def __init__(self, step: Step, optimisers: Sequence[Optimizer], device: torch.device, why: str) -> None:
-        self._step, self._optimisers = step, optimisers
+    def __init__(
+        self,
+        step: Step,
+        optimisers: Sequence[Optimizer],
+        device: torch.device,
+        why: str,
+        passes: tuple[type[Exception], ...] = (),
+    ) -> None:
+        """`passes` are errors of a recording that go on to the caller; others mean that nothing is recorded."""
+        self._step: Step | None = step
+        self._optimisers, self._device, self._passes = optimisers, device, passes
         self.why = why
         """Why nothing is recorded; empty where it may be."""
-        self._memory = None if why else GraphMemory(device)
+        self._memory: GraphMemory | None = None
         self._recorded: dict[torch.Size, Recorded] = {}
+
+    def close(self) -> None:
+        """Let go of graphs and of the training, which holds these steps: memory of a GPU is not to wait for Python."""
+        self._step, self._optimisers, self._memory, self._recorded = None, (), None, {}
 
     @property
     def is_recorded(self) -> bool:
@@ -87,7 +101,8 @@ class Steps:
         recorded = self._recorded.get(inputs[0].shape)
         if recorded:
             return recorded(*inputs)
-        if not self._memory or self.why or left < LEAST:
+        assert self._step is not None
+        if self.why or left < LEAST:
             return self._step(*inputs)
         before = host_generators()
         row = self._step(*inputs)
@@ -96,15 +111,22 @@ class Steps:
         elif before != host_generators():
             self._give_up("random numbers are drawn in main memory")
         else:
-            self._record(inputs, self._memory)
+            self._record(self._step, inputs)
         return row
 
-    def _record(self, inputs: Sequence[Tensor], memory: "GraphMemory") -> None:
+    def _record(self, step: Step, inputs: Sequence[Tensor]) -> None:
+        why: Exception | None = None
         try:
-            self._recorded[inputs[0].shape] = Recorded(self._step, inputs, self._optimisers, memory)
+            self._memory = self._memory or GraphMemory(self._device)
+            self._recorded[inputs[0].shape] = Recorded(step, inputs, self._optimisers, self._memory)
         except Exception as error:  # an objective can do anything that a graph cannot hold
-            self._give_up(": ".join([type(error).__name__, *str(error).splitlines()[:1]]))
-            memory.mend()
+            why = error.with_traceback(None)  # which would hold what was recorded
+        if why is None:
+            return
+        mend(self._device)
+        if isinstance(why, self._passes):
+            raise why
+        self._give_up(": ".join([type(why).__name__, *str(why).splitlines()[:1]]))
 
     def _give_up(self, why: str) -> None:
         self.why = why
@@ -143,31 +165,53 @@ class Recorded:
 
 
 class GraphMemory:
-    """Memory that the graphs of one training use in turn, on one GPU."""
+    """Memory that the graphs of one training use in turn, on one GPU.
+
+    All are recorded on one stream: what another stream has freed cannot be used again.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         with self.recording() as self._keeper:  # a pool without any graph is given up
             torch.zeros(1, device=device)
 
     @contextmanager
     def recording(self) -> Iterator[torch.cuda.CUDAGraph]:
-        """A graph of what is launched inside. Unlike torch's own recording, this one does not collect garbage."""
-        with torch.cuda.device(self._device):
-            graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
+        """A graph of what is launched inside."""
+        with torch.cuda.device(self._device), uncollected():
+            graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     yield graph
-                finally:
-                    graph.capture_end()
-            current.wait_stream(stream)
+                except BaseException:
+                    with suppress(Exception):  # it says only that something failed before
+                        graph.capture_end()
+                    with suppress(Exception):  # left open by torch before 2.12
+                        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+                    raise
+                graph.capture_end()
+            current.wait_stream(self._stream)
 
-    def mend(self) -> None:
-        """After a recording that failed: torch's generator waits for the end of one that succeeds."""
-        GraphMemory(self._device)
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Inside, Python collects no garbage: a graph that ends during the recording of another one breaks that."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def mend(device: torch.device) -> None:
+    """After a recording that failed: torch's generator waits for the end of one that succeeds."""
+    with suppress(Exception):
+        GraphMemory(device)
 
 
 class Rates:

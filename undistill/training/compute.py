@@ -93,8 +93,10 @@ def machine(device: torch.device) -> list[str]:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The present GPU of this process in the place of any GPU; other devices as they are."""
-    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+    """The present GPU of this process in the place of the first one; other devices as they are."""
+    if device.type != "cuda" or device.index:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def keep_freed_memory() -> None:

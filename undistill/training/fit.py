@@ -25,8 +25,11 @@ from undistill.training.optimisers import Extra
 from undistill.training.recipe import Recipe
 
 
-class Suspended(Exception):
-    """A training that waits to be done together with others; run again, it goes on from its checkpoint."""
+class Suspended(BaseException):
+    """A training that waits to be done together with others; run again, it goes on from its checkpoint.
+
+    It is no `Exception`, which an attack might catch.
+    """
 
     def __init__(self, loop: Loop) -> None:
         super().__init__("This training is done by somebody else.")
@@ -170,6 +173,7 @@ class Fit:
             self._train(loop)
         finally:
             self.computed.append(loop.manner)
+            loop.steps.close()
         if aside:
             self.asides.append(sum(epoch["seconds"] for epoch in loop.history))
         else:
@@ -183,7 +187,8 @@ class Fit:
                 metrics = loop.one_round()
                 if self.watch:
                     self.watch(loop.current.eval())
-                loop.save()
+                if loop.is_due:
+                    loop.save()
                 note = f"loss {metrics['loss']:.3f} · validation {metrics['validation_accuracy']:.1%}"
                 task.reach(loop.epoch, note)
 

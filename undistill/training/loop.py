@@ -129,7 +129,8 @@ class Loop:
         if self.fit.device.type != "cuda":
             return f"{self.compute}{stacked}"
         captured = any(past.get(CAPTURED) for past in self.history)
-        return f"{self.compute}{stacked}, " + ("captured" if captured else f"eager: {self.steps.why or 'few steps'}")
+        why = f": {self.steps.why}" if self.steps.why else ""
+        return f"{self.compute}{stacked}, " + ("captured" if captured else f"eager{why}")
 
     @property
     def current(self) -> nn.Module:
@@ -315,10 +316,14 @@ class Loop:
             16 * sum(tensor.nbytes for module in (self.network, *self.extra) for tensor in tensors_of(module)) + LARGEST
         )
 
+    @property
+    def is_due(self) -> bool:
+        """Whether a checkpoint is: after the last epoch, and where the latest is some seconds old."""
+        return self.epoch == self.epochs or time.monotonic() - self._saved >= CHECKPOINT_SECONDS
+
     def save(self) -> None:
-        """Write a checkpoint after the last epoch, and where the latest is some seconds old."""
-        due = self.epoch == self.epochs or time.monotonic() - self._saved >= CHECKPOINT_SECONDS
-        if self.checkpoint and due:
+        """Write the checkpoint, if there is a place for it."""
+        if self.checkpoint:
             write_tensors(self.checkpoint, self.state_dict(), self._largest)
             self._saved = time.monotonic()
 

@@ -10,12 +10,13 @@ has when it is trained alone, up to rounding.
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 
 from undistill.core import distributed
@@ -42,19 +43,28 @@ class Unstackable(Exception):
         self.loops = loops
 
 
+def why_alone(loop: Loop) -> str:
+    """Why a training can only be done alone; empty where it can go in lockstep with others of its `kind`."""
+    modules = list(loop.network.modules())
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    on_gpu = loop.fit.device.type == "cuda"
+    reasons = {
+        "It runs in several processes.": distributed.world() > 1,
+        "Its images do not lie in memory.": not isinstance(loop.train.images, Tensor),
+        "Its network is compiled.": loop.compute.compile and not on_gpu,
+        "Its network has hooks.": any(getattr(module, name) for module in modules for name in kinds)
+        or any(weight._backward_hooks for weight in loop.network.parameters()),
+        f"Its steps are not recorded: {loop.why_eager}.": on_gpu and bool(loop.why_eager),
+    }
+    return next((why for why, holds in reasons.items() if holds), "")
+
+
 def kind(loop: Loop) -> str:
-    """The same text for trainings that can go in lockstep; empty for one that can only be done alone."""
-    network, on_gpu = loop.network, loop.fit.device.type == "cuda"
-    if distributed.world() > 1 or not isinstance(loop.train.images, Tensor):
-        return ""
-    if loop.why_eager if on_gpu else loop.compute.compile:
-        return ""
-    if any(module._forward_hooks or module._forward_pre_hooks for module in network.modules()):
-        return ""
-    weights = [(name, tuple(value.shape), value.dtype) for name, value in network.state_dict().items()]
-    trained = [parameter.requires_grad for parameter in network.parameters()]
+    """The same text for trainings that can go in lockstep: of networks alike, on the same views, at the same epoch."""
+    weights = [(name, tuple(value.shape), value.dtype) for name, value in loop.network.state_dict().items()]
+    trained = [parameter.requires_grad for parameter in loop.network.parameters()]
     plan = loop.compute, loop.epochs, loop.epoch, loop.per_round, loop.batches, loop.fit.device
-    return repr((str(network), weights, trained, loop.dataset.digest, len(loop.train), *map(str, plan)))
+    return repr((str(loop.network), weights, trained, loop.dataset.digest, len(loop.train), *map(str, plan)))
 
 
 def stack_of(loops: Sequence[Loop]) -> "Stack":
@@ -74,34 +84,38 @@ class Stack(ABC):
         """Whether the next step is to find out what cannot be stacked: the first of each epoch."""
         optimisers = [trained.optimiser for loop in loops for trained in loop.trained]
         why = next(filter(None, (loop.why_eager for loop in loops)), "")
-        self.steps = Steps(self._step, optimisers, self.first.fit.device, why)
+        self.steps = Steps(self._step, optimisers, self.first.fit.device, why, passes=(Unstackable,))
         for loop in loops:
             loop.steps = self.steps
 
     def train(self, progress: Progress) -> None:
         """Train all of them to the end; `Unstackable` for those that must be trained alone."""
         first, name = self.first, f"{len(self.loops)} students"
-        with progress.task(name, first.epochs, done=first.epoch) as task:
-            while first.epoch < first.epochs:
-                self.one_round()
-                reached = [loop.history[-1]["validation_accuracy"] for loop in self.loops]
-                task.reach(first.epoch, f"validation {min(reached):.1%} to {max(reached):.1%}")
+        try:
+            with progress.task(name, first.epochs, done=first.epoch) as task:
+                while first.epoch < first.epochs:
+                    self.one_round()
+                    reached = [loop.history[-1]["validation_accuracy"] for loop in self.loops]
+                    task.reach(first.epoch, f"validation {min(reached):.1%} to {max(reached):.1%}")
+        finally:
+            self.steps.close()
 
     def one_round(self) -> None:
         began = time.perf_counter()
         epochs, *_ = [loop.begin_round() for loop in self.loops]
         with self._sharing():
             for epoch in epochs:
-                rows = self._train_epoch(epoch)
+                metrics = self._train_epoch(epoch)
         seconds = (time.perf_counter() - began) / len(self.loops)
-        for loop, own in zip(self.loops, rows, strict=True):
+        for loop, own in zip(self.loops, metrics, strict=True):
             with alone_if_it_fails([loop]):
-                loop.end_round(loop.metrics_of(own) | {MEMBERS: float(len(self.loops))}, seconds)
-        for loop in self.loops:
-            loop.save()
+                loop.end_round(own | {MEMBERS: float(len(self.loops))}, seconds)
+        if any(loop.is_due for loop in self.loops):  # at the same epoch, so that they can go on together
+            for loop in self.loops:
+                loop.save()
 
-    def _train_epoch(self, epoch: int) -> list[Tensor]:
-        """What the steps of one epoch add to each network's terms, (steps, terms)."""
+    def _train_epoch(self, epoch: int) -> list[dict[str, float]]:
+        """The metrics of each network over one epoch."""
         self.epoch, self.views = epoch, self._views_of(epoch)
         orders, rows = [], []
         for loop in self.loops:
@@ -116,7 +130,13 @@ class Stack(ABC):
             for index in batches:
                 left[index.shape] -= 1
                 rows.append(self.steps(index, left=left[index.shape]))
-        return list(torch.stack(rows).split([len(loop.names) for loop in self.loops], 1))
+        metrics = []
+        for loop, own in zip(
+            self.loops, torch.stack(rows).split([len(loop.names) for loop in self.loops], 1), strict=True
+        ):
+            with alone_if_it_fails([loop]):
+                metrics.append(loop.metrics_of(own))
+        return metrics
 
     def _views_of(self, epoch: int) -> Tensor:
         dataset = self.first.dataset
@@ -149,12 +169,12 @@ class Branched(Stack):
         self._streams: dict[int, torch.cuda.Stream] = {}
 
     def require_gain(self) -> None:
-        """Branches were always faster (docs/log/gpu.md)."""
+        """Branches were faster for every network that was measured (docs/log/gpu.md)."""
 
     def _step_all(self, index: Tensor, checks: bool) -> list[Tensor]:
         rows = []
         for number, (loop, own) in enumerate(zip(self.loops, index, strict=True)):
-            with self._branch(number), alone_if_it_fails([loop]), undrawn(loop) if checks else nullcontext():
+            with self._branch(number), alone_if_it_fails([loop]), undrawn(loop):
                 rows.append(loop.step(self.views[own], loop.dataset.labels(self.epoch, own), own))
         if is_recording():
             for stream in self._streams.values():
@@ -167,7 +187,9 @@ class Branched(Stack):
         if not is_recording():
             yield
             return
-        stream = self._streams.setdefault(number % STREAMS, torch.cuda.Stream(self.first.fit.device))
+        if number % STREAMS not in self._streams:
+            self._streams[number % STREAMS] = torch.cuda.Stream(self.first.fit.device)
+        stream = self._streams[number % STREAMS]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             yield
@@ -234,11 +256,13 @@ class Vmapped(Stack):
         logits = self._forward(images)
         if checks:
             self._require_alike(images, logits)
-        rows, losses = [], []
+        rows, losses, version = [], [], images._version
         for loop, own, shown, answers in zip(self.loops, index, images, logits, strict=True):
             batch = Batch.of(loop.dataset, self.epoch, own, shown, loop.dataset.labels(self.epoch, own))
-            with alone_if_it_fails([loop]), undrawn(loop) if checks else nullcontext():
-                loss, row = loop.loss(Member(shown, answers), batch)
+            with alone_if_it_fails([loop]), undrawn(loop):
+                loss, row = loop.loss(Member(shown, answers), batch)  # type: ignore[arg-type]
+                if shown._version != version:
+                    raise RuntimeError("The objective changes its images, which others see as well.")
             rows.append(row)
             losses.append(loss)
             loop.zero_grad()
@@ -258,8 +282,8 @@ class Vmapped(Stack):
             logits: Tensor = each(self.weights, self.buffers, images[0] if shared else images)
         return logits
 
-    def _call(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], images: Tensor) -> Tensor:
-        logits: Tensor = functional_call(self.program, (dict(weights), dict(buffers)), (images,))
+    def _call(self, weights: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
+        logits: Tensor = functional_call(self.program, (weights, buffers), (images,))
         return logits
 
     @torch.no_grad()
@@ -269,7 +293,7 @@ class Vmapped(Stack):
             weights = {name: value[number] for name, value in self.weights.items()}
             buffers = {name: value[number].clone() for name, value in self.buffers.items()}
             with loop.compute.autocast(images.device):
-                alone = self._call(weights, buffers, images[number]).float()
+                alone = functional_call(loop.network, (weights, buffers), (images[number],)).float()
             bound = TOLERANCE[loop.compute.precision] * alone.abs().max().clamp_min(1)
             if not (alone - logits[number].float()).abs().max() <= bound:
                 raise Unstackable([loop], "Stacked weights give other answers.")
@@ -283,19 +307,24 @@ class Vmapped(Stack):
                 parameter.grad = gradient[number]
 
 
-class Member(nn.Module):
-    """A network of a stack, as its objective calls it: the answers to the batch are there already."""
+class Member:
+    """A network of a stack, as its objective calls it: the answers to the batch are there already.
+
+    It can be called once and nothing else, since whatever else an objective asks of a network it would have to answer.
+    """
 
     def __init__(self, images: Tensor, logits: Tensor) -> None:
-        super().__init__()
         self._images: Tensor | None = images
         self._logits = logits
 
-    def forward(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         if images is not self._images:
             raise RuntimeError("The objective calls the network on other images than the batch, or more than once.")
         self._images = None
         return self._logits
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"The objective reads '{name}' of the network.")
 
 
 @contextmanager
@@ -312,6 +341,9 @@ def alone_if_it_fails(loops: Sequence[Loop]) -> Iterator[None]:
 @contextmanager
 def undrawn(loop: Loop) -> Iterator[None]:
     """`Unstackable` where random numbers are drawn inside: the generator is at another place than alone."""
+    if is_recording():  # which a generator does not bear to be asked
+        yield
+        return
     before = generator_states(loop.fit.device)
     yield
     if not torch.equal(before, generator_states(loop.fit.device)):

@@ -21,6 +21,7 @@ class HTC(Distillation):
     """
 
     role = Role.ADAPTIVE
+    capturable = True
     space = tries(T=(20.0, 50.0, 70.0), alpha=(0.5, 0.9), sides=("victim", "both"))
     T: Temperature = 50.0
     alpha: float = Field(0.9, ge=0, le=1)

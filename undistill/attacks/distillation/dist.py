@@ -22,6 +22,7 @@ class DIST(Distillation):
 
     form = Form.TOP
     role = Role.PLAIN
+    capturable = True
     space = tries(T=(1.0, 4.0), beta=(1.0, 2.0), gamma=(1.0, 2.0))
     T: Temperature = 4.0
     beta: Weight = 2.0

@@ -22,6 +22,7 @@ class LogitMatching(Distillation):
 
     form = Form.TOP
     role = Role.PLAIN
+    capturable = True
     space = tries(alpha=(0.1, 0.5, 0.9), floor=(1e-07, 1e-05, 0.0001, 0.001))
     alpha: float = Field(0.9, ge=0, le=1)
     floor: float = Field(1e-5, gt=0, lt=0.1)

@@ -25,6 +25,7 @@ class LSKD(Distillation):
 
     form = Form.TOP
     role = Role.PLAIN
+    capturable = True
     space = tries(T=(1.0, 2.0, 4.0), weight=(1.0, 3.0, 9.0), floor=(1e-12, 1e-05, 0.001))
     T: Temperature = 2.0
     weight: Weight = 9.0

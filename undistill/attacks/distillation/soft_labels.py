@@ -15,6 +15,7 @@ class SoftLabels(Distillation):
     """`alpha T^2 KL(victim/T || student/T) + (1 - alpha) CE` (Hinton, Vinyals and Dean 2015)."""
 
     role = Role.PLAIN
+    capturable = True
     space = tries(T=(1.0, 2.0, 4.0, 8.0, 20.0), alpha=(0.5, 0.9, 1.0))
     T: Temperature = 4.0
     alpha: float = Field(0.9, ge=0, le=1)

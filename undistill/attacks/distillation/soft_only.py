@@ -15,6 +15,7 @@ class SoftOnly(Distillation):
 
     data = ThiefData.UNLABELLED
     role = Role.PLAIN
+    capturable = True
     space = tries(T=(0.5, 1.0, 2.0, 4.0, 20.0))
     T: Temperature = 1.0
 

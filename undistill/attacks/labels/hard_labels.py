@@ -14,6 +14,7 @@ class HardLabels(Distillation):
 
     data = ThiefData.UNLABELLED
     role = Role.TOP_ANSWERS
+    capturable = True
 
     def objective(self, student: nn.Module, batch: Batch, answer: Answer) -> Terms:
         return {"ce": cross_entropy(student(batch.images), answer.top)}
