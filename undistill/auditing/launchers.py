@@ -24,7 +24,7 @@ from undistill.auditing.order import Order, perform
 from undistill.auditing.together import grouped, run_together
 from undistill.auditing.worker import serve
 from undistill.core.child import death, is_native_fault
-from undistill.core.errors import LaunchError
+from undistill.core.errors import LaunchError, remark
 from undistill.core.progress import Board, Progress
 from undistill.core.spec import Spec
 
@@ -121,6 +121,8 @@ class Pool(Launcher):
         if (crew := self._crew) is None:
             with self.ready():
                 return self.run(jobs, cells, progress)
+        if any(job.pair.options.device.type == "cuda" for job in jobs):
+            self._say_what_is_better(torch.cuda.device_count())
         groups = self._groups(jobs, self.workers)
         orders = {key: self._order(group, cells, self._threads()) for key, group in groups.items()}
         todo, every = deque(orders), {job.key for job in jobs}
@@ -152,6 +154,15 @@ class Pool(Launcher):
                         task.advance()
                 board.look()
         return [relisted(done[job.key], job) for job in jobs]
+
+    def _say_what_is_better(self, gpus: int) -> None:
+        """More workers than GPUs are slower than students in the same steps, and hold more."""
+        if self.workers > gpus:
+            better = f"Pool(workers={gpus}, stacked=16)" if gpus > 1 else "Serial(stacked=16)"
+            remark(
+                f"{self.workers} workers share {gpus} GPU{'s' * (gpus > 1)}, and each holds images and answers of its "
+                f"own. --launcher '{better}' trains as many students at once with one copy for each GPU."
+            )
 
     def _again(self, order: "Order", death: "Death", lost: int) -> "Order":
         """The order to try after a worker's death; `LaunchError` where nothing is left to try."""
