@@ -238,7 +238,7 @@ class Job:
         return result
 
     def _fit(self, folder: Path, sheet: Path, trials: Path, progress: Progress, suspends: bool) -> Fit:
-        """What trains the student, views of the same images in every cell."""
+        """The training of a student, which shows the same views in every cell."""
         return Fit(
             self.schedule,
             derive(self.seed, "student"),

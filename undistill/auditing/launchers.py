@@ -72,8 +72,8 @@ class Launcher(Spec):
         """The cell of every job, in the jobs' order; `cells` is a folder that all processes share."""
 
     def _groups(self, jobs: Sequence[Job], workers: int) -> dict[str, list[Job]]:
-        """What each of `workers` does at a time, by the key of the first cell of it."""
-        share = max(math.ceil(len({job.key for job in jobs}) / workers), 1)  # so that none of them is idle
+        """Jobs that are done together, by the key of the first of them; few enough that no worker is idle."""
+        share = max(math.ceil(len({job.key for job in jobs}) / workers), 1)
         return {group[0].key: group for group in grouped(jobs, min(self.most, share))}
 
     def _order(self, group: Sequence[Job], cells: Path, threads: int) -> Order:
@@ -156,7 +156,7 @@ class Pool(Launcher):
         return [relisted(done[job.key], job) for job in jobs]
 
     def _say_what_is_better(self, gpus: int) -> None:
-        """More workers than GPUs are slower than students in the same steps, and hold more."""
+        """Advise stacked students where there are more workers than GPUs."""
         if self.workers > gpus:
             better = f"Pool(workers={gpus}, stacked=16)" if gpus > 1 else "Serial(stacked=16)"
             remark(
@@ -249,7 +249,7 @@ class Crew:
                 worker.pipe.send(orders[worker.key])
 
     def finished(self, seconds: float) -> Iterator[tuple[str, dict[str, Result] | Exception | Death]]:
-        """What workers send within `seconds`, by the key of the order."""
+        """Results, errors and deaths of workers within `seconds`, by the key of the order."""
         busy: dict[Any, Worker] = {worker.pipe: worker for worker in self._workers if worker and worker.key}
         for pipe in multiprocessing.connection.wait(list(busy), seconds):
             worker = busy[pipe]

@@ -24,7 +24,7 @@ class Samples:
     images: Tensor | ImageFiles
     labels: Tensor
     same: "Samples | None" = field(default=None, repr=False, compare=False)
-    """Samples with the same images and with labels, where these have none: images are held and hashed once."""
+    """The labelled samples of which these are the images alone; they are held and hashed once for both."""
 
     def __len__(self) -> int:
         return len(self.labels)

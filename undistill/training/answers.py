@@ -182,7 +182,7 @@ class AnswerStore:
         return self.folder / whole[:20] / block / f"{epoch:05d}.safetensors"
 
     def _size(self) -> int:
-        """Bytes of all files; what was counted a moment ago, and written since, is not counted again."""
+        """Bytes of all files, counted anew after some seconds."""
         assert self.folder is not None
         if time.monotonic() - self._counted_at > COUNTED:
             self._counted = sum(path.stat().st_size for path in self.folder.glob("**/*.safetensors"))

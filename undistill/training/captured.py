@@ -31,22 +31,22 @@ _recording: ContextVar["Recording | None"] = ContextVar("recording", default=Non
 
 
 class Recording:
-    """What must be known of a step while it is recorded."""
+    """A step while it is recorded."""
 
     def __init__(self) -> None:
         self.acts: list[Callable[[], object]] = []
-        """What is to be done at every replay."""
+        """Done before every replay."""
         self.kept: list[object] = []
-        """What the graph reads and nobody else might keep."""
+        """Held as long as the graph is, which reads them."""
 
 
 def is_recording() -> bool:
-    """Whether what is launched now is recorded, and not done."""
+    """Whether kernels that are launched now are recorded instead of run."""
     return _recording.get() is not None
 
 
 def each_step(act: Callable[[], object]) -> None:
-    """Do at each step what the device cannot: now, or before every replay of the step that is being recorded."""
+    """Call `act` in every step: now, or before each replay of the step that is being recorded."""
     if recording := _recording.get():
         recording.acts.append(act)
     else:
@@ -54,7 +54,7 @@ def each_step(act: Callable[[], object]) -> None:
 
 
 def keep(thing: T) -> T:
-    """The same thing, which a step reads and which may be forgotten elsewhere: a graph does not keep what it reads."""
+    """`thing`, kept alive as long as the graph that is being recorded, if any: a graph does not keep what it reads."""
     if recording := _recording.get():
         recording.kept.append(thing)
     return thing
@@ -84,7 +84,7 @@ class Steps:
         self._recorded: dict[torch.Size, Recorded] = {}
 
     def close(self) -> None:
-        """Let go of graphs and of the training, which holds these steps: memory of a GPU is not to wait for Python."""
+        """Release the graphs, and the training, which holds these steps: else a garbage collection would have to."""
         self._step, self._optimisers, self._memory, self._recorded = None, (), None, {}
 
     @property
@@ -134,7 +134,7 @@ class Steps:
 
 
 def host_generators() -> bytes:
-    """Where the generators of random numbers of Python, NumPy and torch are, for main memory."""
+    """States of the random generators of Python, NumPy and torch for main memory."""
     return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()))
 
 

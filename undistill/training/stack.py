@@ -158,7 +158,7 @@ class Stack(ABC):
 
     @abstractmethod
     def _step_all(self, index: Tensor, checks: bool) -> list[Tensor]:
-        """What a step adds to each network's terms; it finds out what cannot be stacked where it is to check that."""
+        """One step of every network; the row (terms,) of each. `Unstackable`, with `checks`, for those that differ."""
 
 
 class Branched(Stack):
