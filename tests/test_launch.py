@@ -299,19 +299,19 @@ def test_a_board_shows_what_workers_report(tmp_path: Path) -> None:
     shown = []
 
     class Shows(Progress):
-        def task(self, name: str, total: int, done: int = 0):  # type: ignore[no-untyped-def]
-            shown.append(("begins", name, total))
-            return super().task(name, total, done)
+        def task(self, name: str, total: int, done: int = 0, units: int = 1):  # type: ignore[no-untyped-def]
+            shown.append(("begins", name, total, units))
+            return super().task(name, total, done, units)
 
     (tmp_path / "cell").mkdir()
     with Board(Shows(None), tmp_path) as board:
-        with Reporter(tmp_path / "cell").task("SoftLabels", 9) as task:
+        with Reporter(tmp_path / "cell").task("SoftLabels", 9, units=3) as task:
             task.advance("loss 1")
         board.look()
         board.look()
         (tmp_path / "cell" / PROGRESS_FILE).write_text('{"na')
         board.look()
-        assert shown == [("begins", "SoftLabels", 9)]
+        assert shown == [("begins", "SoftLabels", 9, 3)]
         (tmp_path / "cell" / PROGRESS_FILE).unlink()
         board.look()
         assert not board._tasks

@@ -56,6 +56,14 @@ def test_how_long_it_takes_counts_the_part_that_is_under_way(clock: Clock) -> No
     ]
 
 
+def test_a_stack_makes_up_as_many_steps_of_the_audit_as_it_has_students(clock: Clock) -> None:
+    progress, written = lines()
+    with progress.task("audit", 8), progress.task("4 students", 10, units=4) as part:
+        clock.now = 100
+        part.reach(5, "")  # 100 s for half of four of eight: 300 are left
+    assert written.getvalue().splitlines() == ["4 students: 5/10 audit: about 5 min left"]
+
+
 def test_nothing_is_said_of_what_nobody_knows(clock: Clock) -> None:
     progress, written = lines()
     with progress.task("audit", 1) as whole:

@@ -83,9 +83,9 @@ class Progress:
         self._bars = None
 
     @contextmanager
-    def task(self, name: str, total: int, done: int = 0) -> Iterator[Task]:
-        """A task of `total` steps, of which `done` were done before."""
-        work = _Work(name, total, done)
+    def task(self, name: str, total: int, done: int = 0, units: int = 1) -> Iterator[Task]:
+        """A task of `total` steps, of which `done` were done before; it makes up `units` steps of the outermost one."""
+        work = _Work(name, total, done, units)
         self._work.append(work)
         if self._bars:
             work.key = self._bars.add_task(name, total=total, completed=done, note="", left="")
@@ -112,8 +112,8 @@ class Progress:
     def _left(self) -> float | None:
         """Seconds that the outermost task still takes; None as long as nobody can know."""
         whole, *inner = self._work
-        now = sum(work.done / work.total for work in inner if work.total)
-        before = sum(work.start / work.total for work in inner if work.total)
+        now = sum(work.units * work.done / work.total for work in inner if work.total)
+        before = sum(work.units * work.start / work.total for work in inner if work.total)
         done, elapsed = min(whole.done + now, whole.total), time.monotonic() - whole.began
         gained = done - whole.start - before
         is_known = gained > 0 and elapsed > PATIENCE and done < whole.total
@@ -127,6 +127,7 @@ class _Work:
     name: str
     total: int
     done: int
+    units: int = 1
     key: TaskID | None = None
 
     def __post_init__(self) -> None:
@@ -178,8 +179,8 @@ class Reporter(Progress):
         self._file = folder / PROGRESS_FILE
 
     @contextmanager
-    def task(self, name: str, total: int, done: int = 0) -> Iterator[Task]:
-        yield _Report(self._file, name, total, done)
+    def task(self, name: str, total: int, done: int = 0, units: int = 1) -> Iterator[Task]:
+        yield _Report(self._file, name, total, done, units)
 
 
 class Board:
@@ -206,28 +207,31 @@ class Board:
                 continue
             if file not in self._tasks:
                 stack = ExitStack()
-                self._tasks[file] = stack, stack.enter_context(self._progress.task(report["name"], report["total"]))
+                self._tasks[file] = (
+                    stack,
+                    stack.enter_context(self._progress.task(report["name"], report["total"], units=report["units"])),
+                )
             self._tasks[file][1].reach(report["done"], report["note"])
 
 
 def _read_report(file: Path) -> dict[str, Any] | None:
     """The report of a worker; None for anything else."""
-    report = read_json(file) or {}
-    kinds = {"name": str, "total": int, "done": int, "note": str}
+    report = {"units": 1} | (read_json(file) or {})
+    kinds = {"name": str, "total": int, "done": int, "note": str, "units": int}
     if not all(isinstance(report.get(name), kind) for name, kind in kinds.items()):
         return None
     return report | {name: legible(report[name])[:200] for name in ("name", "note")}
 
 
 class _Report:
-    def __init__(self, file: Path, name: str, total: int, done: int) -> None:
-        self._file, self._name, self._total, self._done = file, name, total, done
+    def __init__(self, file: Path, name: str, total: int, done: int, units: int) -> None:
+        self._file, self._name, self._total, self._done, self._units = file, name, total, done, units
 
     def advance(self, note: str = "") -> None:
         self.reach(self._done + 1, note)
 
     def reach(self, done: int, note: str) -> None:
         self._done = done
-        report = {"name": self._name, "total": self._total, "done": done, "note": note}
+        report = {"name": self._name, "total": self._total, "done": done, "note": note, "units": self._units}
         with suppress(OSError):  # no work fails for want of a report, nor waits for it to reach the disk
             self._file.write_text(json.dumps(report))

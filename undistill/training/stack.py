@@ -92,7 +92,7 @@ class Stack(ABC):
         """Train all of them to the end; `Unstackable` for those that must be trained alone."""
         first, name = self.first, f"{len(self.loops)} students"
         try:
-            with progress.task(name, first.epochs, done=first.epoch) as task:
+            with progress.task(name, first.epochs, done=first.epoch, units=len(self.loops)) as task:
                 while first.epoch < first.epochs:
                     self.one_round()
                     reached = [loop.history[-1]["validation_accuracy"] for loop in self.loops]
