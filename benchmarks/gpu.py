@@ -1,4 +1,4 @@
-"""What needs a GPU of docs/benchmarks.md, in order of importance: `python -m benchmarks.gpu --minutes 4`.
+"""Benchmarks on a GPU, in order of importance: `python -m benchmarks.gpu --minutes 4`.
 
 Every row is written as soon as it is measured; a row that would not end in time is left out. Images 3 x 32 x 32, ten
 classes. A step is an epoch's time by its number of steps, data and recording included, in the second of two epochs.

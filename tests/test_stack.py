@@ -287,7 +287,7 @@ def jobs(victim: Run, attacks: list[Attack], seeds: tuple[int, ...] = (0, 1), po
 
 @pytest.fixture
 def students_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Outcome]]:
-    """What the thieves of some jobs trained, by the names of their jobs."""
+    """Outcomes of some jobs by the names of the jobs."""
 
     def run(launcher: Launcher, wanted: list[Job], cells: Path) -> dict[str, Outcome]:
         outcomes: dict[str, Outcome] = {}
@@ -322,7 +322,7 @@ def test_every_attack_may_be_stacked(attack: Attack, victim: Run, pool: str, tmp
 
 
 def test_most_attacks_are_stacked(victim: Run, pool: str, tmp_path: Path, students_of) -> None:
-    """Those that are one loss, and each student of a chain."""
+    """Attacks that are one loss, and each student of a chain."""
     names = "Scratch", "LabelSmoothing", "HardLabels", "SoftLabels", "DKD", "DIST", "LSKD", "AffineMap", "MKD", "Chain"
     attacks = [attack for attack in ATTACKS if type(attack).__name__ in names]
     assert len(attacks) == len(names)

@@ -35,7 +35,7 @@ class Onnx(BlackBox):
     result: str = ""
     """Name of its output; empty takes the first that has a number for each image and class."""
     layout: Literal["auto", "NCHW", "NHWC"] = "auto"
-    """Where it wants the channels; `auto` reads it from the shape of its input."""
+    """Place of the channels in its input; `auto` reads it from the shape."""
 
     def refers(self) -> dict[str, str]:
         path = Path(self.path)
